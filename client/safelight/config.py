@@ -1,0 +1,210 @@
+"""The settings: read once, frozen, passed in. Flag over file over default; config/safelight.toml lists them all."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from safelight import paths as _paths
+from safelight.errors import BadConfig
+
+_WINDOW = re.compile(r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")
+
+
+def _window(value: str) -> str:
+    if value and not _WINDOW.match(value):
+        raise ValueError('write it as "23:00-07:00", or "" for none')
+    return value
+
+
+def _gib(value: float | str) -> float | str:
+    if isinstance(value, str) and value != "auto":
+        raise ValueError('write a number of GiB, or "auto"')
+    return value
+
+
+Gib = Annotated[float | Literal["auto"], AfterValidator(_gib)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PathsSection(_Section):
+    inbox: str = "~/safelight/inbox"
+    outbox: str = "~/safelight/outbox"
+    state: str = ""
+    models: str = ""
+
+
+class QueueSection(_Section):
+    url: str = ""
+    keep_days: int = Field(default=14, ge=1)
+
+
+class DeadlineSection(_Section):
+    """Seconds without progress after which the worker kills the engine, by phase."""
+
+    load: float = Field(default=900, gt=0)
+    encode: float = Field(default=600, gt=0)
+    denoise: float = Field(default=1800, gt=0)
+    decode: float = Field(default=1800, gt=0)
+    publish: float = Field(default=600, gt=0)
+
+
+class WorkerSection(_Section):
+    device: Literal["cuda", "cpu"] = "cuda"
+    gpu: str = "0"
+    vram_gib: Gib = "auto"
+    ram_gib: Gib = "auto"
+    host_cache_gib: Gib = "auto"
+    release: Literal["warm", "process"] = "warm"
+    idle_exit_s: float = Field(default=600, ge=0)
+    deadline_s: DeadlineSection = DeadlineSection()
+
+
+class DefaultsSection(_Section):
+    """The models of a job that names none."""
+
+    image_model: str = "flux-schnell"
+    video_model: str = "wan-ti2v-5b"
+
+
+class InboxSection(_Section):
+    settle_s: float = Field(default=1.0, ge=0)
+    partner_s: float = Field(default=60.0, ge=0)
+    max_jobs_per_file: int = Field(default=10_000, ge=1)
+
+
+class PolicySection(_Section):
+    on_battery: Literal["pause", "run"] = "pause"
+    window: Annotated[str, AfterValidator(_window)] = ""
+    min_free_disk_gib: float = Field(default=2, ge=0)
+
+
+class OutputSection(_Section):
+    metadata: bool = True
+
+
+class Settings(_Section):
+    """The settings file as written; every default is here and nowhere else."""
+
+    paths: PathsSection = PathsSection()
+    queue: QueueSection = QueueSection()
+    worker: WorkerSection = WorkerSection()
+    defaults: DefaultsSection = DefaultsSection()
+    inbox: InboxSection = InboxSection()
+    policy: PolicySection = PolicySection()
+    output: OutputSection = OutputSection()
+    models: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One installation: its settings, the file they came from (which may not exist) and its folders."""
+
+    settings: Settings
+    source: Path
+    paths: _paths.Paths
+
+    @cached_property
+    def url(self) -> str:
+        """The queue server's URL; the embedded server's socket when none is configured."""
+        return self.settings.queue.url or f"unix://{self.paths.socket}"
+
+    @property
+    def embedded(self) -> bool:
+        return not self.settings.queue.url
+
+
+def load(env: Mapping[str, str] | None = None, file: Path | None = None) -> Config:
+    """Return the settings of the installation that `env` points at.
+
+    The file is `file`, else SAFELIGHT_CONFIG, else `safelight.toml` in the configuration folder. A file that was
+    named must exist; the default one need not.
+
+    Raises:
+        BadConfig: the file cannot be read or says something illegal; every fault is listed.
+    """
+    env = os.environ if env is None else env
+    named = file or (Path(env["SAFELIGHT_CONFIG"]).expanduser() if env.get("SAFELIGHT_CONFIG") else None)
+    source = named or _paths.config_home(env) / "safelight.toml"
+    settings = _read(source, must_exist=named is not None)
+    state = _folder(settings.paths.state, source) or _paths.state_home(env)
+    folders = _paths.Paths(
+        inbox=_folder(settings.paths.inbox, source) or Path(),
+        outbox=_folder(settings.paths.outbox, source) or Path(),
+        state=state,
+        models=_folder(settings.paths.models, source) or _paths.data_home(env) / "models",
+        runtime=_paths.runtime_home(env, state),
+    )
+    return Config(settings=settings, source=source, paths=folders)
+
+
+def _folder(written: str, source: Path) -> Path | None:
+    """Expand `~` and take a relative path as relative to the settings file, so that a folder can be moved whole."""
+    return (source.parent / Path(written).expanduser()).absolute() if written else None
+
+
+def _read(source: Path, *, must_exist: bool) -> Settings:
+    try:
+        raw = tomllib.loads(source.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if must_exist:
+            raise BadConfig(f"{source}: there is no such settings file. Write it, or unset SAFELIGHT_CONFIG.") from None
+        return Settings()
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadConfig(f"{source}: {error}.") from error
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        raise BadConfig("\n".join(f"{source}: {_explain(fault)}" for fault in error.errors())) from error
+
+
+def _explain(fault: Mapping[str, Any]) -> str:
+    """Return pydantic's fault as a sentence a person can act on, with the nearest known key."""
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] != "extra_forbidden":
+        return f"{where} = {fault['input']!r}: {fault['msg']}."
+    known = known_keys()
+    near = difflib.get_close_matches(where, known, n=1, cutoff=0.5)
+    key = where.rsplit(".", 1)[-1]
+    near = near or [name for name in known if name.rsplit(".", 1)[-1] == key]
+    return f"{where}: no such setting." + (f" Did you mean {near[0]}?" if near else "")
+
+
+def known_keys() -> list[str]:
+    """Return every setting as `section.key`."""
+
+    def walk(model: type[BaseModel], prefix: str) -> list[str]:
+        keys: list[str] = []
+        for name, field in model.model_fields.items():
+            inner = field.annotation
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                keys += walk(inner, f"{prefix}{name}.")
+            else:
+                keys.append(prefix + name)
+        return keys
+
+    return walk(Settings, "")
+
+
+def shipped(name: str) -> Path:
+    """Return the path of a file or folder that comes with safelight: from the wheel, or from the checkout.
+
+    `models.toml`, `safelight.toml`, `samples`, `systemd`.
+    """
+    in_wheel = Path(__file__).parent / "shipped" / name
+    if in_wheel.exists():
+        return in_wheel
+    checkout = Path(__file__).parents[2]
+    return checkout / name if name == "systemd" else checkout / "config" / name

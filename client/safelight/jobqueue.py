@@ -1,0 +1,406 @@
+"""The queue: one waiting line shared by all workers, in Redis. The only client file that speaks Redis.
+
+Keys (all below `safelight:`): `job:<id>` a hash with the spec, state and verdict; `waiting` the line, a sorted set
+ordered by place ("<priority>:<not_before>:<id>"); `running` id -> worker; `ended` id by time; `batch:<name>` ids;
+`workers`, `worker:<name>`, `wake:<name>`, `holds:<name>`; `cancel:<id>`; `ledger` set once a worker has filled
+the line from the ledger, absent after a wipe. Every change of state is one Lua script (safelight/lua).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import redis
+from redis.backoff import ExponentialBackoff
+from redis.retry import Retry
+
+from safelight.errors import BadConfig, QueueUnreachable
+from safelight.jobspec import PRIORITIES, JobSpec
+from safelight.machine import Machine
+from safelight.plan import Calibration, Pace
+from safelight.receipt import Receipt
+
+SUBMIT_CHUNK = 500
+"""Jobs a script call: 500 of 1.2 KB keep the server busy for about 10 ms."""
+
+LIST_CHUNK = 2_000
+
+SERVER_MIN = {"valkey": (7, 2), "redis": (6, 2)}
+"""The oldest versions with the reliable path (BLMOVE) and, for Valkey, WAITAOF."""
+
+DAY_S = 86_400
+
+
+@dataclass(frozen=True)
+class Row:
+    """One job as a listing shows it."""
+
+    id: str
+    state: str
+    attempts: int
+    kind: str
+    model: str
+    batch: str
+    prompt: str
+    error: str
+    outputs: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "id": self.id, "state": self.state, "model": self.model, "kind": self.kind, "batch": self.batch,
+            "prompt": self.prompt, "attempts": self.attempts, "outputs": list(self.outputs),
+            "error": self.error or None,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WorkerRow:
+    """One worker as `status` shows it."""
+
+    name: str
+    device: str
+    seen_at: float
+    job: str | None
+    holds: dict[str, str]
+    machine: Machine | None
+    engine: str
+
+
+@cache
+def _script(name: str) -> str:
+    return (Path(__file__).parent / "lua" / f"{name}.lua").read_text(encoding="utf-8")
+
+
+def check_url(url: str) -> None:
+    """Refuse a queue that anybody on the network could read or fill.
+
+    Raises:
+        BadConfig: a TCP URL off this machine without TLS, or without a password.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "unix":
+        return
+    if parts.scheme not in ("redis", "rediss"):
+        raise BadConfig(f"[queue] url = {url!r}: unknown scheme. Use unix://, rediss:// or redis:// on loopback.")
+    loopback = parts.hostname in ("localhost", "127.0.0.1", "::1")
+    if parts.scheme == "redis" and not loopback:
+        raise BadConfig(f"[queue] url: {parts.hostname} without TLS. Use rediss://, or a unix socket.")
+    if not parts.password:
+        raise BadConfig("[queue] url: no password. Jobs on this queue run on your GPU: give the server one.")
+
+
+def connect(url: str, *, timeout_s: float = 5.0, retries: int = 3) -> redis.Redis:
+    """Return a connection that has answered a PING.
+
+    Raises:
+        QueueUnreachable: nothing answers.
+        BadConfig: the URL is not safe to use.
+    """
+    check_url(url)
+    backoff = Retry(ExponentialBackoff(cap=1.0, base=0.05), retries)
+    server = redis.Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=backoff)
+    try:
+        server.ping()
+    except redis.BusyLoadingError as error:
+        raise QueueUnreachable(f"{_shown(url)} is still loading its data. Try again in a moment.") from error
+    except (redis.ConnectionError, redis.TimeoutError) as error:
+        start = "Start it: systemctl --user start safelight.target, or safelight up."
+        raise QueueUnreachable(f"The queue at {_shown(url)} does not answer. {start}") from error
+    except redis.AuthenticationError as error:
+        raise BadConfig(f"The queue at {_shown(url)} refused the password of [queue] url.") from error
+    return server
+
+
+def _shown(url: str) -> str:
+    return re.sub(r"://[^@/]*@", "://***@", url)
+
+
+def check_server(server: redis.Redis) -> None:
+    """Refuse a server on which jobs could be lost.
+
+    Raises:
+        BadConfig: too old, evicting, or without an append-only file.
+    """
+    facts: dict[str, Any] = server.info()
+    name = str(facts.get("server_name", "redis"))
+    version = str(facts.get("valkey_version" if name == "valkey" else "redis_version", "0.0"))
+    oldest = SERVER_MIN.get(name, SERVER_MIN["redis"])
+    numbers = tuple(int(part) for part in version.split(".")[:2])
+    faults = []
+    if numbers < oldest:
+        faults.append(f"{name} {version} is older than {oldest[0]}.{oldest[1]}")
+    if facts.get("maxmemory_policy", "noeviction") != "noeviction":
+        faults.append(f"its maxmemory-policy is {facts['maxmemory_policy']}, which deletes jobs: set noeviction")
+    if not int(facts.get("aof_enabled", 0)):
+        faults.append("it keeps no append-only file: set appendonly yes")
+    if faults:
+        raise BadConfig(f"The queue server cannot keep jobs safe: {'; '.join(faults)}.")
+
+
+def place(spec: JobSpec) -> str:
+    """Return where a job stands in the line: priority, then not_before, then order of submission (its id)."""
+    not_before = int(datetime.fromisoformat(spec.not_before).timestamp()) if spec.not_before else 0
+    return f"{PRIORITIES.index(spec.priority)}:{not_before:012d}:{spec.id}"
+
+
+def _brief(spec: JobSpec) -> str:
+    shown = {"kind": spec.kind, "model": spec.model, "batch": spec.batch, "prompt": spec.prompt[:120],
+             "steps": spec.num_inference_steps, "size": [spec.width, spec.height, spec.num_frames]}  # fmt: skip
+    return json.dumps(shown, ensure_ascii=False, separators=(",", ":"))
+
+
+def _flat(fields: Mapping[str, str]) -> list[str]:
+    """Return names and values in turn, as HSET takes them."""
+    return [part for pair in fields.items() for part in pair]
+
+
+class JobQueue:
+    """The waiting line and what stands in it, as clients and workers use it."""
+
+    def __init__(self, server: redis.Redis, *, keep_days: int = 14) -> None:
+        self.server = server
+        self.keep_s = keep_days * DAY_S
+
+    def _run(self, script: str, *arguments: Any) -> Any:
+        """Run a script by its digest; the server learns it again after a restart."""
+        return self._registered(script)(args=arguments)
+
+    @cache  # noqa: B019 - one queue object lives as long as its process
+    def _registered(self, script: str) -> Any:
+        return self.server.register_script(_script(script))
+
+    # -- submitting -------------------------------------------------------------------------------------------
+
+    def submit(self, specs: Iterable[JobSpec]) -> list[str]:
+        """Put jobs into the line, each at most once, and return the ids that were new.
+
+        The ledger must hold them already, or the AOF is their only record.
+        """
+        new: list[str] = []
+        chunk: list[str] = []
+        for spec in specs:
+            text = spec.model_dump_json(exclude_none=True)
+            chunk += [spec.id, place(spec), _brief(spec), text, spec.batch]
+            if len(chunk) >= SUBMIT_CHUNK * 5:
+                new += self._submit(chunk)
+                chunk = []
+        if chunk:
+            new += self._submit(chunk)
+        return new
+
+    def _submit(self, chunk: list[str]) -> list[str]:
+        return [bytes(item).decode() for item in self._run("submit", *chunk)]
+
+    def wait_durable(self, timeout_ms: int = 5_000) -> bool:
+        """Wait until what this connection wrote is in the server's append-only file (Valkey and Redis 7.2+)."""
+        answer = cast("Sequence[int]", self.server.waitaof(1, 0, timeout_ms))
+        return int(answer[0]) >= 1
+
+    # -- looking ----------------------------------------------------------------------------------------------
+
+    def waiting_ids(self) -> list[str]:
+        """Return the ids of the line in order."""
+        places = cast("list[bytes]", self.server.zrange("safelight:waiting", 0, -1))
+        return [item.decode().split(":", 2)[2] for item in places]
+
+    def running(self) -> dict[str, str]:
+        """Return what runs: id -> worker."""
+        pairs = cast("dict[bytes, bytes]", self.server.hgetall("safelight:running"))
+        return {job.decode(): worker.decode() for job, worker in pairs.items()}
+
+    def ended_ids(self) -> list[str]:
+        """Return the ids of ended jobs that the queue still lists, oldest first."""
+        forgotten = time.time() - self.keep_s
+        self.server.zremrangebyscore("safelight:ended", "-inf", forgotten)
+        return [item.decode() for item in cast("list[bytes]", self.server.zrange("safelight:ended", 0, -1))]
+
+    def batch_ids(self, batch: str) -> list[str]:
+        return sorted(item.decode() for item in cast("set[bytes]", self.server.smembers(f"safelight:batch:{batch}")))
+
+    def counts(self) -> dict[str, int]:
+        """Return how many jobs wait, run and have ended."""
+        with self.server.pipeline(transaction=False) as pipe:
+            pipe.zcard("safelight:waiting")
+            pipe.hlen("safelight:running")
+            pipe.zcard("safelight:ended")
+            waiting, running, ended = pipe.execute()
+        return {"queued": waiting, "running": running, "ended": ended}
+
+    def rows(self, ids: Sequence[str]) -> Iterator[Row]:
+        """Yield the listing rows of jobs in the order of `ids`; unknown ones are left out."""
+        for start in range(0, len(ids), LIST_CHUNK):
+            for raw in self._run("briefs", *ids[start : start + LIST_CHUNK]):
+                job, state, attempts, brief, error, outputs = (bytes(part).decode() for part in raw)
+                shown = json.loads(brief)
+                yield Row(
+                    id=job,
+                    state=state,
+                    attempts=int(attempts),
+                    kind=shown.get("kind", ""),
+                    model=shown.get("model", ""),
+                    batch=shown.get("batch", ""),
+                    prompt=shown.get("prompt", ""),
+                    error=error,
+                    outputs=tuple(json.loads(outputs)),
+                )
+
+    def state(self, job: str) -> str | None:
+        raw = cast("bytes | None", self.server.hget(f"safelight:job:{job}", "state"))
+        return raw.decode() if raw else None
+
+    def spec(self, job: str) -> JobSpec | None:
+        raw = cast("bytes | None", self.server.hget(f"safelight:job:{job}", "spec"))
+        return JobSpec.model_validate(json.loads(raw), strict=False) if raw else None
+
+    def fields(self, job: str) -> dict[str, str]:
+        """Return all that the queue knows of one job, {} when it knows nothing."""
+        raw = cast("dict[bytes, bytes]", self.server.hgetall(f"safelight:job:{job}"))
+        return {name.decode(): value.decode() for name, value in raw.items()}
+
+    def matching(self, written: str) -> list[str]:
+        """Return the ids that a person may mean by `written`: exactly it, else those that contain it."""
+        if self.server.exists(f"safelight:job:{written}"):
+            return [written]
+        everything = [*self.running(), *self.waiting_ids(), *self.ended_ids()]
+        return [job for job in everything if written in job] if len(written) >= 4 else []
+
+    # -- changing ---------------------------------------------------------------------------------------------
+
+    def cancel(self, ids: Sequence[str]) -> list[str]:
+        """Cancel jobs and return for each `cancelled`, `asked` (it runs), its state, or `unknown`."""
+        answers: list[str] = []
+        for start in range(0, len(ids), LIST_CHUNK):
+            chunk = ids[start : start + LIST_CHUNK]
+            raw = self._run("cancel", int(time.time()), self.keep_s, *chunk)
+            answers += [bytes(item).decode() for item in raw]
+        return answers
+
+    def requeue(self, job: str) -> bool:
+        """Put an ended job back into the line; its receipt must have been put aside."""
+        return bool(self._run("requeue", job))
+
+    # -- the worker's side ------------------------------------------------------------------------------------
+
+    def next_due(self, classes: Sequence[int], now: float) -> tuple[str | None, float | None]:
+        """Return the place of the next due job, or None and the seconds until one is due (None: none is)."""
+        raw_place, due_in = self._run("next", int(now), *classes)
+        found = bytes(raw_place).decode()
+        return (found or None), (None if due_in < 0 else float(due_in))
+
+    def dispatch(
+        self, worker: str, where: str, rq_queue_key: str, rq_queue_name: str, rq_job_id: str, rq_job_key: str,
+        rq_fields: Sequence[Any],
+    ) -> bool:  # fmt: skip
+        """Move the job at `where` into the worker's own RQ queue; False when it is gone or the worker may not."""
+        job = where.split(":", 2)[2]
+        arguments = (worker, where, job, rq_queue_key, rq_job_key, rq_queue_name, rq_job_id)
+        return bool(self._run("dispatch", *arguments, *rq_fields))
+
+    def conclude(self, receipt: Receipt, worker: str) -> bool:
+        """Tell the queue how a running job ended; False when it was not this worker's."""
+        fields = ["attempts", receipt.attempts, "error", receipt.error or "",
+                  "outputs", json.dumps([output.path for output in receipt.outputs])]  # fmt: skip
+        return bool(self._run("conclude", receipt.id, worker, receipt.state, int(time.time()), self.keep_s, *fields))
+
+    def give_back(self, job: str, worker: str, attempts: int) -> bool:
+        """Put a running job back to its own place in the line."""
+        return bool(self._run("conclude", job, worker, "queued", 0, self.keep_s, "attempts", attempts))
+
+    def wait_for_wake(self, worker: str, timeout_s: float) -> None:
+        """Block until something was submitted, a hold changed, or the time is over."""
+        self.server.blpop([f"safelight:wake:{worker}"], timeout=max(timeout_s, 0.01))
+
+    def wake(self, worker: str) -> None:
+        self.server.lpush(f"safelight:wake:{worker}", 1)
+
+    def wake_all(self) -> None:
+        for worker in cast("set[bytes]", self.server.smembers("safelight:workers")):
+            self.wake(worker.decode())
+
+    def wait_for_cancel(self, job: str, timeout_s: float) -> bool:
+        """Block until someone asks to cancel the job; False when the time is over."""
+        return self.server.blpop([f"safelight:cancel:{job}"], timeout=max(timeout_s, 0.01)) is not None
+
+    def progress(self, job: str, progress: dict[str, Any]) -> None:
+        self.server.hset(f"safelight:job:{job}", "progress", json.dumps(progress))
+
+    # -- workers and holds ------------------------------------------------------------------------------------
+
+    def publish_worker(self, name: str, ttl_s: int, **fields: str) -> None:
+        """Say that a worker lives and what it is; forgotten `ttl_s` after the last word from it."""
+        with self.server.pipeline() as pipe:
+            pipe.sadd("safelight:workers", name)
+            pipe.hset(f"safelight:worker:{name}", items=_flat({"seen_at": str(time.time()), **fields}))
+            pipe.expire(f"safelight:worker:{name}", ttl_s)
+            pipe.execute()
+
+    def forget_worker(self, name: str) -> None:
+        with self.server.pipeline() as pipe:
+            pipe.srem("safelight:workers", name)
+            pipe.delete(f"safelight:worker:{name}", f"safelight:wake:{name}", f"safelight:holds:{name}")
+            pipe.execute()
+
+    def set_holds(self, worker: str, holds: dict[str, str]) -> None:
+        """Replace the named reasons for which a worker starts nothing."""
+        key = f"safelight:holds:{worker}"
+        with self.server.pipeline() as pipe:
+            pipe.delete(key)
+            if holds:
+                pipe.hset(key, items=_flat(holds))
+            pipe.execute()
+
+    def workers(self) -> list[WorkerRow]:
+        """Return the workers that have been heard of lately."""
+        rows = []
+        running = {worker: job for job, worker in self.running().items()}
+        for raw in sorted(cast("set[bytes]", self.server.smembers("safelight:workers"))):
+            name = raw.decode()
+            fields = {k.decode(): v.decode() for k, v in
+                      cast("dict[bytes, bytes]", self.server.hgetall(f"safelight:worker:{name}")).items()}  # fmt: skip
+            if not fields:
+                continue
+            holds = {k.decode(): v.decode() for k, v in
+                     cast("dict[bytes, bytes]", self.server.hgetall(f"safelight:holds:{name}")).items()}  # fmt: skip
+            machine = Machine.model_validate_json(fields["machine"]) if "machine" in fields else None
+            rows.append(WorkerRow(name, fields.get("device", ""), float(fields["seen_at"]), running.get(name),
+                                  holds, machine, fields.get("engine", "")))  # fmt: skip
+        return rows
+
+    def set_user_hold(self, reason: str) -> None:
+        self.server.set("safelight:paused", reason)
+        self.wake_all()
+
+    def lift_user_hold(self) -> None:
+        self.server.delete("safelight:paused")
+        self.wake_all()
+
+    def user_hold(self) -> str | None:
+        raw = cast("bytes | None", self.server.get("safelight:paused"))
+        return raw.decode() if raw is not None else None
+
+    # -- the ledger's mark, and the pace ----------------------------------------------------------------------
+
+    def filled(self) -> bool:
+        """Whether a worker has filled the line from the ledger since the server last lost everything."""
+        return bool(self.server.exists("safelight:ledger"))
+
+    def mark_filled(self) -> None:
+        self.server.set("safelight:ledger", int(time.time()))
+
+    def set_calibration(self, calibration: Calibration) -> None:
+        if calibration:
+            paces = {key: pace.model_dump_json() for key, pace in calibration.items()}
+            self.server.hset("safelight:pace", items=_flat(paces))
+
+    def calibration(self) -> Calibration:
+        raw = cast("dict[bytes, bytes]", self.server.hgetall("safelight:pace"))
+        return {key.decode(): Pace.model_validate_json(value) for key, value in raw.items()}

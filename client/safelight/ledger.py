@@ -1,0 +1,212 @@
+"""The ledger: plain files that say what was accepted, started and ended. The queue in Redis can be lost; this cannot.
+
+    state/jobs/<submission>.jsonl    the specs of one submission, synced before any of them is queued
+    state/jobs/closed/               submissions whose every job has ended
+    state/attempts/<id>.json         written before the GPU starts
+    state/publishing/<id>.json       the receipt to be, while outputs are being renamed into place
+    state/receipts/<id>.json         done, failed, quarantined or cancelled
+
+Every file is written whole (safelight.durable). Knows no Redis.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from safelight import durable
+from safelight.errors import LedgerDamaged
+from safelight.jobspec import JobSpec
+from safelight.paths import Paths
+from safelight.receipt import Receipt
+
+_last_submission_ms = 0
+
+
+def submission_id(now: datetime) -> str:
+    """Return a new submission's id: it sorts by time, also within one millisecond of this process.
+
+    The random part keeps two processes apart that submit in the same millisecond.
+    """
+    global _last_submission_ms  # one process never hands out an id that sorts before an earlier one
+    _last_submission_ms = max(int(now.timestamp() * 1000), _last_submission_ms + 1)
+    moment = datetime.fromtimestamp(_last_submission_ms / 1000, UTC)
+    return f"{moment:%Y%m%d-%H%M%S}-{_last_submission_ms % 1000:03d}{secrets.token_hex(2)}"
+
+
+def job_id(submission: str, index: int) -> str:
+    """Return the id of one job of a submission; ids sort in the order of submission."""
+    return f"{submission}-{index:05d}"
+
+
+def submission_of(job: str) -> str:
+    return job.rsplit("-", 1)[0]
+
+
+class Attempts(BaseModel):
+    """How often a job was started, and how it came back."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    v: int = 1
+    id: str
+    attempts: int = 0
+    crashes: int = 0
+    """Times it broke the engine: counted towards quarantine."""
+    returns: int = 0
+    """Times the machine took it back: not counted, but capped."""
+    running: bool = False
+    """Started, and neither ended nor given back since."""
+
+
+class Ledger:
+    """The ledger of one installation."""
+
+    def __init__(self, paths: Paths) -> None:
+        self.paths = paths
+
+    def accept(self, submissions: Mapping[str, Sequence[JobSpec]]) -> None:
+        """Write down what was accepted, one file a submission, all synced when this returns.
+
+        Raises:
+            OSError: the disk is full or the folder cannot be written; nothing may be queued then.
+        """
+        durable.write_all(
+            (self.paths.jobs / f"{submission}.jsonl", _lines(specs)) for submission, specs in submissions.items()
+        )
+
+    def writable(self) -> bool:
+        """Whether this client can write the ledger (one on another host, or of another user, cannot)."""
+        try:
+            self.paths.jobs.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return False
+        return os.access(self.paths.jobs, os.W_OK | os.X_OK)
+
+    def accepted(self) -> Iterator[JobSpec]:
+        """Yield every spec of every submission that is not closed, in order of submission.
+
+        Raises:
+            LedgerDamaged: a file cannot be read; it is named.
+        """
+        for file in sorted(self.paths.jobs.glob("[!.]*.jsonl")):
+            yield from _read_specs(file)
+
+    def submission(self, submission: str) -> list[JobSpec]:
+        """Return the specs of one submission, closed or not; [] when there is none."""
+        for folder in (self.paths.jobs, self.paths.jobs / "closed"):
+            file = folder / f"{submission}.jsonl"
+            if file.is_file():
+                return list(_read_specs(file))
+        return []
+
+    def spec(self, job: str) -> JobSpec | None:
+        return next((spec for spec in self.submission(submission_of(job)) if spec.id == job), None)
+
+    def close_ended(self) -> None:
+        """Move the submissions whose every job has a receipt aside, so that a start reads only what is open."""
+        ended = self.ended()
+        closed = self.paths.jobs / "closed"
+        for file in sorted(self.paths.jobs.glob("[!.]*.jsonl")):
+            if all(spec.id in ended for spec in _read_specs(file)):
+                closed.mkdir(exist_ok=True)
+                file.replace(closed / file.name)
+
+    def ended(self) -> set[str]:
+        """Return the ids of all jobs that have a receipt."""
+        try:
+            return {name[:-5] for name in os.listdir(self.paths.receipts) if name.endswith(".json") and name[0] != "."}
+        except FileNotFoundError:
+            return set()
+
+    def receipt(self, job: str) -> Receipt | None:
+        """Return how a job ended, or None.
+
+        Raises:
+            LedgerDamaged: the file is there and cannot be read back.
+        """
+        return _read_receipt(self.paths.receipts / f"{job}.json")
+
+    def record(self, receipt: Receipt) -> None:
+        """Write down how a job ended; it is durable when this returns."""
+        self.record_all([receipt])
+
+    def record_all(self, receipts: Iterable[Receipt]) -> None:
+        durable.write_all((self.paths.receipts / f"{r.id}.json", _json(r)) for r in receipts)
+
+    def reopen(self, job: str) -> None:
+        """Put a receipt aside, so that the job can run again; the old one is kept as receipts/old/<id>.<n>.json."""
+        receipt = self.paths.receipts / f"{job}.json"
+        old = self.paths.receipts / "old"
+        old.mkdir(parents=True, exist_ok=True)
+        taken = len(list(old.glob(f"{job}.*.json")))
+        receipt.replace(old / f"{job}.{taken + 1}.json")
+        (self.paths.attempts / f"{job}.json").unlink(missing_ok=True)
+        closed = self.paths.jobs / "closed" / f"{submission_of(job)}.jsonl"
+        if closed.is_file():
+            closed.replace(self.paths.jobs / closed.name)
+        durable.sync_folder(self.paths.receipts)
+
+    def intend(self, receipt: Receipt) -> None:
+        """Write down what is about to be published: from here on the job is finished, whatever dies."""
+        durable.write(self.paths.publishing / f"{receipt.id}.json", _json(receipt))
+
+    def intended(self, job: str) -> Receipt | None:
+        return _read_receipt(self.paths.publishing / f"{job}.json")
+
+    def fulfil(self, job: str) -> None:
+        """Turn the intention into the receipt: its files have their final names."""
+        self.paths.receipts.mkdir(parents=True, exist_ok=True)
+        (self.paths.publishing / f"{job}.json").replace(self.paths.receipts / f"{job}.json")
+        durable.sync_folder(self.paths.receipts)
+        durable.sync_folder(self.paths.publishing)
+
+    def attempts(self, job: str) -> Attempts:
+        """Return how often a job was started.
+
+        Raises:
+            LedgerDamaged: the file is there and cannot be read back.
+        """
+        file = self.paths.attempts / f"{job}.json"
+        try:
+            return Attempts.model_validate_json(file.read_bytes())
+        except FileNotFoundError:
+            return Attempts(id=job)
+        except ValidationError as error:
+            raise LedgerDamaged(f"{file}: not an attempts file. Move it aside to forget the attempts.") from error
+
+    def note(self, attempts: Attempts) -> None:
+        """Write the attempts of a job; durable when this returns."""
+        durable.write(self.paths.attempts / f"{attempts.id}.json", _json(attempts))
+
+
+def _json(value: BaseModel) -> bytes:
+    return value.model_dump_json(exclude_none=True).encode() + b"\n"
+
+
+def _lines(specs: Iterable[JobSpec]) -> bytes:
+    return b"".join(_json(spec) for spec in specs)
+
+
+def _read_specs(file: Path) -> Iterator[JobSpec]:
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        try:
+            yield JobSpec.model_validate(json.loads(line), strict=False)
+        except (ValueError, ValidationError) as error:
+            remedy = "Move the file aside to go on without it."
+            raise LedgerDamaged(f"{file}:{number}: not a job of safelight ({error}). {remedy}") from error
+
+
+def _read_receipt(file: Path) -> Receipt | None:
+    try:
+        return Receipt.model_validate(json.loads(file.read_bytes()), strict=False)
+    except FileNotFoundError:
+        return None
+    except (ValueError, ValidationError) as error:
+        raise LedgerDamaged(f"{file}: not a receipt of safelight ({error}).") from error

@@ -1,0 +1,63 @@
+"""What happened: one frozen, versioned value an ended job. The ledger keeps it; a copy lies beside the output."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from safelight.jobspec import JobSpec
+from safelight.machine import Machine
+from safelight.plan import Plan
+
+EndState = Literal["done", "failed", "quarantined", "cancelled"]
+Phase = Literal["plan", "load", "encode", "denoise", "decode", "verify", "publish"]
+
+
+class Output(BaseModel):
+    """One published file. `path` is relative to the outbox as it was then."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    sha256: str
+    bytes: int
+    width: int
+    height: int
+    num_frames: int | None = None
+    fps: int | None = None
+
+
+class PhaseRecord(BaseModel):
+    """What one phase took: seconds, and the peak it held on the device and in host RAM."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seconds: float
+    device_peak_bytes: int = 0
+    host_peak_bytes: int = 0
+
+
+class Receipt(BaseModel):
+    """The record of one ended job. `done` means: verified, fsynced, and this receipt in the ledger."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    v: Literal[1] = 1
+    id: str
+    state: EndState
+    spec: JobSpec
+    plan: Plan | None = None
+    outputs: tuple[Output, ...] = ()
+    error: str | None = None
+    phase: Phase | None = None
+    """Where it failed."""
+    attempts: int = 0
+    started_at: str | None = None
+    finished_at: str
+    phases: dict[str, PhaseRecord] = Field(default_factory=dict)
+    seconds_per_step: float | None = None
+    device_bytes_after: int | None = None
+    """What the device still held for this process after everything was given back."""
+    machine: Machine | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
