@@ -1,0 +1,85 @@
+"""What flows back from a running job: phases, steps, and whether somebody asked to stop it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from safelight.receipt import Phase, PhaseRecord
+
+
+class Cancelled(BaseException):
+    """The person cancelled the job, or the worker took it back.
+
+    Derives from BaseException so that no library's `except Exception` between a transformer block and the engine
+    can swallow it.
+    """
+
+
+class Meter(Protocol):
+    """Reads what the process holds; the engine's reads the GPU, a test's may read nothing."""
+
+    def reset(self) -> None: ...
+
+    def peaks(self) -> tuple[int, int]:
+        """Return the peak bytes on the device and in host RAM since `reset`."""
+        ...
+
+
+class Watch:
+    """Passed down through a job: it tells the worker how far the job is and stops it when asked.
+
+    `step` and `check` raise Cancelled. Call `check` wherever seconds can pass without a step: before each block of a
+    transformer, between two frames of a decode.
+    """
+
+    def __init__(self, send: Callable[[dict[str, Any]], None], stop: threading.Event, meter: Meter) -> None:
+        self._send = send
+        self._stop = stop
+        self._meter = meter
+        self.current: Phase = "plan"
+        self.records: dict[str, PhaseRecord] = {}
+        self.seconds_per_step: float | None = None
+        self._phase_started = time.monotonic()
+
+    def check(self) -> None:
+        if self._stop.is_set():
+            raise Cancelled
+
+    @contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        """Run one phase of the job: announced, timed, and its peaks recorded."""
+        self.check()
+        self.current = name
+        self._phase_started = time.monotonic()
+        self._meter.reset()
+        self._send({"type": "phase", "phase": name})
+        yield
+        device, host = self._meter.peaks()
+        seconds = time.monotonic() - self._phase_started
+        before = self.records.get(name, PhaseRecord(seconds=0.0))
+        self.records[name] = PhaseRecord(
+            seconds=round(before.seconds + seconds, 3),
+            device_peak_bytes=max(before.device_peak_bytes, device),
+            host_peak_bytes=max(before.host_peak_bytes, host),
+        )
+
+    def step(self, i: int, n: int) -> None:
+        """Say that `i` of `n` steps of this phase are done (denoise) or parts (decode)."""
+        self.check()
+        spent = time.monotonic() - self._phase_started
+        if self.current == "denoise" and i:
+            self.seconds_per_step = round(spent / i, 4)
+        left = spent / i * (n - i) if i else None
+        self._send(
+            {
+                "type": "step",
+                "phase": self.current,
+                "i": i,
+                "n": n,
+                "seconds_left": None if left is None else round(left, 1),
+            }
+        )

@@ -1,0 +1,94 @@
+"""What many tests need: an installation of its own in a temporary folder, and a real queue server."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from safelight import config as settings
+from safelight import jobqueue, ledger, models
+from safelight.config import Config
+from safelight.jobqueue import JobQueue
+from safelight.ledger import Ledger
+from safelight.models import Models
+
+
+@dataclass(frozen=True)
+class Installation:
+    """One safelight in a folder of its own, with tiny models on the CPU."""
+
+    root: Path
+    env: dict[str, str]
+    config: Config
+    models: Models
+    ledger: Ledger
+
+    @property
+    def paths(self) -> settings._paths.Paths:
+        return self.config.paths
+
+
+SETTINGS = """\
+[paths]
+inbox = "{root}/inbox"
+outbox = "{root}/outbox"
+state = "{root}/state"
+models = "{models}"
+[worker]
+device = "cpu"
+[defaults]
+image_model = "tiny-flux-schnell"
+video_model = "tiny-wan-ti2v"
+[inbox]
+settle_s = 0.2
+[policy]
+min_free_disk_gib = 0
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for the tiny models of the whole run: they are built once."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture
+def installation(tiny_models_folder: Path) -> Iterator[Installation]:
+    """An installation that no other meets; its path is short because unix sockets need that."""
+    root = Path(tempfile.mkdtemp(prefix="sl-", dir="/tmp"))
+    file = root / "safelight.toml"
+    file.write_text(SETTINGS.format(root=root, models=tiny_models_folder))
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "SAFELIGHT_"))}
+    env |= {"SAFELIGHT_CONFIG": str(file), "XDG_RUNTIME_DIR": str(root / "run"), "HOME": str(root)}
+    config = settings.load(env)
+    yield Installation(root, env, config, models.load(config), ledger.Ledger(config.paths))
+    shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture
+def queue(installation: Installation) -> Iterator[JobQueue]:
+    """A real server with the flags of the real one, and the queue on it."""
+    from safelightd import redis_server
+
+    paths = installation.paths
+    paths.redis.mkdir(parents=True)
+    paths.socket.parent.mkdir(parents=True)
+    server = subprocess.Popen(
+        redis_server.command(redis_server.find_binary(), paths.socket, paths.redis), stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 20
+    while not paths.socket.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    connection = jobqueue.connect(installation.config.url)
+    yield JobQueue(connection)
+    connection.close()
+    server.kill()
+    server.wait()
