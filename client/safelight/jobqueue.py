@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
 import redis
@@ -39,9 +39,11 @@ SERVER_MIN = {"valkey": (7, 2), "redis": (6, 2)}
 
 DAY_S = 86_400
 
+AWAY = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, redis.OutOfMemoryError)
+"""What a call raises while the server is down, loading (BusyLoadingError is a ConnectionError) or full: try later."""
 
-@dataclass(frozen=True)
-class Row:
+
+class Row(NamedTuple):
     """One job as a listing shows it."""
 
     id: str
@@ -53,13 +55,6 @@ class Row:
     prompt: str
     error: str
     outputs: tuple[str, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "id": self.id, "state": self.state, "model": self.model, "kind": self.kind, "batch": self.batch,
-            "prompt": self.prompt, "attempts": self.attempts, "outputs": list(self.outputs),
-            "error": self.error or None,
-        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -152,9 +147,14 @@ def place(spec: JobSpec) -> str:
     return f"{PRIORITIES.index(spec.priority)}:{not_before:012d}:{spec.id}"
 
 
+BRIEF_SHAPE_END = ',"batch":'
+"""What stands before it in a brief decides how long the job takes."""
+
+
 def _brief(spec: JobSpec) -> str:
-    shown = {"kind": spec.kind, "model": spec.model, "batch": spec.batch, "prompt": spec.prompt[:120],
-             "steps": spec.num_inference_steps, "size": [spec.width, spec.height, spec.num_frames]}  # fmt: skip
+    shown = {"kind": spec.kind, "model": spec.model, "num_inference_steps": spec.num_inference_steps,
+             "width": spec.width, "height": spec.height, "num_frames": spec.num_frames,
+             "batch": spec.batch, "prompt": spec.prompt[:120]}  # fmt: skip
     return json.dumps(shown, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -237,21 +237,34 @@ class JobQueue:
 
     def rows(self, ids: Sequence[str]) -> Iterator[Row]:
         """Yield the listing rows of jobs in the order of `ids`; unknown ones are left out."""
+        for job, state, attempts, brief, error, outputs in self._briefs(ids):
+            shown = json.loads(brief)
+            yield Row(job, state, int(attempts), shown["kind"], shown["model"], shown["batch"], shown["prompt"],
+                      error, tuple(json.loads(outputs)))  # fmt: skip
+
+    def objects(self, ids: Sequence[str], outbox: Path, *, state: str | None = None) -> Iterator[str]:
+        """Yield jobs as JSON objects for scripts, in the order of `ids`; outputs are absolute paths.
+
+        The brief is JSON already and goes in as it is: 100,000 jobs took 1.0 s so and 2.7 s when each was taken apart
+        and written again (2 cores, 2026-11-22).
+        """
+        for job, now, attempts, brief, error, outputs in self._briefs(ids):
+            if state is None or now == state:
+                paths = json.dumps([str(outbox / path) for path in json.loads(outputs)]) if outputs != "[]" else "[]"
+                rest = f'"outputs":{paths},"error":{json.dumps(error) if error else "null"}'
+                yield f'{{"id":"{job}","state":"{now}","attempts":{attempts},{brief[1:-1]},{rest}}}'
+
+    def shapes(self, ids: Sequence[str]) -> dict[str, list[str]]:
+        """Return the ids by what decides how long they take: equal keys mean equal model, steps, size and frames."""
+        found: dict[str, list[str]] = {}
+        for job, _state, _attempts, brief, _error, _outputs in self._briefs(ids):
+            found.setdefault(brief.partition(BRIEF_SHAPE_END)[0], []).append(job)
+        return found
+
+    def _briefs(self, ids: Sequence[str]) -> Iterator[list[str]]:
         for start in range(0, len(ids), LIST_CHUNK):
             for raw in self._run("briefs", *ids[start : start + LIST_CHUNK]):
-                job, state, attempts, brief, error, outputs = (bytes(part).decode() for part in raw)
-                shown = json.loads(brief)
-                yield Row(
-                    id=job,
-                    state=state,
-                    attempts=int(attempts),
-                    kind=shown.get("kind", ""),
-                    model=shown.get("model", ""),
-                    batch=shown.get("batch", ""),
-                    prompt=shown.get("prompt", ""),
-                    error=error,
-                    outputs=tuple(json.loads(outputs)),
-                )
+                yield [part.decode() for part in raw]
 
     def state(self, job: str) -> str | None:
         raw = cast("bytes | None", self.server.hget(f"safelight:job:{job}", "state"))
@@ -310,6 +323,24 @@ class JobQueue:
         fields = ["attempts", receipt.attempts, "error", receipt.error or "",
                   "outputs", json.dumps([output.path for output in receipt.outputs])]  # fmt: skip
         return bool(self._run("conclude", receipt.id, worker, receipt.state, int(time.time()), self.keep_s, *fields))
+
+    def restore(self, receipt: Receipt) -> None:
+        """Put an ended job among the ended ones, whatever the queue remembered of it."""
+        spec = receipt.spec
+        self._run(
+            "restore",
+            receipt.id,
+            place(spec),
+            _brief(spec),
+            spec.model_dump_json(exclude_none=True),
+            spec.batch,
+            receipt.state,
+            receipt.attempts,
+            receipt.error or "",
+            json.dumps([output.path for output in receipt.outputs]),
+            int(datetime.fromisoformat(receipt.finished_at).timestamp()),
+            self.keep_s,
+        )
 
     def give_back(self, job: str, worker: str, attempts: int) -> bool:
         """Put a running job back to its own place in the line."""

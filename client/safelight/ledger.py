@@ -63,6 +63,10 @@ class Attempts(BaseModel):
     """Times the machine took it back: not counted, but capped."""
     running: bool = False
     """Started, and neither ended nor given back since."""
+    worker: str = ""
+    """Who started it last."""
+    lock: str = ""
+    """The lock file that worker holds while it lives."""
 
 
 class Ledger:
@@ -100,14 +104,25 @@ class Ledger:
 
     def submission(self, submission: str) -> list[JobSpec]:
         """Return the specs of one submission, closed or not; [] when there is none."""
-        for folder in (self.paths.jobs, self.paths.jobs / "closed"):
+        for folder in self._folders:
             file = folder / f"{submission}.jsonl"
             if file.is_file():
                 return list(_read_specs(file))
         return []
 
     def spec(self, job: str) -> JobSpec | None:
-        return next((spec for spec in self.submission(submission_of(job)) if spec.id == job), None)
+        """Return what was asked for under this id, closed or not; None when the ledger does not know it."""
+        known = [*self.submission(submission_of(job)), *self.submission(job)]
+        return next((spec for spec in known if spec.id == job), None)
+
+    def knows(self, job: str) -> bool:
+        """Whether the job was written down: with its submission, or alone where its client could not."""
+        names = (f"{submission_of(job)}.jsonl", f"{job}.jsonl")
+        return any((folder / name).is_file() for folder in self._folders for name in names)
+
+    @property
+    def _folders(self) -> tuple[Path, Path]:
+        return self.paths.jobs, self.paths.jobs / "closed"
 
     def close_ended(self) -> None:
         """Move the submissions whose every job has a receipt aside, so that a start reads only what is open."""
@@ -147,7 +162,7 @@ class Ledger:
         old.mkdir(parents=True, exist_ok=True)
         taken = len(list(old.glob(f"{job}.*.json")))
         receipt.replace(old / f"{job}.{taken + 1}.json")
-        (self.paths.attempts / f"{job}.json").unlink(missing_ok=True)
+        self.forget_attempts(job)
         closed = self.paths.jobs / "closed" / f"{submission_of(job)}.jsonl"
         if closed.is_file():
             closed.replace(self.paths.jobs / closed.name)
@@ -180,6 +195,20 @@ class Ledger:
             return Attempts(id=job)
         except ValidationError as error:
             raise LedgerDamaged(f"{file}: not an attempts file. Move it aside to forget the attempts.") from error
+
+    def interrupted(self) -> list[Attempts]:
+        """Return the jobs that were started and have neither ended nor been given back since."""
+        try:
+            names = os.listdir(self.paths.attempts)
+        except FileNotFoundError:
+            return []
+        ended = self.ended()
+        started = [name[:-5] for name in sorted(names) if name.endswith(".json") and name[0] != "."]
+        return [found for job in started if job not in ended and (found := self.attempts(job)).running]
+
+    def forget_attempts(self, job: str) -> None:
+        """Drop the attempts of a job that has ended: its receipt says how many there were."""
+        (self.paths.attempts / f"{job}.json").unlink(missing_ok=True)
 
     def note(self, attempts: Attempts) -> None:
         """Write the attempts of a job; durable when this returns."""

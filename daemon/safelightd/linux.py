@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import select
 import signal
 from collections.abc import Callable
 
@@ -25,3 +27,20 @@ def die_with_parent(parent: int) -> Callable[[], None]:
             os._exit(1)
 
     return arrange
+
+
+def kill_and_await(pid: int) -> None:
+    """SIGKILL the process group that `pid` leads and return when the process is gone, whoever its parent is.
+
+    A pidfd becomes readable when its process has ended (pidfd_open(2)): the GPU memory is free by then.
+    """
+    try:
+        watched = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+        select.select([watched], [], [])
+    finally:
+        os.close(watched)

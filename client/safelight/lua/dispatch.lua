@@ -1,12 +1,14 @@
--- Move one job from the waiting line into a worker's own RQ queue: only while the worker has none and no hold is set.
+-- Move one job from the waiting line into a worker's own RQ queue, unless a hold is set. The worker takes it out before
+-- it dispatches again, so that whatever else lies in that queue is not ours and goes.
 -- ARGV: worker, place, id, RQ queue key, RQ job key, RQ queue's name for rq:queues, RQ job id, then the RQ job's fields and values
 -- Returns 1 when moved, 0 when another worker was faster or this one may not.
 local worker, place, id = ARGV[1], ARGV[2], ARGV[3]
-if redis.call('LLEN', ARGV[4]) > 0 or redis.call('HLEN', 'safelight:holds:' .. worker) > 0 then return 0 end
+if redis.call('HLEN', 'safelight:holds:' .. worker) > 0 then return 0 end
 if redis.call('ZREM', 'safelight:waiting', place) == 0 then return 0 end
 redis.call('HSET', 'safelight:running', id, worker)
 redis.call('HSET', 'safelight:job:' .. id, 'state', 'running', 'worker', worker)
 redis.call('HSET', ARGV[5], unpack(ARGV, 8))
 redis.call('SADD', 'rq:queues', ARGV[6])
+redis.call('DEL', ARGV[4])
 redis.call('RPUSH', ARGV[4], ARGV[7])
 return 1

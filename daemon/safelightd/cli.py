@@ -1,0 +1,123 @@
+"""`safelightd`: the processes of the daemon, one sub-command each. Units and `safelight up` start them."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from safelight.errors import BadConfig, SafelightError
+
+if TYPE_CHECKING:
+    from safelight.config import Config
+
+NEEDED = ("rq", "torch", "diffusers")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="Settings file; else SAFELIGHT_CONFIG.")
+@click.option("-v", "--verbose", is_flag=True, help="Log more.")
+@click.pass_context
+def group(context: click.Context, config_file: Path | None, *, verbose: bool) -> None:
+    """The daemon's processes. People use `safelight`; units and `safelight up` start these."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise BadConfig(
+            f"The daemon is not installed here ({', '.join(missing)} missing). pip install 'safelight[daemon]'"
+        )
+    from safelight import config
+    from safelightd import logs
+
+    logs.set_up(verbose=verbose)
+    context.obj = config.load(file=config_file)
+
+
+@group.command()
+@click.pass_obj
+def redis(config: Config) -> int:
+    """Run the embedded queue server."""
+    from safelightd import redis_server
+
+    return redis_server.serve(config)
+
+
+@group.command()
+@click.pass_obj
+def inbox(config: Config) -> int:
+    """Watch the inbox folder."""
+    from safelightd import inbox_service
+
+    return inbox_service.serve(config)
+
+
+@group.command()
+@click.option("--gpu", help="Index or UUID; else [worker] gpu.")
+@click.pass_obj
+def worker(config: Config, gpu: str | None) -> int:
+    """Run jobs on one GPU."""
+    from safelightd import worker as process
+
+    return process.serve(_with_gpu(config, gpu))
+
+
+@group.command()
+@click.pass_obj
+def up(config: Config) -> int:
+    """Run server, inbox and worker in the foreground until Ctrl-C."""
+    from safelightd.supervisor import Supervisor
+
+    return Supervisor(config).run()
+
+
+@group.command()
+@click.option("--to", "folder", type=click.Path(path_type=Path), help="Where to put the demo; else ./safelight-demo.")
+def demo(folder: Path | None) -> int:
+    """Turn sample prompts into pictures and a clip with tiny models on the CPU, through the whole daemon."""
+    from safelightd import demo as show
+
+    return show.run(folder or Path("safelight-demo"))
+
+
+@group.command()
+@click.pass_obj
+def probe(config: Config) -> int:
+    """Say whether the configured device works; exit 0 or 5."""
+    from safelightd import probe as reading
+
+    machine = reading.read_machine(config)
+    trouble = reading.gpu_is_well(config, machine)
+    click.echo(machine.model_dump_json(indent=1))
+    if trouble:
+        click.echo(trouble, err=True)
+    return 5 if trouble else 0
+
+
+def _with_gpu(config: Config, gpu: str | None) -> Config:
+    from dataclasses import replace
+
+    if gpu is None:
+        return config
+    section = config.settings.worker.model_copy(update={"gpu": gpu})
+    return replace(config, settings=config.settings.model_copy(update={"worker": section}))
+
+
+def main() -> None:
+    """Run one process; the exit code is the class of what went wrong."""
+    try:
+        status = group.main(prog_name="safelightd", standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except SafelightError as error:
+        click.echo(str(error), err=True)
+        sys.exit(error.exit_code)
+    sys.exit(status or 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""`safelight demo`: prompt files become pictures and clips before your eyes, through the whole daemon.
+
+Real server, inbox, worker, engine and diffusers components; only the models are tiny and random, so they draw noise.
+Everything lives in one folder that can be deleted; nothing of an installation is touched.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from safelight import config as settings
+from safelight import jobqueue
+from safelight.config import Config
+from safelight.errors import QueueUnreachable, SafelightError
+from safelight.jobqueue import JobQueue, Row
+from safelight.ledger import Ledger
+from safelightd.supervisor import Supervisor
+
+SETTINGS = """\
+# Written by `safelight demo`: tiny random models on the CPU. Delete this folder when you have seen it.
+[paths]
+inbox = "inbox"
+outbox = "outbox"
+state = "state"
+models = "models"
+[worker]
+device = "cpu"
+[defaults]
+image_model = "tiny-flux-schnell"
+video_model = "tiny-wan-ti2v"
+[policy]
+min_free_disk_gib = 0
+"""
+
+JOBS = 9
+"""What the files below come to."""
+
+PROMPTS = {
+    "night.txt": "# one job a line\na red fox in the snow\na lighthouse at {dawn|dusk}, oil painting\n"
+    '--prompt "a paper boat on a pond" --steps 2 --n_iter 2\n',
+    "portrait.md": "---\nmodel: tiny-flux-dev\nnum_inference_steps: 6\ntrue_cfg_scale: 3\n"
+    "negative_prompt: blurry\n---\na portrait of an old sailor\n",
+    "clips.yaml": "defaults:\n  kind: video\n  num_frames: 9\njobs:\n  - prompt: waves rolling in\n"
+    "  - prompt: clouds over a city\n    model: tiny-wan-t2v-a14b\n",
+    "high/first.txt": "this one is rendered first: its folder says so\n",
+}
+
+
+def run(folder: Path) -> int:
+    """Show everything in `folder`; returns 0 when every job was done and verified.
+
+    Raises:
+        SafelightError: a job did not end well, with its reason.
+    """
+    console = Console(highlight=False)
+    folder = folder.absolute()
+    runtime = tempfile.mkdtemp(prefix="safelight-demo-")  # a unix socket's path must be short
+    os.environ["XDG_RUNTIME_DIR"] = runtime
+    try:
+        config = prepare(folder)
+        console.print(f"[bold]safelight demo[/] in {folder}")
+        drop(config, console)
+        show = _Show(config, console)
+        started = time.monotonic()
+        status = Supervisor(config).run(until=show.ended, poll_s=0.2)
+        if status or show.bad:
+            raise SafelightError("The demo did not finish: " + ("; ".join(show.bad) or f"exit status {status}"))
+        _summary(config, console, time.monotonic() - started)
+    finally:
+        shutil.rmtree(runtime, ignore_errors=True)
+    return 0
+
+
+def prepare(folder: Path) -> Config:
+    """Write the demo's settings and return them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "safelight.toml"
+    file.write_text(SETTINGS, encoding="utf-8")
+    return settings.load(file=file)
+
+
+def drop(config: Config, console: Console) -> None:
+    """Do what a person does in the evening: put prompt files, and a picture beside its text, into the inbox."""
+    from PIL import Image
+
+    inbox = config.paths.inbox
+    for name, text in PROMPTS.items():
+        (inbox / name).parent.mkdir(parents=True, exist_ok=True)
+        (inbox / name).write_text(text, encoding="utf-8")
+        console.print(f"  inbox/{name}")
+    Image.linear_gradient("L").resize((96, 64)).convert("RGB").save(inbox / "sunset.png")
+    (inbox / "sunset.txt").write_text("the sun goes down\n", encoding="utf-8")
+    console.print("  inbox/sunset.png + sunset.txt (animate this picture)")
+
+
+class _Show:
+    """Prints a line when a job starts and when it ends."""
+
+    def __init__(self, config: Config, console: Console) -> None:
+        self._config = config
+        self._console = console
+        self._queue: JobQueue | None = None
+        self._seen: dict[str, str] = {}
+        self.bad: list[str] = []
+
+    def ended(self) -> bool:
+        try:
+            self._queue = self._queue or JobQueue(jobqueue.connect(self._config.url, timeout_s=2.0, retries=0))
+            queue = self._queue
+            rows = list(queue.rows([*queue.running(), *queue.ended_ids()]))
+        except (QueueUnreachable, *jobqueue.AWAY):
+            self._queue = None
+            return False
+        for row in rows:
+            if self._seen.get(row.id) != row.state:
+                self._line(row)
+                self._seen[row.id] = row.state
+        refused = list(self._config.paths.rejected.glob("**/*.error.txt"))
+        self.bad = [f"{row.id}: {row.error}" for row in rows if row.state not in ("running", "done")]
+        self.bad += [file.read_text(encoding="utf-8") for file in refused]
+        over = sum(row.state == "done" for row in rows) == JOBS
+        return over or bool(self.bad)
+
+    def _line(self, row: Row) -> None:
+        colour = {"running": "cyan", "done": "green"}.get(row.state, "red")
+        self._console.print(f"  [{colour}]{row.state:>7}[/] {row.model:<18} {row.prompt}")
+
+
+def _summary(config: Config, console: Console, seconds: float) -> None:
+    ledger = Ledger(config.paths)
+    table = Table("output", "size", "seconds", "seed")
+    for job in sorted(ledger.ended()):
+        receipt = ledger.receipt(job)
+        if receipt is None:
+            continue
+        spent = sum(phase.seconds for phase in receipt.phases.values())
+        for output in receipt.outputs:
+            size = f"{output.width}x{output.height}" + (f"x{output.num_frames}" if output.num_frames else "")
+            table.add_row(output.path, size, f"{spent:.1f}", str(receipt.spec.seed))
+    console.print(table)
+    console.print(f"{JOBS} jobs verified and published in {seconds:.0f} s. Outputs and their receipts:")
+    console.print(str(config.paths.outbox), soft_wrap=True)

@@ -1,0 +1,59 @@
+"""One worker a GPU: a lock file in a folder that user and system workers share. The kernel drops it with its holder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from safelight.config import Config
+from safelight.errors import BadConfig
+from safelight.machine import Machine
+
+SHARED = Path("/dev/shm")  # noqa: S108 - the one world-writable folder that is there on every Linux with glibc and
+# that PrivateTmp does not replace; the file carries no content, only the lock
+
+
+def lock_path(machine: Machine, config: Config) -> Path:
+    """Return the lock of the worker's device. Two installations on the CPU do not meet; two on one GPU do."""
+    if machine.device == "cpu":
+        return config.paths.runtime / "worker-cpu.lock"
+    return SHARED / f"safelight-{machine.uuid}.lock"
+
+
+def take(path: Path) -> int:
+    """Lock the device for as long as the returned descriptor is open.
+
+    Raises:
+        BadConfig: another worker has it.
+    """
+    descriptor = _open(path)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise BadConfig(f"Another worker uses this device ({path}). One worker a GPU: stop the other first.") from None
+    return descriptor
+
+
+def is_taken(path: Path) -> bool:
+    """Whether a worker holds this lock now."""
+    if not path.exists():
+        return False
+    descriptor = _open(path)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _open(path: Path) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # Another user's file in a sticky folder may be opened for reading, not with O_CREAT (fs.protected_regular).
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o444)

@@ -1,0 +1,36 @@
+"""Waiting for an absent queue server: a job that ran for an hour is not lost because Redis was restarted."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from safelight.errors import QueueUnreachable
+from safelight.jobqueue import AWAY
+from safelightd.logs import Log
+
+WAITS_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+"""Between tries; the last repeats until the server is back."""
+
+Answer = TypeVar("Answer")
+log = Log("safelight.queue")
+
+
+def patiently(ask: Callable[[], Answer], stop: threading.Event | None = None) -> Answer:
+    """Return what `ask` answers, trying again for as long as the server is away.
+
+    Raises:
+        QueueUnreachable: `stop` was set meanwhile.
+    """
+    stop = stop or threading.Event()
+    tries = 0
+    while True:
+        try:
+            return ask()
+        except AWAY as error:
+            if tries == 0:
+                log.warning("queue.away", error=error)
+            if stop.wait(WAITS_S[min(tries, len(WAITS_S) - 1)]):
+                raise QueueUnreachable("The queue server is away and the worker was asked to stop.") from error
+            tries += 1

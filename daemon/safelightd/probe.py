@@ -1,0 +1,182 @@
+"""Reads the machine: NVML, /proc/meminfo and the cgroup. Never imports torch.
+
+`python -m safelightd.probe` is the fresh process that tells a job's fault from the machine's: it makes a CUDA context
+through the driver alone, writes memory, reads it back, and exits 0 or 5. A process whose context broke cannot tell.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from safelight.config import Config
+from safelight.errors import NoUsableGpu, SafelightError
+from safelight.machine import GIB, Machine
+
+PROBE_BYTES = 64 * 2**20
+PROBE_TIMEOUT_S = 30
+"""cuInit and a context take 0.2 s (H100, 2026-11-22); a lost GPU can hang them."""
+
+RESERVE_BYTES = 2 * GIB
+"""RAM left to the desktop and the kernel; not promised to a job."""
+
+
+def read_machine(config: Config) -> Machine:
+    """Return what the planner may use now.
+
+    Raises:
+        NoUsableGpu: the configured GPU is not there, or its driver does not answer.
+    """
+    worker = config.settings.worker
+    ram_total, ram_available = _ram()
+    if worker.ram_gib != "auto":
+        ram_available = min(ram_available, int(float(worker.ram_gib) * GIB))
+    cpus = len(os.sched_getaffinity(0))
+    if worker.device == "cpu":
+        return Machine(device="cpu", ram_total_bytes=ram_total, ram_available_bytes=ram_available, cpus=cpus)
+    machine = _read_gpu(worker.gpu).model_copy(
+        update={"ram_total_bytes": ram_total, "ram_available_bytes": ram_available, "cpus": cpus}
+    )
+    if worker.vram_gib == "auto":
+        return machine
+    limit = int(float(worker.vram_gib) * GIB)
+    return machine.model_copy(update={"vram_free_bytes": min(machine.vram_free_bytes, limit)})
+
+
+def _read_gpu(gpu: str) -> Machine:
+    """Ask NVML for the GPU of this index or UUID. It counts all cards: CUDA_VISIBLE_DEVICES means nothing to it."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        raise NoUsableGpu(
+            f"GPU {gpu}: the NVIDIA driver does not answer ({error}). Is it installed and loaded?"
+        ) from error
+    try:
+        card = pynvml.nvmlDeviceGetHandleByIndex(int(gpu)) if gpu.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(gpu)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(card)
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(card)
+        return Machine(
+            device="cuda",
+            gpu=str(pynvml.nvmlDeviceGetName(card)),
+            uuid=str(pynvml.nvmlDeviceGetUUID(card)),
+            capability=(int(major), int(minor)),
+            driver=str(pynvml.nvmlSystemGetDriverVersion()),
+            vram_total_bytes=int(memory.total),
+            vram_free_bytes=int(memory.free),
+            ram_total_bytes=0,
+            ram_available_bytes=0,
+            cpus=1,
+        )
+    except pynvml.NVMLError as error:
+        raise NoUsableGpu(f"GPU {gpu}: {error}. `nvidia-smi -L` lists the GPUs; set [worker] gpu.") from error
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _ram() -> tuple[int, int]:
+    """Return RAM in all, and what a job may take: available, within the cgroup, less a reserve."""
+    fields = {}
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        fields[name] = int(rest.split()[0]) * 1024
+    available = min([fields["MemAvailable"], *cgroup_room()])
+    return fields["MemTotal"], max(available - RESERVE_BYTES, 0)
+
+
+def cgroup_room(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Return what each limiting cgroup above this process still allows: its limit less what cannot be reclaimed."""
+    line = next((line for line in own.read_text().splitlines() if line.startswith("0::")), "0::/")
+    folder = root / line[3:].strip("/")
+    rooms = []
+    while folder != root and folder.is_relative_to(root):
+        limits = [_number(folder / name) for name in ("memory.max", "memory.high")]
+        limit = min((value for value in limits if value is not None), default=None)
+        if limit is not None and (folder / "memory.stat").is_file():
+            stat = dict(part.split() for part in (folder / "memory.stat").read_text().splitlines())
+            held = sum(int(stat.get(name, 0)) for name in ("anon", "unevictable", "kernel"))
+            rooms.append(max(limit - held, 0))
+        folder = folder.parent
+    return rooms
+
+
+def _number(file: Path) -> int | None:
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def gpu_is_well(config: Config, machine: Machine | None) -> str | None:
+    """Ask a fresh process whether the device works; return None when it does, else what is wrong."""
+    if config.settings.worker.device == "cpu":
+        return None
+    uuid = machine.uuid if machine else config.settings.worker.gpu
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "safelightd.probe", uuid],
+            capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"the GPU did not answer within {PROBE_TIMEOUT_S} s"
+    return None if done.returncode == 0 else (done.stderr.strip() or f"the probe ended with {done.returncode}")
+
+
+class _Driver:
+    """The few calls of libcuda that prove a GPU: cuda.h of CUDA 13; all return 0 or an error number."""
+
+    def __init__(self) -> None:
+        try:
+            self._library = ctypes.CDLL("libcuda.so.1")
+        except OSError as error:
+            raise NoUsableGpu(f"libcuda.so.1 cannot be loaded: {error}") from error
+
+    def call(self, name: str, *arguments: object) -> None:
+        status = getattr(self._library, name)(*arguments)
+        if status:
+            raise NoUsableGpu(f"{name} returned {status}")
+
+
+def prove() -> None:
+    """Make a context on the visible GPU, write memory, read it back.
+
+    Raises:
+        NoUsableGpu: with the driver call that failed.
+    """
+    cuda = _Driver()
+    device, context, memory = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_uint64()
+    cuda.call("cuInit", 0)
+    cuda.call("cuDeviceGet", ctypes.byref(device), 0)
+    cuda.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+    cuda.call("cuCtxSetCurrent", context)
+    cuda.call("cuMemAlloc_v2", ctypes.byref(memory), ctypes.c_size_t(PROBE_BYTES))
+    cuda.call("cuMemsetD32_v2", memory, ctypes.c_uint(0x5AFE1164), ctypes.c_size_t(PROBE_BYTES // 4))
+    read = (ctypes.c_uint32 * 2)()
+    last = ctypes.c_uint64(memory.value + PROBE_BYTES - 8)
+    cuda.call("cuMemcpyDtoH_v2", ctypes.byref(read), last, ctypes.c_size_t(8))
+    if list(read) != [0x5AFE1164] * 2:
+        raise NoUsableGpu(f"GPU memory gave back {list(read)}")
+    cuda.call("cuMemFree_v2", memory)
+    cuda.call("cuDevicePrimaryCtxRelease_v2", device)
+
+
+def main() -> int:
+    """Prove the GPU named on the command line; the exit code and one line on stderr are the answer."""
+    if len(sys.argv) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = sys.argv[1]
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    try:
+        prove()
+    except SafelightError as error:
+        print(error, file=sys.stderr)  # noqa: T201 - the answer to the process that asked
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,433 @@
+"""The RQ worker: one GPU, one RQ queue of its own, one job at a time. The only daemon file that imports rq.
+
+RQ keeps its bookkeeping (a forked work horse a job, registries, results); what may never go wrong is ours: jobs come
+from the shared waiting line, one at a time; the GPU is locked; orphans are recovered from the ledger and not from
+RQ's registries; an engine is dead before anything is said about a dead horse; an absent server is waited for.
+Never imports torch: a fork after torch has run hangs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import datetime
+from types import FrameType
+from typing import Any, ClassVar
+
+import redis
+from rq import Queue, Worker
+from rq.exceptions import StopRequested
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from safelight import jobqueue, models
+from safelight.config import Config
+from safelight.errors import NoUsableGpu, QueueUnreachable
+from safelight.jobqueue import AWAY, JobQueue
+from safelight.ledger import Ledger
+from safelight.machine import Machine
+from safelightd import calibration, gpulock, holds, linux, probe, recovery, systemd
+from safelightd.execution import Execution, Place
+from safelightd.horse import Requests, Shared
+from safelightd.link import ENGINE, EngineProcess
+from safelightd.logs import Log
+from safelightd.patience import patiently
+
+JOB_FUNCTION = "safelight.job"
+RESULT_TTL_S = 2 * 86_400
+"""RQ's copy of a result, for whoever looks with RQ's tools; the record is on disk."""
+
+HEARTBEAT_S = 5
+WORKER_TTL_S = 30
+"""RQ forgets a silent worker after this and a minute; `status` after FORGOTTEN_S."""
+
+FORGOTTEN_S = 90
+HOLD_POLL_S = 2.0
+"""How often holds are looked at while one is in force or nothing waits; a submission wakes the worker at once."""
+
+log = Log("safelight.worker")
+
+
+class SafeJob(Job):
+    """A job that can call one function and nothing else, whatever Redis holds (RQ imports any dotted name)."""
+
+    allowed: ClassVar[dict[str, Callable[..., Any]]] = {}
+
+    @property
+    def func(self) -> Callable[..., Any]:
+        if self.func_name not in self.allowed or self.instance is not None:
+            raise PermissionError(f"{self.func_name!r} is no job of safelight")
+        return self.allowed[self.func_name]
+
+    @property
+    def success_callback(self) -> None:
+        return None
+
+    @property
+    def failure_callback(self) -> None:
+        return None
+
+    @property
+    def stopped_callback(self) -> None:
+        return None
+
+    def send_webhooks(self, *_status: Any, **_details: Any) -> None:
+        """Call nobody: a URL in a job is a stranger's."""
+
+
+class SafeQueue(Queue):
+    """A queue of SafeJobs."""
+
+    job_class = SafeJob
+
+
+class GpuWorker(Worker):
+    """One device's worker. Its name is the host's and the device's, so that a restart finds its own orphans."""
+
+    queue_class = SafeQueue
+    job_class = SafeJob
+
+    def __init__(self, config: Config, machine: Machine, server: redis.Redis, engine: Sequence[str] = ENGINE) -> None:
+        self.config = config
+        self.machine = machine
+        name = f"{socket.gethostname()}-{machine.uuid or 'cpu'}"
+        self.line = JobQueue(server, keep_days=config.settings.queue.keep_days)
+        super().__init__(
+            [name],
+            name=name,
+            connection=server,
+            serializer=JSONSerializer,
+            worker_ttl=WORKER_TTL_S,
+            job_monitoring_interval=HEARTBEAT_S,
+            default_result_ttl=RESULT_TTL_S,
+            log_job_description=False,
+        )
+        self.lock = gpulock.lock_path(machine, config)
+        self.engine = EngineProcess(config, machine, engine)
+        self.shared = Shared()
+        self.requests = Requests()
+        self.trouble = holds.GpuTrouble()
+        self.stopping = threading.Event()
+        self._waiting = False
+        self._unsure = False
+        self._idle_since = time.monotonic()
+        self.place = Place(
+            config=config,
+            models=models.load(config),
+            ledger=Ledger(config.paths),
+            queue=self.line,
+            worker=name,
+            lock=str(self.lock),
+            kill_engine=self._kill_engine_from_horse,
+            device_is_well=lambda: probe.gpu_is_well(config, machine),
+        )
+        SafeJob.allowed = {JOB_FUNCTION: self._run_in_horse}
+
+    # -- a life -----------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Work until asked to stop; returns the exit status: 0 when asked, 1 when something ended it."""
+        held = gpulock.take(self.lock)
+        self._install_signal_handlers()
+        try:
+            jobqueue.check_server(self.connection)
+            self._probe()
+            self.recover()
+            systemd.notify("READY=1", "STATUS=Waiting for jobs")
+            self.work(logging_level="WARNING")
+        finally:
+            self.engine.stop(timeout_s=10)
+            with suppress(*AWAY):
+                self.line.forget_worker(self.name)
+            os.close(held)
+        return 0 if self.stopping.is_set() else 1
+
+    def recover(self) -> None:
+        """Take up what an earlier life of this worker left: from the ledger, whatever RQ's registries say."""
+        self._clear_rq()
+        recovery.own_orphans(self.place)
+        recovery.fill(self.place)
+        self.line.set_calibration(calibration.load(self.config.paths.state))
+
+    def _clear_rq(self) -> None:
+        """Empty this worker's own RQ queue and registries: the lock says that nobody else uses them."""
+        queue = self.queues[0]
+        self.connection.delete(queue.key, queue.intermediate_queue_key, queue.started_job_registry.key)
+        self.connection.delete(self.key, self.executions_key)
+
+    # -- taking jobs ------------------------------------------------------------------------------------------
+
+    def dequeue_job_and_maintain_ttl(
+        self, _timeout: int | None, _max_idle_time: int | None = None
+    ) -> tuple[SafeJob, SafeQueue] | None:
+        """Return the next due job once no hold is set; waits for one as long as it takes."""
+        self._state = "idle"
+        while True:
+            if self.stopping.is_set():
+                raise StopRequested
+            try:
+                if taken := self._take():
+                    return taken
+            except (*AWAY, QueueUnreachable) as error:
+                self._unsure = True  # a reply may have been lost after the server had acted
+                log.warning("queue.away", error=error)
+                systemd.notify("STATUS=The queue server is away", "WATCHDOG=1")
+                self._wait(lambda: self.stopping.wait(1.0))
+
+    def _take(self) -> tuple[SafeJob, SafeQueue] | None:
+        if self._unsure or not self.line.filled():
+            self.recover()
+            self._unsure = False
+        in_force = self._look_at_holds()
+        self._say(in_force)
+        due_in: float | None = None
+        if not in_force:
+            now = datetime.now()  # noqa: DTZ005 - a window is local wall clock
+            classes = holds.open_classes(self.config.settings.policy.window, now)
+            where, due_in = self.line.next_due(classes, time.time())
+            if where and (taken := self._dispatch(where)):
+                return taken
+        self._retire_idle_engine()
+        wait_s = HOLD_POLL_S if due_in is None else min(due_in, HOLD_POLL_S)
+        self._wait(lambda: self.line.wait_for_wake(self.name, wait_s))
+        return None
+
+    def _dispatch(self, where: str) -> tuple[SafeJob, SafeQueue] | None:
+        """Move one job from the line into our own queue, as an RQ job of this one execution, and take it from there."""
+        job = where.split(":", 2)[2]
+        execution = f"{job}_{time.time_ns()}"
+        queue = self.queues[0]
+        entry = SafeJob.create(
+            JOB_FUNCTION,
+            args=(job, execution),
+            id=execution,
+            connection=self.connection,
+            serializer=JSONSerializer,
+            timeout=-1,
+            result_ttl=RESULT_TTL_S,
+            failure_ttl=RESULT_TTL_S,
+            origin=queue.name,
+            status="queued",
+            description=job,
+        )
+        fields = [part for pair in entry.to_dict().items() for part in pair]
+        if not self.line.dispatch(self.name, where, queue.key, queue.key, execution, entry.key, fields):
+            return None
+        taken = SafeQueue.dequeue_any(
+            self.queues, None, connection=self.connection, job_class=SafeJob, serializer=JSONSerializer
+        )
+        if taken is None or taken[0].id != execution:
+            raise QueueUnreachable(f"Something else is in {queue.key}; it is emptied and the job taken again.")
+        return taken
+
+    def _look_at_holds(self) -> dict[str, str]:
+        if self.trouble.due():
+            self._probe()
+        found = holds.read(self.config, user_hold=self.line.user_hold(), gpu=self.trouble.reason)
+        self.line.set_holds(self.name, found)
+        return found
+
+    def _probe(self) -> None:
+        """Ask a fresh process whether the device works, and read the machine again."""
+        trouble = probe.gpu_is_well(self.config, self.machine)
+        if trouble:
+            self.trouble.failed(trouble)
+            log.error("gpu.trouble", reason=trouble)
+            return
+        self.trouble.lifted()
+        try:
+            self.machine = probe.read_machine(self.config)
+        except NoUsableGpu as error:
+            self.trouble.failed(str(error))
+
+    def _say(self, in_force: dict[str, str]) -> None:
+        """Tell RQ, `status` and systemd that this worker lives, and why it waits."""
+        self.heartbeat()
+        engine = f"running, pid {self.engine.pid}" if self.engine.running() else "not running"
+        self.line.publish_worker(
+            self.name, FORGOTTEN_S, device=self.machine.device, machine=self.machine.model_dump_json(), engine=engine
+        )
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in in_force.items())
+        systemd.notify("WATCHDOG=1", f"STATUS={'Held: ' + reasons if reasons else 'Waiting for jobs'}")
+
+    def _retire_idle_engine(self) -> None:
+        """A warm engine keeps its imports and compiled code; after idle_exit_s nobody needs them."""
+        if self.engine.running() and time.monotonic() - self._idle_since > self.config.settings.worker.idle_exit_s:
+            self.engine.stop(timeout_s=10)
+            log.info("engine.retired")
+
+    def _wait(self, wait: Callable[[], object]) -> None:
+        """Block where a SIGTERM may interrupt: nothing is half done here."""
+        self._waiting = True
+        try:
+            if not self.stopping.is_set():
+                wait()
+        finally:
+            self._waiting = False
+
+    # -- running one ------------------------------------------------------------------------------------------
+
+    def execute_job(self, job: SafeJob, queue: SafeQueue) -> None:
+        """Have the horse run the job, then make sure that the job is settled, however the horse ended."""
+        self.engine.ensure()
+        self.shared.set(busy=False)
+        self.requests.take()  # what came too late for the job before
+        execution = patiently(lambda: self.prepare_execution(job))
+        self.fork_work_horse(job, queue)
+        try:
+            self.monitor_work_horse(job, queue, execution)
+        except AWAY as error:
+            log.warning("queue.away", error=error)  # RQ's copy of the result is lost; ours is on disk
+        self.executions.clear()
+        self._idle_since = time.monotonic()
+        patiently(lambda: self._settle(str(job.args[0])))
+        if self.config.settings.worker.release == "process":
+            self.engine.stop(timeout_s=10)
+
+    def _settle(self, job: str) -> None:
+        """A horse that was killed concluded nothing: the job goes back to the line."""
+        if self.line.running().get(job) == self.name:
+            recovery.settle_orphan(self.place, job, "the process that ran it was killed")
+        if self.trouble.reason is None and not self.engine.running():
+            self._probe()
+
+    def _run_in_horse(self, job: str, execution: str) -> dict[str, Any]:
+        """What RQ calls in the horse."""
+        link = self.engine.link
+        if link is None:
+            raise RuntimeError("a horse without an engine")  # execute_job ensures one before it forks
+        self.shared.set(busy=True, deadline=time.monotonic() + HEARTBEAT_S)
+        result = Execution(self.place, link, self.requests, self.shared, job, execution).run()
+        self.shared.set(busy=False)
+        return result
+
+    def _kill_engine_from_horse(self) -> None:
+        """The horse is not the engine's parent: it kills, and the worker reaps at its next `ensure`."""
+        if self.engine.pid:
+            linux.kill_and_await(self.engine.pid)
+
+    # -- RQ's hooks -------------------------------------------------------------------------------------------
+
+    def wait_for_horse(self) -> tuple[int | None, int | None, Any]:
+        """Wait for the horse; when it left the engine busy, the engine is dead before RQ says anything about it."""
+        ended = super().wait_for_horse()
+        if self.shared.busy:
+            self.engine.kill()
+        return ended
+
+    def setup_work_horse_signals(self) -> None:
+        """In the horse: SIGTERM asks the engine to stop; it does not end the horse."""
+        self.requests.on_sigterm()
+
+    def kill_horse(self, sig: signal.Signals = signal.SIGKILL) -> None:
+        """Kill the engine, then the horse: the other way round the engine would finish a job nobody waits for."""
+        self.engine.kill()
+        super().kill_horse(sig)
+
+    def main_work_horse(self, job: SafeJob, queue: SafeQueue) -> None:
+        """Run in the fork: it dies with the worker."""
+        linux.die_with_parent(self.pid)()
+        super().main_work_horse(job, queue)
+
+    def maintain_heartbeats(self, job: SafeJob, execution: Any) -> None:
+        """Say that we live while the horse works; the watchdog only hears of true progress."""
+        if self.stopping.is_set():
+            self._ask_horse_to_stop()  # the signal may have come while the horse was being made
+        if not self.shared.busy or time.monotonic() < self.shared.deadline:
+            systemd.notify("WATCHDOG=1", f"STATUS=Running {job.args[0]}")
+        try:
+            super().maintain_heartbeats(job, execution)
+            self.line.publish_worker(
+                self.name, FORGOTTEN_S, device=self.machine.device, machine=self.machine.model_dump_json(),
+                engine=f"running, pid {self.engine.pid}",
+            )  # fmt: skip
+        except AWAY as error:
+            log.debug("queue.away", error=error)  # the job goes on without a server
+
+    def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
+        """RQ's heartbeat; outside a pipeline an absent server is no reason to end."""
+        with suppress(*(() if pipeline is not None else AWAY)):
+            super().heartbeat(timeout, pipeline)
+
+    def _finalize_success(self, job: SafeJob, queue: SafeQueue, execution: Any, return_value: Any) -> None:
+        patiently(lambda: super(GpuWorker, self)._finalize_success(job, queue, execution, return_value))
+
+    def register_birth(self) -> None:
+        """Register, replacing what a killed earlier life left: the lock says that it is dead."""
+        self.connection.delete(self.key)
+        super().register_birth()
+
+    def register_death(self) -> None:
+        with suppress(*AWAY):
+            super().register_death()
+
+    def check_for_suspension(self, burst: bool) -> None:  # noqa: FBT001 - RQ's signature
+        """Nothing: `rq suspend` is one key for all workers; our holds are named and each worker's own."""
+
+    @property
+    def should_run_maintenance_tasks(self) -> bool:
+        """No: RQ's maintenance repairs queues that several workers share, and can end a worker over one bad hash."""
+        return False
+
+    def subscribe(self) -> None:
+        """Listen to no commands: no thread at the fork, and nobody but us stops a job."""
+
+    def unsubscribe(self) -> None:
+        """There is nothing to leave."""
+
+    def procline(self, message: str) -> None:
+        """Leave the process's name alone: systemd and people look for it."""
+
+    def request_stop(self, _signum: int, _frame: FrameType | None) -> None:
+        """On SIGTERM or SIGINT: take no more jobs; the running one stops at its next step and keeps its place."""
+        self.stopping.set()
+        self._stop_requested = True
+        if self.horse_pid:
+            self._ask_horse_to_stop()
+        elif self._waiting:
+            raise StopRequested
+
+    def _ask_horse_to_stop(self) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.horse_pid, signal.SIGTERM)
+
+    request_force_stop = request_stop
+
+
+def serve(config: Config) -> int:
+    """Run the worker of the configured device until a signal; returns the exit status."""
+    machine = _await_device(config)
+    server = _await_server(config)
+    return GpuWorker(config, machine, server).run()
+
+
+def _await_server(config: Config) -> redis.Redis:
+    """Wait for the server: it may be loading, or start after us."""
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    systemd.notify("STATUS=Waiting for the queue server")
+    while True:
+        try:
+            # longer than the longest blocking read, or an idle wait would look like an outage
+            return jobqueue.connect(config.url, timeout_s=30.0)
+        except QueueUnreachable:
+            if stop.wait(0.2):
+                raise
+
+
+def _await_device(config: Config) -> Machine:
+    """Read the device, waiting a minute for a driver that loads late: a headless boot may start us first."""
+    stop = threading.Event()
+    until = time.monotonic() + 60
+    while True:
+        try:
+            return probe.read_machine(config)
+        except NoUsableGpu:
+            if time.monotonic() > until:
+                raise
+            stop.wait(2.0)
