@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -161,30 +162,57 @@ def _over(plan: Plan, machine: Machine, phase: str) -> bool:
     return plan.predicted[phase].device_bytes + BASELINE_BYTES > machine.vram_free_bytes
 
 
-def _refuse_what_does_not_fit(spec: JobSpec, facts: ModelFacts, plan: Plan, machine: Machine) -> None:
-    where = spec.id or spec.model
-    faults = []
+def _lacks(plan: Plan, machine: Machine) -> list[tuple[str, str, int, int]]:
+    """Return what does not fit: (phase, kind of memory, bytes needed, bytes there)."""
+    lacking = []
     for phase, peak in plan.predicted.items():
         if plan.device == "cuda" and _over(plan, machine, phase):
-            need = (peak.device_bytes + BASELINE_BYTES) / GIB
-            problem = f"{phase} of {spec.model} at {_size(spec)} needs about {need:.1f} GiB of GPU memory"
-            remedy = f"{machine.vram_free_bytes / GIB:.1f} GiB is free on {machine.gpu}. {_what_would_fit(spec, facts)}"
-            faults.append(Fault(where, problem, remedy))
+            need = peak.device_bytes + BASELINE_BYTES
+            lacking.append((phase, f"GPU memory on {machine.gpu}", need, machine.vram_free_bytes))
         if peak.host_bytes > machine.ram_available_bytes:
-            problem = f"{phase} of {spec.model} at {_size(spec)} needs about {peak.host_bytes / GIB:.1f} GiB of RAM"
-            remedy = f"{machine.ram_available_bytes / GIB:.1f} GiB is available. {_what_would_fit(spec, facts)}"
-            faults.append(Fault(where, problem, remedy))
-    if faults:
-        raise DoesNotFit(faults)
+            lacking.append((phase, "RAM", peak.host_bytes, machine.ram_available_bytes))
+    return lacking
+
+
+def _refuse_what_does_not_fit(spec: JobSpec, facts: ModelFacts, plan: Plan, machine: Machine) -> None:
+    lacking = _lacks(plan, machine)
+    if not lacking:
+        return
+    advice = _what_would_fit(spec, facts, plan, machine)
+    raise DoesNotFit(
+        [
+            Fault(
+                spec.id or spec.model,
+                f"{phase} of {spec.model} at {_size(spec)} needs about {need / GIB:.1f} GiB of {memory}",
+                f"{there / GIB:.1f} GiB is free. {advice}",
+            )
+            for phase, memory, need, there in lacking
+        ]
+    )
 
 
 def _size(spec: JobSpec) -> str:
     return f"{spec.width}x{spec.height}" + (f"x{spec.num_frames}" if spec.num_frames else "")
 
 
-def _what_would_fit(spec: JobSpec, facts: ModelFacts) -> str:
-    """The weights alone decide most of it; a smaller size helps only where activations are what is too large."""
-    smaller = facts.tokens(spec.width, spec.height, spec.num_frames) * ACTIVATION_BYTES_PER_TOKEN[facts.family]
-    if smaller > 2 * GIB:
-        return "Lower the size or the number of frames, or close other programs that use the GPU."
-    return "The weights alone do not fit; use a smaller model or a larger machine."
+def _what_would_fit(spec: JobSpec, facts: ModelFacts, plan: Plan, machine: Machine) -> str:
+    """Name the largest clip or picture of this shape that fits; weights that do not fit alone are said so."""
+    for smaller in _smaller(spec, facts):
+        predicted = predict(smaller, facts, plan)
+        if not _lacks(plan.model_copy(update={"predicted": predicted}), machine):
+            return f"{_size(smaller)} would fit."
+    return "The weights alone do not fit: use a smaller model, or close other programs that use the memory."
+
+
+def _smaller(spec: JobSpec, facts: ModelFacts) -> Iterator[JobSpec]:
+    """Yield fewer frames first, then smaller pictures of nearly the same shape."""
+    frames = spec.num_frames or 0
+    while frames - facts.frames_multiple >= facts.frames_min > 0:
+        frames -= facts.frames_multiple
+        yield spec.model_copy(update={"num_frames": frames})
+    least = spec.model_copy(update={"num_frames": facts.frames_min}) if spec.num_frames else spec
+    width = spec.width - facts.size_multiple
+    while width >= facts.size_min:
+        height = facts.side_near(round(spec.height * width / spec.width))
+        yield least.model_copy(update={"width": width, "height": height})
+        width -= facts.size_multiple

@@ -1,0 +1,115 @@
+"""The whole job on one page: read this first."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from PIL import Image
+
+from safelight import models
+from safelight.config import Config
+from safelight.errors import SafelightError
+from safelight.jobspec import JobSpec
+from safelight.ledger import Ledger
+from safelight.machine import Machine
+from safelight.models import Models
+from safelight.plan import Plan, make_plan
+from safelight.receipt import Output, Receipt
+from safelightd import calibration, device, metadata, outputs, pipelines, probe, tiny, verify
+from safelightd.loading import Loader
+from safelightd.progress import Watch
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is the same for all jobs of an engine."""
+
+    config: Config
+    models: Models
+    ledger: Ledger
+
+
+def run_job(spec: JobSpec, attempt: int, setting: Setting, watch: Watch) -> Receipt:
+    """Return the receipt of `spec`: its file verified, synced and published, the receipt in the ledger.
+
+    Encode, denoise and decode have the device to themselves, one after another: the peak is the largest of the three.
+
+    Raises:
+        Cancelled: it was asked to stop; no file is left.
+        SafelightError: the job's own fault, said for a person.
+    """
+    paths, ledger, facts = setting.config.paths, setting.ledger, setting.models[spec.model]
+    if receipt := outputs.finish(spec.id, ledger, paths):
+        return receipt  # rendered by an attempt that died before it could say so
+    outputs.discard(spec.id, paths)
+    started_at = _now()
+
+    with watch.phase("plan"):
+        machine = probe.read_machine(setting.config)
+        plan = make_plan(spec, machine, setting.models, calibration.load(paths.state))
+    with watch.phase("load"):
+        if facts.tiny:
+            tiny.ensure(facts.key, models.folder(facts, paths.models))
+        loader = Loader(models.folder(facts, paths.models), plan, facts.component_paths)
+        image, last_image = _input(spec.image, paths.inputs), _input(spec.last_image, paths.inputs)
+        family = pipelines.family(facts.family)
+    with watch.phase("encode"):
+        embeddings = family.encode(spec, plan, loader, watch, image)
+    with watch.phase("denoise"):
+        latents = family.denoise(spec, plan, loader, embeddings, watch, image, last_image)
+    with watch.phase("decode"):
+        file = outputs.write(spec, plan, family.decode(spec, plan, loader, latents, watch), setting.config)
+    with watch.phase("verify"):
+        verify.output(file, spec)
+    with watch.phase("publish"):
+        device.release()
+        receipt_of = _receipt_of(spec, plan, machine, attempt, started_at, watch)
+        return outputs.publish(receipt_of, file, spec, ledger, paths)
+
+
+def _receipt_of(
+    spec: JobSpec, plan: Plan, machine: Machine, attempt: int, started_at: str, watch: Watch
+) -> Callable[[tuple[Output, ...]], Receipt]:
+    """Return what makes the receipt once the output has its name."""
+    return lambda published: Receipt(
+        id=spec.id,
+        state="done",
+        spec=spec,
+        plan=plan,
+        outputs=published,
+        attempts=attempt,
+        started_at=started_at,
+        finished_at=_now(),
+        phases=dict(watch.records),
+        seconds_per_step=watch.seconds_per_step,
+        device_bytes_after=device.held_bytes(),
+        machine=machine,
+        versions=metadata.versions(),
+    )
+
+
+def _input(digest: str | None, inputs: Path) -> Image.Image | None:
+    """Return the input picture of this digest, read back whole.
+
+    Raises:
+        SafelightError: it is gone, or is no longer what was submitted.
+    """
+    if digest is None:
+        return None
+    file = inputs / digest
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        raise SafelightError(f"The input picture {file} is gone. Submit the job again with the picture.") from None
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise SafelightError(f"The input picture {file} has changed since it was submitted. Submit the job again.")
+    return Image.open(io.BytesIO(content)).convert("RGB")
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="milliseconds")
