@@ -70,8 +70,8 @@ def run(folder: Path) -> int:
         show = _Show(config, console)
         started = time.monotonic()
         status = Supervisor(config).run(until=show.ended, poll_s=0.2)
-        if status or show.bad:
-            raise SafelightError("The demo did not finish: " + ("; ".join(show.bad) or f"exit status {status}"))
+        if not show.all_done:
+            raise SafelightError("The demo did not finish: " + ("; ".join(show.bad) or f"stopped, status {status}"))
         _summary(config, console, time.monotonic() - started)
     finally:
         shutil.rmtree(runtime, ignore_errors=True)
@@ -109,6 +109,7 @@ class _Show:
         self._queue: JobQueue | None = None
         self._seen: dict[str, str] = {}
         self.bad: list[str] = []
+        self.all_done = False
 
     def ended(self) -> bool:
         try:
@@ -125,8 +126,8 @@ class _Show:
         refused = list(self._config.paths.rejected.glob("**/*.error.txt"))
         self.bad = [f"{row.id}: {row.error}" for row in rows if row.state not in ("running", "done")]
         self.bad += [file.read_text(encoding="utf-8") for file in refused]
-        over = sum(row.state == "done" for row in rows) == JOBS
-        return over or bool(self.bad)
+        self.all_done = sum(row.state == "done" for row in rows) == JOBS
+        return self.all_done or bool(self.bad)
 
     def _line(self, row: Row) -> None:
         colour = {"running": "cyan", "done": "green"}.get(row.state, "red")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 from pathlib import Path
 
 import torch
+
+from safelightd import loading
 
 _libc = ctypes.CDLL(None)
 
@@ -36,11 +37,7 @@ def _resident_peak_bytes() -> int:
 
 def release() -> None:
     """Give everything between two jobs back: the device's cache, pinned host memory, and the heap's free pages."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.ipc_collect()
-        torch.accelerator.empty_host_cache()
+    loading.give_back()
     _libc.malloc_trim(0)
 
 

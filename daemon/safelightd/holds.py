@@ -9,6 +9,7 @@ from datetime import datetime
 from datetime import time as wall_time
 from pathlib import Path
 
+from safelight import durable
 from safelight.config import Config
 from safelight.jobspec import PRIORITIES
 from safelight.machine import GIB
@@ -81,11 +82,16 @@ def _disk(config: Config) -> str | None:
 
 
 def _models(config: Config) -> str | None:
-    """An unmounted disk must not fail a night of jobs one by one."""
-    folder = config.paths.models
-    if config.settings.paths.models and not folder.exists():
-        return f"the models folder {folder} is not there; is its disk mounted?"
-    return None
+    """An unmounted disk must not fail a night of jobs one by one: its mount point is there, and empty."""
+    folder, seen = config.paths.models, config.paths.state / "models.seen"
+    remembered = seen.read_text() if seen.exists() else ""
+    if any(folder.glob("*/model_index.json")):
+        if remembered != str(folder):
+            durable.write(seen, str(folder).encode())
+        return None
+    if remembered != str(folder):
+        return None
+    return f"the models in {folder} are gone; is its disk mounted? If you removed them, remove {seen} too"
 
 
 def on_battery(power: Path = Path("/sys/class/power_supply")) -> bool:

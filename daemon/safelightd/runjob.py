@@ -11,7 +11,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from safelight import models
 from safelight.config import Config
 from safelight.errors import SafelightError
 from safelight.jobspec import JobSpec
@@ -20,8 +19,8 @@ from safelight.machine import Machine
 from safelight.models import Models
 from safelight.plan import Plan, make_plan
 from safelight.receipt import Output, Receipt
-from safelightd import calibration, device, metadata, outputs, pipelines, probe, tiny, verify
-from safelightd.loading import Loader
+from safelightd import calibration, device, metadata, outputs, pipelines, probe, verify
+from safelightd.loading import Loader, model_folder
 from safelightd.progress import Watch
 
 
@@ -53,9 +52,7 @@ def run_job(spec: JobSpec, attempt: int, setting: Setting, watch: Watch) -> Rece
         machine = probe.read_machine(setting.config)
         plan = make_plan(spec, machine, setting.models, calibration.load(paths.state))
     with watch.phase("load"):
-        if facts.tiny:
-            tiny.ensure(facts.key, models.folder(facts, paths.models))
-        loader = Loader(models.folder(facts, paths.models), plan, facts.component_paths)
+        loader = Loader(model_folder(facts, paths.models), plan, facts.component_paths)
         image, last_image = _input(spec.image, paths.inputs), _input(spec.last_image, paths.inputs)
         family = pipelines.family(facts.family)
     with watch.phase("encode"):
