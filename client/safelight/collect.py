@@ -1,0 +1,133 @@
+"""Copies finished pictures and clips to a folder of yours. Doing it again copies what is new, and harms nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from safelight import durable
+from safelight.errors import SafelightError
+from safelight.receipt import Output, Receipt
+from safelight.rename import rename_new
+
+Outcome = Literal["copied", "moved", "already there", "missing", "changed"]
+"""`missing`: not in the outbox any more. `changed`: not the file that was published, so it was left alone."""
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What became of one output."""
+
+    id: str
+    source: Path
+    target: Path | None
+    """Where it lies now; None when it is missing or changed."""
+    outcome: Outcome
+
+
+def collect(receipts: Iterable[Receipt], outbox: Path, target: Path, *, move: bool = False) -> list[Copied]:
+    """Copy the outputs of finished jobs, each beside its receipt, to `target/<batch>/`, and say what became of each.
+
+    Every copy is compared with the digest in the receipt before it gets its name. What is there already is left; a
+    different file of that name is never overwritten, the copy gets "-2". With `move` the outbox loses each file once
+    it lies in `target`.
+
+    Raises:
+        OSError: `target` is full or cannot be written; no half file is left under a final name.
+    """
+    return [
+        _collect_one(receipt.id, output, outbox, target, move=move)
+        for receipt in receipts
+        for output in receipt.outputs
+    ]
+
+
+def _collect_one(job: str, output: Output, outbox: Path, target: Path, *, move: bool) -> Copied:
+    inside = PurePosixPath(output.path)
+    if inside.is_absolute() or ".." in inside.parts:
+        raise SafelightError(f"{job}: its receipt names {output.path}, which is not inside the outbox.")
+    source = outbox / inside
+    folder = target / inside.parent.name
+    if source.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+    place, outcome = folder, None
+    while outcome is None:
+        place = next(name for name in _names(folder / inside.name) if _is_ours(name, output, source))
+        with suppress(FileExistsError):  # somebody took the name in between: look again
+            outcome = _bring(source, place, output.sha256)
+    if outcome in ("missing", "changed"):
+        return Copied(job, source, None, outcome)
+    if move:
+        _remove_copied(source, place)
+        _remove_copied(source.with_suffix(".json"), place.with_suffix(".json"))
+        outcome = "moved" if outcome == "copied" else outcome
+    return Copied(job, source, place, outcome)
+
+
+def _names(first: Path) -> Iterator[Path]:
+    yield first
+    number = 2
+    while True:
+        yield first.with_stem(f"{first.stem}-{number}")
+        number += 1
+
+
+def _is_ours(place: Path, output: Output, source: Path) -> bool:
+    """Whether the output may lie at `place`: nothing else is there, nor another's receipt."""
+    if os.path.lexists(place) and not _is_same(place, output):
+        return False
+    beside, sidecar = place.with_suffix(".json"), source.with_suffix(".json")
+    if not os.path.lexists(beside):
+        return True
+    if not sidecar.is_file():
+        return place.exists()  # moved before, with its receipt
+    return beside.is_file() and beside.read_bytes() == sidecar.read_bytes()
+
+
+def _is_same(file: Path, output: Output) -> bool:
+    return file.is_file() and file.stat().st_size == output.bytes and _digest(file) == output.sha256
+
+
+def _bring(source: Path, place: Path, sha256: str) -> Outcome:
+    """Copy an output and its receipt to `place`, as far as they are not there."""
+    there = place.exists()
+    if not there and not source.is_file():
+        return "missing"
+    if not there and not _copy(source, place, sha256):
+        return "changed"
+    sidecar, beside = source.with_suffix(".json"), place.with_suffix(".json")
+    if sidecar.is_file() and not beside.exists():
+        _copy(sidecar, beside)
+    durable.sync_folder(place.parent)
+    return "already there" if there else "copied"
+
+
+def _copy(source: Path, place: Path, sha256: str | None = None) -> bool:
+    """Copy whole or not at all; False when the copy has another digest than `sha256`."""
+    unfinished = place.with_name(f".{place.name}.{os.getpid()}.part")
+    try:
+        shutil.copyfile(source, unfinished)
+        durable.sync_file(unfinished)
+        if sha256 is not None and _digest(unfinished) != sha256:
+            return False
+        rename_new(unfinished, place)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return True
+
+
+def _remove_copied(source: Path, copy: Path) -> None:
+    """Remove a source of which `copy` is a file of its own, not another name."""
+    if source.is_file() and copy.is_file() and not source.samefile(copy):
+        source.unlink()
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,324 @@
+"""From frames to finished files in the outbox: whole or absent, never lost, never twice, whatever dies when.
+
+    outbox/.unfinished/<id>/output.<ext>           written, synced, then verified (safelightd.verify)
+    outbox/<date>/<batch>/0001_<slug>_s<seed>.<ext>
+    outbox/<date>/<batch>/0001_<slug>_s<seed>.json the receipt, for people and `safelight rerun`
+    outbox/latest                                  the newest <date>
+
+Publishing is a redo log. `Ledger.intend` writes the whole receipt, final names included: from there on the job is
+finished. All that follows only renames, can be done again from any point (`finish`), and ends with `Ledger.fulfil`.
+Knows no models and no queue.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from safelight import durable
+from safelight.config import Config
+from safelight.errors import SafelightError
+from safelight.jobspec import JobSpec, is_folder_name
+from safelight.ledger import Ledger
+from safelight.paths import Paths
+from safelight.plan import Plan
+from safelight.receipt import Output, Receipt
+from safelight.rename import rename_new
+from safelightd import metadata, verify, video
+
+SLUG_CHARACTERS_MAX = 40
+
+_ID = re.compile(r"[A-Za-z0-9-]+")
+_DATE = re.compile(r"\d{4}-\d\d-\d\d")
+
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
+_NO_SYMLINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What exFAT, vfat and some network file systems answer to symlink(2)."""
+
+
+class OutboxUnwritable(OSError):
+    """The outbox is not a folder that the daemon may write. The machine's fault: no job should be burnt by it."""
+
+
+class OutputLost(SafelightError):
+    """A rendered file that was about to be published is neither in the outbox nor where it waited."""
+
+
+def write(spec: JobSpec, plan: Plan, frames: Iterable[NDArray[Any]], config: Config) -> Path:
+    """Write the frames of a job to its unfinished file, as they come, and return its path; it is synced.
+
+    Whatever goes wrong, Cancelled included, nothing of it is left. An earlier attempt's file is replaced.
+
+    Args:
+        frames: what `verify.frame` takes: one for an image, `num_frames` for a clip.
+
+    Raises:
+        Refused: a frame is broken, or there are too few or too many.
+        OutboxUnwritable: it is read-only, somebody else's, or no folder.
+        OSError: the disk is full.
+    """
+    _refuse_unsafe(spec)
+    paths = config.paths
+    if _is_intended(spec.id, paths):
+        raise SafelightError(f"{spec.id} has been rendered before and waits to be published: finish() does that.")
+    folder = paths.unfinished / spec.id
+    with _explained(paths):
+        _remove(folder)
+        folder.mkdir(parents=True)
+    with _removed_on_failure(folder):
+        file = folder / f"output.{spec.output_format}"
+        counted = _counted(frames, spec)
+        if spec.kind == "video":
+            _write_clip(file, counted, spec, plan, embed=config.settings.output.metadata)
+        else:
+            _write_picture(file, counted, spec, plan, embed=config.settings.output.metadata)
+        durable.sync_file(file)
+    return file
+
+
+def publish(
+    receipt_of: Callable[[tuple[Output, ...]], Receipt], file: Path, spec: JobSpec, ledger: Ledger, paths: Paths
+) -> Receipt:
+    """Give the verified `file` of `write` its final name beside its receipt, and return that; the ledger has it.
+
+    Args:
+        receipt_of: makes the receipt, state `done`, from its outputs; called once.
+
+    Raises:
+        OutboxUnwritable, OSError: as `write`, and for the ledger. Unless the job was finished already (then `finish`
+            goes on), nothing of it is left.
+    """
+    folder = paths.unfinished / spec.id
+    with _removed_on_failure(folder, unless=lambda: _is_intended(spec.id, paths)):
+        output = Output(
+            path=_free_name(spec, paths),
+            sha256=_digest(file),
+            bytes=file.stat().st_size,
+            width=spec.width,
+            height=spec.height,
+            num_frames=spec.num_frames,
+            fps=spec.fps,
+        )
+        receipt = receipt_of((output,))
+        with _explained(paths):
+            _make_folders(paths.outbox / output.path, paths)
+            for names in (folder, paths.unfinished, paths.outbox):
+                durable.sync_folder(names)
+        ledger.intend(receipt)
+    return _complete(receipt, ledger, paths)
+
+
+def finish(job: str, ledger: Ledger, paths: Paths) -> Receipt | None:
+    """Complete what an attempt began to publish before it died, and return its receipt; None where none had.
+
+    Raises:
+        OutputLost: the rendered file is gone.
+        OutboxUnwritable, OSError: as `publish`; nothing is lost.
+    """
+    receipt = ledger.intended(job)
+    return None if receipt is None else _complete(receipt, ledger, paths)
+
+
+def discard(job: str, paths: Paths) -> None:
+    """Remove the unfinished files of a job. One that waits to be published is finished: it is left for `finish`."""
+    if _ID.fullmatch(job) and not _is_intended(job, paths):
+        _remove(paths.unfinished / job)
+
+
+def _refuse_unsafe(spec: JobSpec) -> None:
+    """Both become folders, and a spec may have come through the queue, past the checks of submission."""
+    if not _ID.fullmatch(spec.id):
+        raise SafelightError(f"{spec.id!r} is not the id of a job: only letters, digits and - are.")
+    if not is_folder_name(spec.batch):
+        raise SafelightError(f"{spec.id}: batch {spec.batch!r} cannot be a folder name.")
+
+
+def _is_intended(job: str, paths: Paths) -> bool:
+    return (paths.publishing / f"{job}.json").exists()
+
+
+def _counted(frames: Iterable[NDArray[Any]], spec: JobSpec) -> Iterator[NDArray[np.uint8]]:
+    wanted = spec.num_frames or 1
+    count = 0
+    for values in frames:
+        count += 1
+        if count > wanted:
+            raise verify.Refused(f"There are more than the {wanted} frames that were asked for.")
+        yield verify.frame(values, spec)
+    if count < wanted:
+        raise verify.Refused(f"There are {count} frames, {wanted} were asked for.")
+
+
+def _write_clip(file: Path, frames: Iterator[NDArray[np.uint8]], spec: JobSpec, plan: Plan, *, embed: bool) -> None:
+    assert spec.fps is not None  # every model of clips has a default
+    comment = metadata.record(spec, plan) if embed else None
+    video.write_mp4(file, frames, fps=spec.fps, width=spec.width, height=spec.height, comment=comment)
+
+
+def _write_picture(file: Path, frames: Iterator[NDArray[np.uint8]], spec: JobSpec, plan: Plan, *, embed: bool) -> None:
+    (pixels,) = frames
+    picture = Image.fromarray(pixels)
+    exif = metadata.exif(spec, plan) if embed and spec.output_format != "png" else b""
+    with file.open("xb") as stream:
+        if spec.output_format == "png":
+            picture.save(stream, "PNG", pnginfo=metadata.png(spec, plan) if embed else None)
+        elif spec.output_format == "jpg":
+            # Full colour resolution: the default halves it, which shows on red edges.
+            picture.save(stream, "JPEG", quality=95, subsampling="4:4:4", exif=exif)
+        else:
+            picture.save(stream, "WEBP", quality=95, exif=exif)
+
+
+def _free_name(spec: JobSpec, paths: Paths) -> str:
+    """Return a path below the outbox that neither a file nor a receipt has: the date is that of the submission."""
+    date = datetime.fromisoformat(spec.submitted_at).astimezone().date().isoformat()
+    stem = f"{date}/{spec.batch}/{spec.index:04d}_{slug(spec.prompt)}_s{spec.seed}"
+    number = 1
+    while True:
+        name = f"{stem}{'' if number == 1 else f'-{number}'}"
+        taken = (os.path.lexists(paths.outbox / f"{name}.{suffix}") for suffix in (spec.output_format, "json"))
+        if not any(taken):
+            return f"{name}.{spec.output_format}"
+        number += 1
+
+
+def slug(prompt: str) -> str:
+    """Return the prompt as part of a file's name: at most 40 of a-z, 0-9 and -; "untitled" when nothing is left."""
+    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
+    words = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+    return words[:SLUG_CHARACTERS_MAX].rstrip("-") or "untitled"
+
+
+def _complete(receipt: Receipt, ledger: Ledger, paths: Paths) -> Receipt:
+    """Do what is left of publishing an intended receipt; every step finds out whether it was done before."""
+    while not _place(receipt, paths):
+        (output,) = receipt.outputs
+        renamed = output.model_copy(update={"path": _free_name(receipt.spec, paths)})
+        receipt = receipt.model_copy(update={"outputs": (renamed,)})
+        ledger.intend(receipt)
+    with _explained(paths):
+        _point_latest(receipt, paths)
+        _remove(paths.unfinished / receipt.id)
+    ledger.fulfil(receipt.id)
+    return receipt
+
+
+def _place(receipt: Receipt, paths: Paths) -> bool:
+    """Move the file and then its receipt to their final names; False when one was taken, and neither lies there."""
+    (output,) = receipt.outputs
+    final = paths.outbox / output.path
+    waiting = paths.unfinished / receipt.id / f"output{final.suffix}"
+    with _explained(paths):
+        _make_folders(final, paths)
+        try:
+            _place_file(waiting, final, output)
+        except FileExistsError:
+            return False
+        if not _place_sidecar(waiting.with_name("sidecar.json"), final.with_suffix(".json"), receipt):
+            rename_new(final, waiting)
+            return False
+        durable.sync_folder(final.parent)
+        return True
+
+
+def _place_file(waiting: Path, final: Path, output: Output) -> None:
+    """While the waiting file is there, a file under the final name is somebody else's, even with the same bytes."""
+    if not waiting.exists():
+        if not final.is_file() or _digest(final) != output.sha256:
+            raise OutputLost(
+                f"{final}: was rendered, but is not there as it was, nor in {waiting.parent}. If you have the file, "
+                f"put it back; else delete the note of it in state/publishing and the job runs again."
+            )
+    elif final.exists() and waiting.samefile(final):
+        waiting.unlink()  # a crash between the two halves of rename_new
+    else:
+        rename_new(waiting, final)
+
+
+def _place_sidecar(waiting: Path, final: Path, receipt: Receipt) -> bool:
+    content = receipt.model_dump_json(exclude_none=True, indent=2).encode() + b"\n"
+    if final.is_file() and final.read_bytes() == content:
+        return True
+    durable.write(waiting, content)
+    try:
+        rename_new(waiting, final)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _point_latest(receipt: Receipt, paths: Paths) -> None:
+    """Let `latest` name the newest date; what a person put there instead stays."""
+    link = paths.outbox / "latest"
+    date = Path(receipt.outputs[0].path).parts[0]
+    if os.path.lexists(link):
+        target = str(link.readlink()) if link.is_symlink() else ""
+        if not _DATE.fullmatch(target) or (target >= date and link.exists()):
+            return
+    staged = paths.unfinished / receipt.id / "latest"
+    staged.parent.mkdir(parents=True, exist_ok=True)
+    staged.unlink(missing_ok=True)
+    try:
+        staged.symlink_to(date)
+    except OSError as error:
+        if error.errno in _NO_SYMLINKS:
+            return  # a convenience that this file system cannot have
+        raise
+    staged.replace(link)
+
+
+def _make_folders(file: Path, paths: Paths) -> None:
+    """Make the date and batch folder of a final name, durably."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    durable.sync_folder(file.parent.parent)
+    durable.sync_folder(paths.outbox)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def _removed_on_failure(folder: Path, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if not unless():
+            shutil.rmtree(folder, ignore_errors=True)  # what broke first is what to report
+        raise
+
+
+@contextmanager
+def _explained(paths: Paths) -> Iterator[None]:
+    """Say which folder cannot be written and what to do, where the system's words are only "Permission denied"."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        place = error.filename or paths.outbox
+        raise OutboxUnwritable(
+            error.errno,
+            f"outputs cannot be written below {paths.outbox} ({error.strerror}). Make it a folder that the daemon may "
+            "write, or set [paths] outbox to one",
+            str(place),
+        ) from error

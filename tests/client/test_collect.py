@@ -1,0 +1,303 @@
+"""Collecting outputs into a person's own folder: again and again, beside other things, on small disks."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from safelight import collect as collecting
+from safelight.collect import Copied, collect
+from safelight.errors import SafelightError
+from safelight.receipt import Output, Receipt
+from tests.conftest import Installation
+from tests.integration import making
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def outbox(tmp_path: Path) -> Path:
+    folder = tmp_path / "outbox"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "Pictures"
+
+
+def _publish(outbox: Path, path: str, content: bytes, job: str = "job-1", *, sidecar: bool = True) -> Receipt:
+    """Put an output and its receipt where the daemon puts them."""
+    file = outbox / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    output = Output(path=path, sha256=digest, bytes=len(content), width=64, height=48)
+    receipt = making.receipt(making.image_spec(id=job), (output,))
+    if sidecar:
+        file.with_suffix(".json").write_text(receipt.model_dump_json())
+    return receipt
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def _outcomes(copied: list[Copied]) -> list[str]:
+    return [one.outcome for one in copied]
+
+
+def test_outputs_are_copied_by_batch_with_their_receipts(outbox: Path, target: Path) -> None:
+    first = _publish(outbox, "2026-11-22/night/0001_fox_s1.png", b"fox", "job-1")
+    second = _publish(outbox, "2026-11-23/day/0001_cat_s1.mp4", b"cat", "job-2")
+
+    copied = collect([first, second], outbox, target)
+
+    assert copied == [
+        Copied("job-1", outbox / first.outputs[0].path, target / "night/0001_fox_s1.png", "copied"),
+        Copied("job-2", outbox / second.outputs[0].path, target / "day/0001_cat_s1.mp4", "copied"),
+    ]
+    assert _files(target) == {
+        "night/0001_fox_s1.png": b"fox",
+        "night/0001_fox_s1.json": first.model_dump_json().encode(),
+        "day/0001_cat_s1.mp4": b"cat",
+        "day/0001_cat_s1.json": second.model_dump_json().encode(),
+    }
+    assert len(_files(outbox)) == 4
+
+
+def test_collecting_again_changes_nothing(outbox: Path, target: Path) -> None:
+    receipts = [_publish(outbox, f"2026-11-22/night/{n:04}_x_s1.png", bytes([n]), f"job-{n}") for n in range(3)]
+    collect(receipts, outbox, target)
+    before = {file: (target / file).stat().st_mtime_ns for file in _files(target)}
+
+    again = collect(receipts, outbox, target)
+
+    assert _outcomes(again) == ["already there"] * 3
+    assert {file: (target / file).stat().st_mtime_ns for file in _files(target)} == before
+
+
+def test_different_file_of_that_name_is_never_overwritten(outbox: Path, target: Path) -> None:
+    """Two nights, one batch name, one prompt."""
+    first = _publish(outbox, "2026-11-22/night/0001_fox_s1.png", b"one", "job-1")
+    second = _publish(outbox, "2026-11-23/night/0001_fox_s1.png", b"two", "job-2")
+    (target / "night").mkdir(parents=True)
+    (target / "night/0001_fox_s1.png").write_bytes(b"mine")
+
+    for _ in range(2):
+        copied = collect([first, second], outbox, target)
+
+    assert [one.target for one in copied] == [target / "night/0001_fox_s1-2.png", target / "night/0001_fox_s1-3.png"]
+    assert _files(target) == {
+        "night/0001_fox_s1.png": b"mine",
+        "night/0001_fox_s1-2.png": b"one",
+        "night/0001_fox_s1-2.json": first.model_dump_json().encode(),
+        "night/0001_fox_s1-3.png": b"two",
+        "night/0001_fox_s1-3.json": second.model_dump_json().encode(),
+    }
+
+
+def test_receipt_of_another_job_is_never_overwritten(outbox: Path, target: Path) -> None:
+    """Same bytes, two jobs: without metadata inside, only the receipts tell them apart."""
+    first = _publish(outbox, "2026-11-22/night/0001_fox_s1.png", b"same", "job-1")
+    second = _publish(outbox, "2026-11-23/night/0001_fox_s1.png", b"same", "job-2")
+
+    for _ in range(2):
+        copied = collect([first, second], outbox, target)
+
+    assert [one.target for one in copied] == [target / "night/0001_fox_s1.png", target / "night/0001_fox_s1-2.png"]
+    assert (target / "night/0001_fox_s1.json").read_text() == first.model_dump_json()
+    assert (target / "night/0001_fox_s1-2.json").read_text() == second.model_dump_json()
+
+
+def test_output_that_a_person_moved_is_reported_and_the_rest_is_copied(outbox: Path, target: Path) -> None:
+    gone = _publish(outbox, "2026-11-22/night/0001_fox_s1.png", b"one", "job-1")
+    here = _publish(outbox, "2026-11-22/night/0002_fox_s1.png", b"two", "job-2")
+    (outbox / gone.outputs[0].path).unlink()
+
+    copied = collect([gone, here], outbox, target)
+
+    assert copied[0] == Copied("job-1", outbox / gone.outputs[0].path, None, "missing")
+    assert _outcomes(copied) == ["missing", "copied"]
+
+
+def test_missing_outputs_alone_create_no_folder(outbox: Path, target: Path) -> None:
+    gone = _publish(outbox, "2026-11-22/night/0001_fox_s1.png", b"one")
+    shutil.rmtree(outbox)
+
+    assert _outcomes(collect([gone], outbox, target)) == ["missing"]
+    assert not target.exists()
+
+
+def test_output_that_is_not_what_was_published_is_reported_not_copied(outbox: Path, target: Path) -> None:
+    changed = _publish(outbox, "2026-11-22/night/0001_fox_s1.png", b"one")
+    (outbox / changed.outputs[0].path).write_bytes(b"eno")
+
+    assert _outcomes(collect([changed], outbox, target, move=True)) == ["changed"]
+    assert _files(target) == {}
+    assert len(_files(outbox)) == 2
+
+
+def test_receipts_of_jobs_without_outputs_are_passed_over(outbox: Path, target: Path) -> None:
+    assert collect([making.receipt(making.image_spec(), ())], outbox, target) == []
+
+
+def test_moving_empties_the_outbox_and_may_be_repeated(outbox: Path, target: Path) -> None:
+    receipt = _publish(outbox, "2026-11-22/night/0001_fox_s1.png", b"one")
+
+    first = collect([receipt], outbox, target, move=True)
+    second = collect([receipt], outbox, target, move=True)
+
+    assert (_outcomes(first), _outcomes(second)) == (["moved"], ["already there"])
+    assert second[0].target == target / "night/0001_fox_s1.png"
+    assert _files(outbox) == {}
+    assert len(_files(target)) == 2
+
+
+def test_moving_onto_itself_loses_nothing(outbox: Path) -> None:
+    """The target is the outbox's own folder of that date, by name or through a link."""
+    receipt = _publish(outbox, "2026-11-22/night/0001_fox_s1.png", b"one")
+    link = outbox.parent / "link"
+    link.symlink_to(outbox / "2026-11-22")
+
+    for target in (outbox / "2026-11-22", link):
+        assert _outcomes(collect([receipt], outbox, target, move=True)) == ["already there"]
+    assert len(_files(outbox)) == 2
+
+
+def test_output_without_its_receipt_is_copied_alone(outbox: Path, target: Path) -> None:
+    receipt = _publish(outbox, "2026-11-22/night/0001_fox_s1.png", b"one", sidecar=False)
+
+    for expected in ("copied", "already there"):
+        assert _outcomes(collect([receipt], outbox, target)) == [expected]
+    assert _files(target) == {"night/0001_fox_s1.png": b"one"}
+
+
+def test_copy_interrupted_between_file_and_receipt_is_completed(outbox: Path, target: Path) -> None:
+    receipt = _publish(outbox, "2026-11-22/night/0001_fox_s1.png", b"one")
+    collect([receipt], outbox, target)
+    (target / "night/0001_fox_s1.json").unlink()
+
+    assert _outcomes(collect([receipt], outbox, target)) == ["already there"]
+    assert len(_files(target)) == 2
+
+
+def test_dangling_link_in_the_target_is_left_alone(outbox: Path, target: Path) -> None:
+    receipt = _publish(outbox, "2026-11-22/night/0001_fox_s1.png", b"one")
+    (target / "night").mkdir(parents=True)
+    (target / "night/0001_fox_s1.png").symlink_to("nowhere")
+
+    assert collect([receipt], outbox, target)[0].target == target / "night/0001_fox_s1-2.png"
+    assert not (target / "night/nowhere").exists()
+
+
+@pytest.mark.parametrize("path", ["../../etc/passwd", "/etc/passwd", "2026-11-22/../../../x.png"])
+def test_receipt_that_names_a_file_outside_the_outbox_is_refused(outbox: Path, target: Path, path: str) -> None:
+    output = Output(path=path, sha256="0" * 64, bytes=1, width=1, height=1)
+
+    with pytest.raises(SafelightError, match="not inside the outbox"):
+        collect([making.receipt(making.image_spec(), (output,))], outbox, target)
+
+
+def test_target_that_is_a_file_is_the_systems_error(outbox: Path, target: Path) -> None:
+    receipt = _publish(outbox, "2026-11-22/night/0001_fox_s1.png", b"one")
+    target.write_text("mine")
+
+    with pytest.raises(NotADirectoryError):
+        collect([receipt], outbox, target)
+    assert target.read_text() == "mine"
+
+
+@pytest.fixture
+def small_disk(installation: Installation) -> Iterator[Path]:
+    folder = installation.root / "stick"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_full_target_keeps_what_fits_and_no_half_file(outbox: Path, small_disk: Path) -> None:
+    receipts = [_publish(outbox, f"2026-11-22/night/{n:04}_x_s1.png", os.urandom(20_000), f"job-{n}") for n in range(4)]
+
+    with pytest.raises(OSError, match="No space left on device"):
+        collect(receipts, outbox, small_disk, move=True)
+
+    whole = {receipt.outputs[0].sha256 for receipt in receipts}
+    pictures = [content for name, content in _files(small_disk).items() if name.endswith(".png")]
+    assert pictures
+    assert all(hashlib.sha256(content).hexdigest() in whole for content in pictures)
+    assert not [name for name in _files(small_disk) if name.endswith(".part")]
+    kept = [content for name, content in _files(outbox).items() if name.endswith(".png")]
+    assert {hashlib.sha256(content).hexdigest() for content in pictures + kept} == whole
+
+
+COLLECTOR = """
+import sys
+from pathlib import Path
+from safelight.collect import collect
+from safelight.receipt import Receipt
+print("ready", flush=True)
+receipts = [Receipt.model_validate_json(line) for line in sys.stdin]
+print(len(collect(receipts, Path(sys.argv[1]), Path(sys.argv[2]))))
+"""
+
+
+def test_collectors_at_once_copy_each_output_once(tmp_path: Path, target: Path) -> None:
+    """Two from one outbox, one from another with other files of the same names."""
+    outboxes = [tmp_path / "a", tmp_path / "a", tmp_path / "b"]
+    env = os.environ | {"PYTHONPATH": str(ROOT / "client")}
+    lines = {
+        outbox: "".join(
+            _publish(
+                outbox, f"2026-11-22/night/{n:04}_x_s1.png", outbox.name.encode() * 1000, f"job-{outbox.name}-{n}"
+            ).model_dump_json()
+            + "\n"
+            for n in range(60)
+        )
+        for outbox in set(outboxes)
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", COLLECTOR, str(outbox), str(target)],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for outbox in outboxes
+    ]
+    assert [process.stdout.readline() for process in started if process.stdout] == ["ready\n"] * 3
+    for process, outbox in zip(started, outboxes, strict=True):
+        assert process.stdin is not None
+        process.stdin.write(lines[outbox])
+        process.stdin.close()
+    for process in started:
+        assert process.stdout is not None
+        assert process.stdout.read() == "60\n"
+        process.stdout.close()
+        assert process.wait() == 0
+
+    expected = sorted(content for outbox in set(outboxes) for content in _files(outbox).values())
+    assert sorted(_files(target).values()) == expected
+
+
+def test_module_needs_no_daemon() -> None:
+    """The client is installed alone on other machines."""
+    code = "import sys, safelight.collect, safelight.embedded; print(sorted(m for m in sys.modules if 'lightd' in m))"
+    env = os.environ | {"PYTHONPATH": str(ROOT / "client")}
+
+    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+
+    assert said == "[]\n"
+    assert Path(collecting.__file__).is_relative_to(ROOT / "client")
