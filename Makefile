@@ -1,0 +1,44 @@
+# make demo: see it work.  make test: everything that CI checks.
+# Each sets up what it needs in .venv; a machine needs Python 3.11 or newer with venv and pip, and make.
+
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 python3; do \
+	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$python && break; done)
+
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test bench docs clean
+
+demo: $(INSTALLED)
+	$(BIN)/safelight demo
+
+test: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest --no-fold-skipped
+
+# JSON on stdout, from every script that needs no GPU; ends with the first whose bar is missed. The gpu_ ones are run
+# by hand on a machine that has one. docs/numbers.md holds what was measured, on what and when.
+bench: $(INSTALLED)
+	set -e; for script in $(filter-out __init__ scratch gpu_%,$(basename $(notdir $(wildcard bench/*.py)))); do \
+		echo "== bench/$$script.py" >&2; $(BIN)/python -m bench.$$script; done
+
+# docs/cli.md, from --help; `make test` fails when it is old.
+docs: $(INSTALLED)
+	$(BIN)/python -m safelight.clidoc > docs/cli.md
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
+
+# A stamp file: set up again only when what is to be installed has changed. --group needs pip 25.1.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { \
+		echo "There is no Python 3.11 or newer with venv here. On Debian and Ubuntu: apt install python3-venv." >&2; \
+		echo "Or name one: make PYTHON=/path/to/python3" >&2; exit 3; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[daemon]' --group dev
+	touch $@
