@@ -25,7 +25,7 @@ outbox = "outbox"
 state = "state"
 models = "models"
 [worker]
-device = "cpu"
+device = "{device}"
 [defaults]
 image_model = "tiny-flux-schnell"
 video_model = "tiny-wan-ti2v"
@@ -61,10 +61,10 @@ class Scratch:
 
 
 @contextmanager
-def scratch() -> Iterator[Scratch]:
+def scratch(device: str = "cpu") -> Iterator[Scratch]:
     """Make an installation and remove it again; processes started in it are the caller's to stop."""
     root = Path(tempfile.mkdtemp(prefix="slb-"))
-    (root / "safelight.toml").write_text(SETTINGS, encoding="utf-8")
+    (root / "safelight.toml").write_text(SETTINGS.format(device=device), encoding="utf-8")
     own = {"SAFELIGHT_CONFIG": str(root / "safelight.toml"), "XDG_RUNTIME_DIR": str(root / "run")}
     env = {**os.environ, **own}
     try:

@@ -176,7 +176,9 @@ def engine_env(config: Config, machine: Machine) -> dict[str, str]:
         "DIFFUSERS_VERBOSITY": "error",
         "TRANSFORMERS_VERBOSITY": "error",
         "MALLOC_ARENA_MAX": "2",
-        "PYTORCH_ALLOC_CONF": "expandable_segments:True,pinned_max_round_threshold_mb:1",
+        # no other key: one that this torch does not know ends CUDA for the process (2.11 refuses
+        # pinned_max_round_threshold_mb, which 2.13 has; H100, 2026-11-22)
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         # "" hides every GPU: a CPU worker beside a GPU worker must not touch its card
         "CUDA_VISIBLE_DEVICES": machine.uuid,

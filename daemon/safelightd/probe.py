@@ -1,7 +1,8 @@
 """Reads the machine: NVML, /proc/meminfo and the cgroup. Never imports torch.
 
 `python -m safelightd.probe` is the fresh process that tells a job's fault from the machine's: it makes a CUDA context
-through the driver alone, writes memory, reads it back, and exits 0 or 5. A process whose context broke cannot tell.
+through the driver alone, writes memory and reads it back; then becomes `safelightd.device`, which does the same through
+torch with the engine's own environment. It exits 0 or 5. A process whose context broke cannot tell.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from safelight.config import Config
 from safelight.errors import NoUsableGpu, SafelightError
 from safelight.machine import GIB, Machine
+from safelightd.link import engine_env
 
 PROBE_BYTES = 64 * 2**20
-PROBE_TIMEOUT_S = 30
-"""cuInit and a context take 0.2 s (H100, 2026-11-22); a lost GPU can hang them."""
+PROBE_TIMEOUT_S = 120
+"""cuInit and a context take 0.2 s and importing torch up to 10 s (H100, 2026-11-22); a lost GPU can hang the first."""
 
 RESERVE_BYTES = 2 * GIB
 """RAM left to the desktop and the kernel; not promised to a job."""
@@ -93,7 +96,7 @@ def cgroup_room(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/sel
     line = next((line for line in own.read_text().splitlines() if line.startswith("0::")), "0::/")
     folder = root / line[3:].strip("/")
     rooms = []
-    while folder != root and folder.is_relative_to(root):
+    while folder.is_relative_to(root):  # in a container the root itself has the limit
         limits = [_number(folder / name) for name in ("memory.max", "memory.high")]
         limit = min((value for value in limits if value is not None), default=None)
         if limit is not None and (folder / "memory.stat").is_file():
@@ -120,6 +123,7 @@ def gpu_is_well(config: Config, machine: Machine | None) -> str | None:
     try:
         done = subprocess.run(
             [sys.executable, "-m", "safelightd.probe", uuid],
+            env=None if machine is None else engine_env(config, machine),
             capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
@@ -165,7 +169,7 @@ def prove() -> None:
     cuda.call("cuDevicePrimaryCtxRelease_v2", device)
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Prove the GPU named on the command line; the exit code and one line on stderr are the answer."""
     if len(sys.argv) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = sys.argv[1]
@@ -174,9 +178,9 @@ def main() -> int:
         prove()
     except SafelightError as error:
         print(error, file=sys.stderr)  # noqa: T201 - the answer to the process that asked
-        return error.exit_code
-    return 0
+        sys.exit(error.exit_code)
+    os.execv(sys.executable, [sys.executable, "-m", "safelightd.device"])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
