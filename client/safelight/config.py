@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
+import socket
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,10 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from safelight import paths as _paths
 from safelight.errors import BadConfig
+
+SYSTEM_STATE = Path("/var/lib/safelight")
+"""StateDirectory= of the system units."""
 
 _WINDOW = re.compile(r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")
 
@@ -26,22 +31,23 @@ def _window(value: str) -> str:
     return value
 
 
-def _gib(value: float | str) -> float | str:
-    if isinstance(value, str) and value != "auto":
+def _gib(value: object) -> object:
+    is_size = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    if not is_size and value != "auto":
         raise ValueError('write a number of GiB, or "auto"')
     return value
 
 
-Gib = Annotated[float | Literal["auto"], AfterValidator(_gib)]
+Gib = Annotated[float | Literal["auto"], BeforeValidator(_gib)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class PathsSection(_Section):
-    inbox: str = "~/safelight/inbox"
-    outbox: str = "~/safelight/outbox"
+    inbox: str = Field(default="~/safelight/inbox", min_length=1)
+    outbox: str = Field(default="~/safelight/outbox", min_length=1)
     state: str = ""
     models: str = ""
 
@@ -150,9 +156,56 @@ def load(env: Mapping[str, str] | None = None, file: Path | None = None) -> Conf
     return Config(settings=settings, source=source, paths=folders)
 
 
+def for_client(
+    env: Mapping[str, str] | None = None,
+    file: Path | None = None,
+    *,
+    system_config: Path = _paths.SYSTEM_CONFIG,
+    system_runtime: Path = _paths.SYSTEM_RUNTIME,
+    system_state: Path = SYSTEM_STATE,
+) -> Config:
+    """Return the settings of the daemon that a person's commands are meant for.
+
+    A file that was named (`file`, or SAFELIGHT_CONFIG) decides. Else it is the user's own daemon where that listens
+    or names a server; else the system's, where that listens; else the user's, which is then the one to start.
+
+    Raises:
+        BadConfig: the settings are wrong, or the system's cannot be read.
+    """
+    env = os.environ if env is None else env
+    own = load(env, file)
+    if file or env.get("SAFELIGHT_CONFIG") or not own.embedded or _listens(own.paths.socket):
+        return own
+    system_env = {
+        **env,
+        "CONFIGURATION_DIRECTORY": str(system_config.parent),
+        "STATE_DIRECTORY": str(system_state),
+        "XDG_DATA_HOME": str(system_state.parent),
+        "RUNTIME_DIRECTORY": str(system_runtime),
+    }
+    if not _listens(system_runtime / "redis" / "redis.sock"):
+        return own
+    return load(system_env)
+
+
+def _listens(path: Path) -> bool:
+    """Whether a server listens on a unix socket: the file alone outlives a server that was killed."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except OSError:
+            return False
+        return True
+
+
 def _folder(written: str, source: Path) -> Path | None:
     """Expand `~` and take a relative path as relative to the settings file, so that a folder can be moved whole."""
-    return (source.parent / Path(written).expanduser()).absolute() if written else None
+    if "\0" in written:
+        raise BadConfig(f"{source}: {written!r} has a NUL character, which no folder's name can have. Remove it.")
+    try:
+        return (source.parent / Path(written).expanduser()).absolute() if written else None
+    except RuntimeError as error:  # ~someone, who is not a user here
+        raise BadConfig(f"{source}: {written} has no home folder. Write the folder itself.") from error
 
 
 def _read(source: Path, *, must_exist: bool) -> Settings:
@@ -174,12 +227,14 @@ def _explain(fault: Mapping[str, Any]) -> str:
     """Return pydantic's fault as a sentence a person can act on, with the nearest known key."""
     where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] != "extra_forbidden":
-        return f"{where} = {fault['input']!r}: {fault['msg']}."
+        return f"{where} = {fault['input']!r}: {fault['msg'].removeprefix('Value error, ')}."
     known = known_keys()
+    if "." not in where:
+        known = sorted({name.partition(".")[0] for name in known})
     near = difflib.get_close_matches(where, known, n=1, cutoff=0.5)
     key = where.rsplit(".", 1)[-1]
     near = near or [name for name in known if name.rsplit(".", 1)[-1] == key]
-    return f"{where}: no such setting." + (f" Did you mean {near[0]}?" if near else "")
+    return f"{where}: no such setting. " + (f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}.")
 
 
 def known_keys() -> list[str]:

@@ -20,10 +20,11 @@ from typing import Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
 import redis
+from redis._parsers.base import BaseParser
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
-from safelight.errors import BadConfig, QueueUnreachable
+from safelight.errors import BadConfig, Fault, InvalidJob, QueueUnreachable
 from safelight.jobspec import PRIORITIES, JobSpec
 from safelight.machine import Machine
 from safelight.plan import Calibration, Pace
@@ -41,6 +42,10 @@ DAY_S = 86_400
 
 AWAY = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, redis.OutOfMemoryError)
 """What a call raises while the server is down, loading (BusyLoadingError is a ConnectionError) or full: try later."""
+
+# A server that cannot write its append-only file (a full disk) refuses writes as a read-only replica does. redis-py
+# gives MISCONF no class of its own, and a bare ResponseError is also what a bug of ours raises.
+BaseParser.EXCEPTION_CLASSES["MISCONF"] = redis.ReadOnlyError
 
 
 class Row(NamedTuple):
@@ -79,13 +84,19 @@ def check_url(url: str) -> None:
     """Refuse a queue that anybody on the network could read or fill.
 
     Raises:
-        BadConfig: a TCP URL off this machine without TLS, or without a password.
+        BadConfig: no URL, or a TCP URL off this machine without TLS, or without a password.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as error:
+        raise BadConfig(f"[queue] url = {_shown(url)!r}: {error}.") from error
     if parts.scheme == "unix":
         return
     if parts.scheme not in ("redis", "rediss"):
-        raise BadConfig(f"[queue] url = {url!r}: unknown scheme. Use unix://, rediss:// or redis:// on loopback.")
+        raise BadConfig(
+            f"[queue] url = {_shown(url)!r}: unknown scheme. Use unix://, rediss:// or redis:// on loopback."
+        )
     loopback = parts.hostname in ("localhost", "127.0.0.1", "::1")
     if parts.scheme == "redis" and not loopback:
         raise BadConfig(f"[queue] url: {parts.hostname} without TLS. Use rediss://, or a unix socket.")
@@ -98,20 +109,23 @@ def connect(url: str, *, timeout_s: float = 5.0, retries: int = 3) -> redis.Redi
 
     Raises:
         QueueUnreachable: nothing answers.
-        BadConfig: the URL is not safe to use.
+        BadConfig: the URL is not safe to use, or the server refuses its password.
     """
     check_url(url)
     backoff = Retry(ExponentialBackoff(cap=1.0, base=0.05), retries)
-    server = redis.Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=backoff)
+    try:
+        server = redis.Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=backoff)
+    except ValueError as error:
+        raise BadConfig(f"[queue] url = {_shown(url)!r}: {error}.") from error
     try:
         server.ping()
     except redis.BusyLoadingError as error:
         raise QueueUnreachable(f"{_shown(url)} is still loading its data. Try again in a moment.") from error
+    except redis.AuthenticationError as error:
+        raise BadConfig(f"The queue at {_shown(url)} refused the password of [queue] url: {error}.") from error
     except (redis.ConnectionError, redis.TimeoutError) as error:
         start = "Start it: systemctl --user start safelight.target, or safelight up."
         raise QueueUnreachable(f"The queue at {_shown(url)} does not answer. {start}") from error
-    except redis.AuthenticationError as error:
-        raise BadConfig(f"The queue at {_shown(url)} refused the password of [queue] url.") from error
     return server
 
 
@@ -201,8 +215,14 @@ class JobQueue:
         return [bytes(item).decode() for item in self._run("submit", *chunk)]
 
     def wait_durable(self, timeout_ms: int = 5_000) -> bool:
-        """Wait until what this connection wrote is in the server's append-only file (Valkey and Redis 7.2+)."""
-        answer = cast("Sequence[int]", self.server.waitaof(1, 0, timeout_ms))
+        """Wait until what this connection wrote is in the server's append-only file; False when it does not say so.
+
+        Valkey and Redis 7.2+ do; an older one does not know the command.
+        """
+        try:
+            answer = cast("Sequence[int]", self.server.waitaof(1, 0, timeout_ms))
+        except redis.ResponseError:
+            return False
         return int(answer[0]) >= 1
 
     # -- looking ----------------------------------------------------------------------------------------------
@@ -254,11 +274,16 @@ class JobQueue:
                 rest = f'"outputs":{paths},"error":{json.dumps(error) if error else "null"}'
                 yield f'{{"id":"{job}","state":"{now}","attempts":{attempts},{brief[1:-1]},{rest}}}'
 
-    def shapes(self, ids: Sequence[str]) -> dict[str, list[str]]:
-        """Return the ids by what decides how long they take: equal keys mean equal model, steps, size and frames."""
-        found: dict[str, list[str]] = {}
-        for job, _state, _attempts, brief, _error, _outputs in self._briefs(ids):
-            found.setdefault(brief.partition(BRIEF_SHAPE_END)[0], []).append(job)
+    def shapes(self, ids: Sequence[str]) -> dict[str, tuple[int, str]]:
+        """Return how many jobs are of equal kind, model, steps, size and frames, and one of each: what time depends on.
+
+        The server counts: 100,000 jobs take 0.5 s so and 2.1 s when their briefs come here (2 cores, 2026-11-22).
+        """
+        found: dict[str, tuple[int, str]] = {}
+        for start in range(0, len(ids), LIST_CHUNK):
+            for shape, jobs, job in self._run("shapes", BRIEF_SHAPE_END, *ids[start : start + LIST_CHUNK]):
+                before, first = found.get(shape.decode(), (0, job.decode()))
+                found[shape.decode()] = (before + jobs, first)
         return found
 
     def _briefs(self, ids: Sequence[str]) -> Iterator[list[str]]:
@@ -271,8 +296,21 @@ class JobQueue:
         return raw.decode() if raw else None
 
     def spec(self, job: str) -> JobSpec | None:
+        """Return what was asked for under this id; None when the queue does not know it.
+
+        Raises:
+            InvalidJob: what stands there is no job of safelight, or another one's: someone else wrote it.
+        """
         raw = cast("bytes | None", self.server.hget(f"safelight:job:{job}", "spec"))
-        return JobSpec.model_validate(json.loads(raw), strict=False) if raw else None
+        if raw is None:
+            return None
+        try:
+            spec = JobSpec.model_validate(json.loads(raw), strict=False)
+        except ValueError as error:
+            raise InvalidJob([Fault(job, "what the queue holds is no job of safelight", "Submit it again.")]) from error
+        if spec.id != job:
+            raise InvalidJob([Fault(job, f"the queue holds the job {spec.id} under it", "Submit it again.")])
+        return spec
 
     def fields(self, job: str) -> dict[str, str]:
         """Return all that the queue knows of one job, {} when it knows nothing."""
@@ -324,6 +362,10 @@ class JobQueue:
                   "outputs", json.dumps([output.path for output in receipt.outputs])]  # fmt: skip
         return bool(self._run("conclude", receipt.id, worker, receipt.state, int(time.time()), self.keep_s, *fields))
 
+    def reject(self, job: str, worker: str, error: str) -> bool:
+        """End a running job that nothing can be done with, because nobody knows what it was; it has no receipt."""
+        return bool(self._run("conclude", job, worker, "failed", int(time.time()), self.keep_s, "error", error))
+
     def restore(self, receipt: Receipt) -> None:
         """Put an ended job among the ended ones, whatever the queue remembered of it."""
         spec = receipt.spec
@@ -358,11 +400,16 @@ class JobQueue:
             self.wake(worker.decode())
 
     def wait_for_cancel(self, job: str, timeout_s: float) -> bool:
-        """Block until someone asks to cancel the job; False when the time is over."""
+        """Block until someone asks to cancel the job, or has before; False when the time is over.
+
+        The wake-up can be lost with a connection, or with the process that read it; the job's own field cannot.
+        """
+        if self.server.hexists(f"safelight:job:{job}", "cancel"):
+            return True
         return self.server.blpop([f"safelight:cancel:{job}"], timeout=max(timeout_s, 0.01)) is not None
 
     def progress(self, job: str, progress: dict[str, Any]) -> None:
-        self.server.hset(f"safelight:job:{job}", "progress", json.dumps(progress))
+        self._run("progress", job, json.dumps(progress))
 
     # -- workers and holds ------------------------------------------------------------------------------------
 

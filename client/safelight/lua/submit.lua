@@ -5,7 +5,7 @@ local new = {}
 for i = 1, #ARGV, 5 do
   local id, place, brief, spec, batch = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4]
   local job = 'safelight:job:' .. id
-  if redis.call('EXISTS', job) == 0 then
+  if redis.call('HEXISTS', job, 'state') == 0 then
     redis.call('HSET', job, 'state', 'queued', 'place', place, 'brief', brief, 'spec', spec, 'attempts', 0)
     redis.call('ZADD', 'safelight:waiting', 0, place)
     redis.call('SADD', 'safelight:batch:' .. batch, id)

@@ -1,0 +1,199 @@
+"""The installation: `up`, `demo`, `doctor`, `models`, `service`, `completion`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from safelight.commands.client import Client, pass_client
+
+NEEDED = ("rq", "torch")
+"""What safelight[daemon] brings and the plain client lacks."""
+
+PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+@click.command(context_settings=PASS_ON)
+@click.pass_context
+def up(ctx: click.Context) -> None:
+    """Run queue server, inbox and worker until Ctrl-C.
+
+    For machines without systemd, and for trying things out. Jobs that have not ended when it stops go on when it
+    starts again. Needs safelight[daemon].
+    """
+    _become_daemon(ctx, "up")
+
+
+@click.command(context_settings=PASS_ON)
+@click.option("--to", metavar="FOLDER", help="Where the demo puts everything; else ./safelight-demo.")
+@click.pass_context
+def demo(ctx: click.Context, to: str | None) -> None:
+    """Show the whole way of a job, without a GPU.
+
+    Sample prompts become pictures and a clip, on the CPU, through the whole daemon. Needs no GPU, no download and
+    nothing installed but safelight[daemon]. The tiny models draw noise: it shows the way of a job, not what the
+    real models draw.
+    """
+    _become_daemon(ctx, "demo", *(["--to", to] if to else []))
+
+
+def _become_daemon(ctx: click.Context, *words: str) -> NoReturn:
+    """Replace this process by the `safelightd` of the same installation."""
+    from safelight.errors import BadConfig
+
+    client = ctx.find_object(Client)
+    assert client is not None
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise BadConfig(
+            f"safelight {words[0]} needs the daemon, which is not installed here ({', '.join(missing)} missing). "
+            "Install it: pip install 'safelight[daemon]'"
+        )
+    beside = Path(sys.executable).with_name("safelightd")
+    program = [str(beside)] if beside.is_file() else [sys.executable, "-m", "safelightd.cli"]
+    settings = ["--config", str(client.config_file)] if client.config_file else []
+    verbose = ["--verbose"] if client.verbose else []
+    command = [*program, *settings, *verbose, *words, *ctx.args]
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="An array of {name, look, says, remedy}.")
+@pass_client
+@click.pass_context
+def doctor(ctx: click.Context, client: Client, *, as_json: bool) -> None:
+    """Say what is wrong with the installation.
+
+    A line a fact, with its remedy. Changes nothing. Exit code 0 when nothing is FAIL; else 3 for settings or
+    installation, 5 for the GPU, 4 for a queue that does not answer: the first of these.
+    """
+    from dataclasses import asdict
+
+    from safelight import display
+    from safelight import doctor as examination
+
+    findings = examination.examine(client.config_file)
+    if as_json:
+        shown = [asdict(found) for found in findings]
+        click.echo(json.dumps(shown, ensure_ascii=False, indent=2))
+    else:
+        for found in findings:
+            look = click.style(f"{found.look.upper():<4}", fg=display.LOOK_COLOURS[found.look])
+            click.echo(f"{look}  {found.name:<9} {display.line(found.says)}")
+            if found.remedy:
+                click.echo(f"{'':16}{display.line(found.remedy)}")
+    ctx.exit(examination.exit_code(findings))
+
+
+@click.group()
+def models() -> None:
+    """The models that jobs may name."""
+
+
+@models.command("list")
+@click.option("--json", "as_json", is_flag=True, help="An array of objects.")
+@pass_client
+def list_models(client: Client, *, as_json: bool) -> None:
+    """Show the models: what each makes, its licence, its size in bf16, and whether it is there.
+
+    Models of your own go into the settings file as [models.KEY]. Marked * is what a job gets that names no model.
+    """
+    from safelight import display
+    from safelight.models import folder, is_there
+
+    defaults = client.config.settings.defaults
+    default_keys = (defaults.image_model, defaults.video_model)
+    rows = [
+        {
+            "key": facts.key,
+            "kind": facts.kind,
+            "default": facts.key in default_keys,
+            "licence": facts.licence,
+            "bf16_bytes": 2 * sum(facts.components.values()),
+            "present": is_there(facts, client.config.paths.models),
+            "tiny": facts.tiny,
+            "folder": str(folder(facts, client.config.paths.models)),
+            "repository": facts.repository,
+        }
+        for facts in client.models.values()
+    ]
+    if as_json:
+        click.echo(json.dumps(rows, ensure_ascii=False, indent=2))
+        return
+    cells = [
+        [
+            f"{row['key']}{' *' if row['default'] else ''}",
+            str(row["kind"]),
+            "tiny" if row["tiny"] else display.gib(float(str(row["bf16_bytes"]))),
+            "built on first use" if row["tiny"] else "present" if row["present"] else "missing",
+            str(row["licence"]),
+            str(row["folder"]),
+        ]
+        for row in rows
+    ]
+    display.columns(["MODEL", "KIND", "BF16", "HERE", "LICENCE", "FOLDER"], cells)
+
+
+@click.group()
+def service() -> None:
+    """Run in the background, with systemd."""
+
+
+FOR_WHOM = click.option(
+    "--user/--system",
+    "for_user",
+    default=True,
+    show_default=True,
+    help="For this person, or for everybody on the machine (needs root).",
+)
+
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+
+
+@service.command()
+@FOR_WHOM
+@click.option("--gpu", metavar="GPU", help="Index or UUID of the GPU to use; else [worker] gpu.")
+@DRY_RUN
+@pass_client
+def install(client: Client, *, for_user: bool, gpu: str | None, dry_run: bool) -> None:
+    """Install the units, and start them."""
+    from safelight import config as settings
+    from safelight import service as units
+
+    own = settings.load(os.environ, client.config_file)
+    lines = units.install(system=not for_user, gpu=gpu or own.settings.worker.gpu, dry_run=dry_run, config=own)
+    click.echo("\n".join(lines))
+
+
+@service.command()
+@FOR_WHOM
+@DRY_RUN
+def uninstall(*, for_user: bool, dry_run: bool) -> None:
+    """Stop and remove the units; settings, jobs, models and outputs stay."""
+    from safelight import service as units
+
+    click.echo("\n".join(units.uninstall(system=not for_user, dry_run=dry_run)))
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion(ctx: click.Context, shell: str) -> None:
+    """Print the script that completes commands.
+
+    \b
+        safelight completion bash > ~/.local/share/bash-completion/completions/safelight
+        safelight completion zsh > ~/.zfunc/_safelight
+        safelight completion fish > ~/.config/fish/completions/safelight.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    assert found is not None
+    click.echo(found(ctx.find_root().command, {}, "safelight", "_SAFELIGHT_COMPLETE").source())

@@ -1,0 +1,120 @@
+"""The options that describe a job: diffusers' names, with the short ones that people know. Read by safelight.draft."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from safelight.draft import Draft
+
+_OPTIONS: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("--model",), "KEY", "A model of `safelight models list`; else the default of [defaults]."),
+    (("--kind",), "KIND", "image or video, where no model is named."),
+    (("--negative-prompt",), "TEXT", "What it should not show. There is no short -n for it."),
+    (("--prompt-2",), "TEXT", "Another prompt for FLUX's second text encoder."),
+    (("--size",), "WxH", "Such as 1280x704."),
+    (("--width",), "PIXELS", ""),
+    (("--height",), "PIXELS", ""),
+    (("--steps", "--num-inference-steps"), "N", "Denoising steps."),
+    (("--guidance", "--guidance-scale"), "SCALE", "Guidance; for FLUX dev the distilled one."),
+    (("--guidance-2", "--guidance-scale-2"), "SCALE", "The same for Wan A14B's low-noise expert."),
+    (("--cfg", "--true-cfg-scale"), "SCALE", "True guidance of FLUX dev, with a negative prompt. Twice the time."),
+    (("--max-sequence-length",), "TOKENS", "Tokens of the prompt that are read."),
+    (("--frames", "--num-frames"), "N", "Frames of a clip, 4n + 1."),
+    (("--fps",), "N", "Frames a second of a clip."),
+    (("--shift", "--flow-shift"), "SHIFT", "Flow shift of Wan's scheduler."),
+    (("--image",), "FILE", "The picture to animate. It is copied now: move it as you like."),
+    (("--last-image",), "FILE", "The picture to end with."),
+    (("--seed",), "N[,N...]", "One job a seed. Left out, or -1: a random one, which is written down."),
+    (("-n", "--count"), "N", "How many of each prompt, their seeds counting up. A count, not the negative prompt."),
+    (("--expand",), "HOW", "random: draw one text of {a|b} and __wildcards__ a job. all: a job of every text."),
+    (("--wildcard-seed",), "N", "Draw the same texts again another day; else each submission draws anew."),
+    (
+        ("--precision",),
+        "HOW",
+        "auto, bf16, fp16, fp8, int8 or nf4. Left out, the planner decides; so for the next three.",
+    ),
+    (("--offload",), "HOW", "auto, none, model, block, leaf or sequential."),
+    (("--vae-tiling",), "HOW", "auto, on or off."),
+    (("--text-encoder-device",), "HOW", "auto, gpu or cpu."),
+    (("--format", "--output-format"), "KIND", "png, jpg or webp; mp4 for clips."),
+    (("--priority",), "CLASS", "high, normal, low or night (only inside the window of [policy])."),
+    (("--not-before",), "WHEN", "Such as 2026-11-23T06:00, your local time."),
+    (("--tags",), "A,B", "Words to find it by."),
+)
+
+_ALIASES = {
+    "steps": "num-inference-steps",
+    "negative": "negative-prompt",
+    "guidance": "guidance-scale",
+    "distilled-cfg": "guidance-scale",
+    "distilled-cfg-scale": "guidance-scale",
+    "guidance-2": "guidance-scale-2",
+    "cfg": "true-cfg-scale",
+    "cfg-scale": "true-cfg-scale",
+    "frames": "num-frames",
+    "video-frames": "num-frames",
+    "frame-num": "num-frames",
+    "shift": "flow-shift",
+    "init-img": "image",
+    "init-image": "image",
+    "end-img": "last-image",
+    "end-image": "last-image",
+    "format": "output-format",
+    "n-iter": "count",
+    "batch-count": "count",
+}
+"""safelight.draft.ALIASES once more (a test compares them): that module is too heavy for --help."""
+
+
+def canonical(name: str) -> str:
+    """Return an option's one name for what a person typed: `--negative_prompt` and `--cfg-scale` work too."""
+    dashed = name.replace("_", "-")
+    return _ALIASES.get(dashed, dashed)
+
+
+JOB_OPTIONS_CONTEXT = {"token_normalize_func": canonical}
+
+
+def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add every option that describes a job; the command gets them as keywords, under the names of data."""
+    for names, metavar, help_text in reversed(_OPTIONS):
+        parameter = names[-1].removeprefix("--").replace("-", "_")
+        command = click.option(*names, parameter, metavar=metavar, help=help_text)(command)
+    return command
+
+
+SWEEP = click.option(
+    "--sweep",
+    "sweeps",
+    metavar="NAME=A,B",
+    multiple=True,
+    help="A job for each value; with several, for each combination. steps=4,8 or guidance=2,3,..,6.",
+)
+
+
+def drafts_of(prompts: tuple[str, ...], written: dict[str, str | None], sweeps: tuple[str, ...]) -> list[Draft]:
+    """Return a draft a prompt, each with the same options.
+
+    Raises:
+        InvalidJob: an option cannot be read; every fault is listed.
+    """
+    from safelight.draft import parse_options
+    from safelight.errors import Fault, InvalidJob
+
+    options = [f"--{name}={value}" for name, value in written.items() if value is not None]
+    options += [f"--sweep={text}" for text in sweeps]
+    drafts = []
+    faults: dict[Fault, None] = {}
+    for number, prompt in enumerate(prompts, start=1):
+        where = "add" if len(prompts) == 1 else f"prompt {number}"
+        try:
+            drafts.append(parse_options([f"--prompt={prompt}", *options], where))
+        except InvalidJob as error:
+            faults |= dict.fromkeys(error.faults)
+    if faults:
+        raise InvalidJob(list(faults))
+    return drafts

@@ -1,0 +1,238 @@
+"""`collect` and `rerun`: what to do with finished pictures and clips."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from datetime import date, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from safelight.commands.adding import DRY_RUN, JSON, hand_over
+from safelight.commands.client import Client, pass_client
+from safelight.commands.selecting import batch_option, jobs_argument
+
+if TYPE_CHECKING:
+    from safelight.embedded import Embedded
+    from safelight.errors import Fault
+    from safelight.jobspec import JobSpec
+    from safelight.plan import Plan
+    from safelight.receipt import Receipt
+
+_SEED = re.compile(r"(\+?)(\d{1,10})")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@click.command()
+@jobs_argument()
+@batch_option("All of this batch.")
+@click.option("--date", "day", metavar="DATE", help="All of this folder of the outbox, such as 2026-11-22.")
+@click.option("--all", "everything", is_flag=True, help="All that is done.")
+@click.option("--to", "target", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="Where to.")
+@click.option("--move", is_flag=True, help="Take the files out of the outbox.")
+@pass_client
+@click.pass_context
+def collect(
+    ctx: click.Context, client: Client, ids: tuple[str, ...], batch: str | None, day: str | None, target: Path,
+    *, everything: bool, move: bool,
+) -> None:  # fmt: skip
+    """Copy finished pictures and clips to a folder.
+
+    They go to FOLDER/<batch>/, with the records beside them. Each copy is compared with what was published. Doing
+    it again copies what is new; nothing is ever overwritten. Prints the path of each file that lies in FOLDER now.
+    Exit code 1 when a named job has nothing to collect, or a file in the outbox is not what was published.
+    """
+    from safelight import collect as collecting
+
+    if sum((bool(ids), batch is not None, day is not None, everything)) != 1:
+        raise click.UsageError("Say what to collect: IDs, or --batch, or --date, or --all: one of them.")
+    damaged: list[str] = []
+    receipts = list(_named(client, ids) if ids else _done(client, batch, _day(day), damaged))
+    for problem in damaged:
+        click.echo(problem, err=True)
+    if not receipts:
+        click.echo("Nothing is done that fits.", err=True)
+        ctx.exit(1 if ids or damaged else 0)
+    folder = target.expanduser().absolute()
+    copied = collecting.collect(receipts, client.config.paths.outbox, folder, move=move)
+    for one in copied:
+        if one.target:
+            click.echo(str(one.target))
+        else:
+            why = "is no longer in the outbox" if one.outcome == "missing" else "is not what was published"
+            click.echo(f"{one.source} {why} (job {one.id}).", err=True)
+    counts = Counter(one.outcome for one in copied)
+    click.echo(", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) + ".", err=True)
+    incomplete = ids and (counts["missing"] or len(receipts) < len(ids))
+    ctx.exit(1 if counts["changed"] or incomplete or damaged else 0)
+
+
+def _named(client: Client, written: tuple[str, ...]) -> Iterator[Receipt]:
+    from safelight.commands.selecting import resolve_anyhow
+
+    ids, _away = resolve_anyhow(client, written)
+    for job in ids:
+        receipt = client.ledger.receipt(job)
+        if receipt and receipt.state == "done":
+            yield receipt
+        else:
+            state = f"is {receipt.state}" if receipt else "has not ended"
+            click.echo(f"{job} {state}: there is nothing to collect.", err=True)
+
+
+def _done(client: Client, batch: str | None, day: str | None, damaged: list[str]) -> Iterator[Receipt]:
+    """Yield the receipts that fit; one that cannot be read is named in `damaged` and keeps no other from its owner."""
+    from safelight.errors import LedgerDamaged
+
+    for job in sorted(client.ledger.ended()):
+        try:
+            receipt = client.ledger.receipt(job)
+        except LedgerDamaged as error:
+            damaged.append(str(error))
+            continue
+        if (
+            receipt
+            and receipt.state == "done"
+            and (batch is None or receipt.spec.batch == batch)
+            and (day is None or any(output.path.split("/", 1)[0] == day for output in receipt.outputs))
+        ):
+            yield receipt
+
+
+def _day(written: str | None) -> str | None:
+    if written is None:
+        return None
+    try:
+        return date.fromisoformat(written).isoformat()
+    except ValueError:
+        raise click.UsageError(f"--date {written!r} is not a date. Write it as 2026-11-22.") from None
+
+
+@click.command()
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--seed", metavar="+N|N", help="Another seed: +1 is the next one. Left out: the same.")
+@click.option(
+    "-n", "--count", type=click.IntRange(min=1), metavar="N", default=1, help="How many, their seeds counting up."
+)
+@click.option("--batch", metavar="NAME", help="Another batch than the file's.")
+@click.option("--priority", metavar="CLASS", help="high, normal, low or night; else the file's.")
+@click.option("--replan", is_flag=True, help="Let the planner choose anew instead of running as the file's plan says.")
+@DRY_RUN
+@JSON
+@pass_client
+def rerun(
+    client: Client, files: tuple[Path, ...], seed: str | None, count: int, batch: str | None, priority: str | None,
+    *, replan: bool, dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Queue again what made a file.
+
+    \b
+        safelight rerun 0001_a-red-fox_s7.png
+        safelight rerun 0001_a-red-fox_s7.png --seed +1 -n 4
+
+    FILE is a picture, a clip or the record (.json) beside it. The same job gets a new id; run as its plan says, the
+    same machine makes the same file. Prints one job id a line on stdout.
+    """
+    from safelight import embedded
+    from safelight.errors import InvalidJob
+
+    if seed is not None and not _SEED.fullmatch(seed):
+        raise click.UsageError(f"--seed {seed!r} is neither a seed nor a step such as +1.")
+    faults: list[Fault] = []
+    submissions: dict[str, list[JobSpec]] = {}
+    for file in files:
+        try:
+            inside = embedded.read(file.expanduser())
+            specs = _again(client, file, inside, seed, count, {"batch": batch, "priority": priority}, replan=replan)
+            submissions[specs[0].id.rsplit("-", 1)[0]] = specs
+        except InvalidJob as error:
+            faults += error.faults
+    if faults:
+        raise InvalidJob(faults)
+    hand_over(client, submissions, dry_run=dry_run, as_json=as_json)
+
+
+def _again(
+    client: Client, file: Path, inside: Embedded, seed: str | None, count: int, changes: dict[str, str | None],
+    *, replan: bool,
+) -> list[JobSpec]:  # fmt: skip
+    """Return the jobs that a file asks for; it may come from anywhere, so that it is checked like a prompt file.
+
+    Raises:
+        InvalidJob: the model is not known any more, an input image is gone, or a value is not legal.
+    """
+    from safelight import ledger
+
+    now = datetime.now().astimezone()
+    submission = ledger.submission_id(now)
+    first = _first_seed(inside.spec.seed, seed)
+    given = {name: value for name, value in changes.items() if value is not None}
+    plan = None if replan else inside.plan
+    specs = []
+    for index in range(1, count + 1):
+        written = {**_written(client, inside.spec, plan), **given, "seed": first + index - 1}
+        checked = _checked(client, file, written)
+        axes = {**inside.spec.axes, "seed": checked.seed} if "seed" in inside.spec.axes else inside.spec.axes
+        own = {
+            "id": ledger.job_id(submission, index),
+            "index": index,
+            "submitted_at": now.isoformat(timespec="seconds"),
+            "template": inside.spec.template,
+            "axes": axes,
+        }
+        specs.append(checked.model_copy(update=own))
+    return specs
+
+
+def _first_seed(was: int, written: str | None) -> int:
+    match = _SEED.fullmatch(written or "+0")
+    assert match is not None
+    return was + int(match[2]) if match[1] else int(match[2])
+
+
+def _written(client: Client, spec: JobSpec, plan: Plan | None) -> dict[str, Any]:
+    """Return what a person would have to write for this job: without what the model's defaults say anyway."""
+    from safelight.jobspec import FIELDS
+
+    known = client.models[spec.model].defaults.model_dump() if spec.model in client.models else {}
+    values = {name: getattr(spec, name) for name in FIELDS}
+    written = {name: value for name, value in values.items() if value is not None and known.get(name) != value}
+    written.pop("not_before", None)
+    return {**written, **{name: how for name, how in _as_planned(plan).items() if written.get(name) == "auto"}}
+
+
+def _as_planned(plan: Plan | None) -> dict[str, str]:
+    """Return the settings with which a planner has no other choice."""
+    from safelight.jobspec import Offload, Precision
+
+    if plan is None:
+        return {}
+    return {
+        "precision": plan.precision if plan.precision in get_args(Precision) else "auto",
+        "offload": plan.offload if plan.offload in get_args(Offload) else "auto",
+        "vae_tiling": "on" if plan.vae_tiling else "off",
+        "text_encoder_device": "cpu" if plan.text_encoder_device == "cpu" else "gpu",
+    }
+
+
+def _checked(client: Client, file: Path, written: dict[str, Any]) -> JobSpec:
+    from safelight import jobspec
+    from safelight.errors import Fault, InvalidJob
+
+    defaults = client.config.settings.defaults
+    found = jobspec.check(
+        written, client.models, str(file), image_model=defaults.image_model, video_model=defaults.video_model
+    )
+    if isinstance(found, list):
+        raise InvalidJob(found)
+    gone = [
+        Fault(str(file), f"its {name} is not in {client.config.paths.inputs}", "Submit it anew, with the picture.")
+        for name, digest in (("image", found.image), ("last_image", found.last_image))
+        if digest is not None and not (_DIGEST.fullmatch(digest) and (client.config.paths.inputs / digest).is_file())
+    ]
+    if gone:
+        raise InvalidJob(gone)
+    return found

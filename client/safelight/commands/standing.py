@@ -1,0 +1,200 @@
+"""`status`: what runs, what holds the queue, how much waits and when it will be done."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from safelight.commands.client import Client, pass_client
+
+if TYPE_CHECKING:
+    from safelight.config import Config
+    from safelight.jobqueue import JobQueue, WorkerRow
+    from safelight.models import Models
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What waits, and how long it takes by what jobs of its models took on this machine."""
+
+    jobs: int
+    seconds: float
+    """Of those that can be estimated, one after the other."""
+    unknown: int
+    """Jobs of a model that has not run here yet."""
+
+
+def measure(queue: JobQueue, models: Models) -> Waiting:
+    """Return what waits; one job of each shape stands for all."""
+    from safelight.errors import InvalidJob
+
+    calibration = queue.calibration()
+    jobs, seconds, unknown = 0, 0.0, 0
+    for count, one in queue.shapes(queue.waiting_ids()).values():
+        jobs += count
+        try:
+            spec = queue.spec(one)
+        except InvalidJob:
+            spec = None  # somebody else wrote it; the worker will refuse it and say so
+        if spec and spec.model in models and spec.model in calibration:
+            seconds += count * calibration[spec.model].seconds(spec, models[spec.model])
+        else:
+            unknown += count
+    return Waiting(jobs, seconds, unknown)
+
+
+def hold_lines(queue: JobQueue, config: Config) -> list[str]:
+    """Return why no job starts, a line a reason; [] when nothing keeps the next one from starting."""
+    from safelight.display import line
+
+    workers = queue.workers()
+    start = "Start it: systemctl --user start safelight.target, or safelight up."
+    absent = [] if workers else [f"No worker is running: jobs wait. {start}"]
+    return absent + [line(f"On hold ({name}): {reason}") for name, reason in holds(queue, config, workers).items()]
+
+
+def holds(queue: JobQueue, config: Config, workers: list[WorkerRow]) -> dict[str, str]:
+    """Return the named reasons in force, the user's first; a worker's name stands with its own where there are several.
+
+    A pause holds from the moment it is written, also before a worker has seen it.
+    """
+    found: dict[str, str] = {}
+    paused = user_hold(queue, config)
+    if paused is not None:
+        found["user"] = paused
+    for worker in workers:
+        for name, reason in sorted(worker.holds.items()):
+            if name != "user":
+                found[name if len(workers) == 1 else f"{name}, {worker.name}"] = reason
+            else:
+                found.setdefault(name, reason)
+    return found
+
+
+def user_hold(queue: JobQueue | None, config: Config) -> str | None:
+    """Return the person's reason for the pause, None when there is no pause."""
+    try:
+        written = json.loads(config.paths.user_hold.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return queue.user_hold() if queue else None
+    except ValueError:
+        return "paused.json says so, and cannot be read"
+    return str(written.get("reason") or "paused") if isinstance(written, dict) else "paused"
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="One object.")
+@pass_client
+def status(client: Client, *, as_json: bool) -> None:
+    """Show what runs, what waits and what holds it up.
+
+    The estimate of when the waiting jobs will be done is what jobs of the same model took on this machine, one
+    after the other: holds, night windows and --not-before come on top. Exit code 0 also while the queue is on hold,
+    4 when it does not answer.
+    """
+    with client.queue() as queue:
+        found = _standing(queue, client)
+    if as_json:
+        click.echo(json.dumps(found, ensure_ascii=False, indent=2))
+    else:
+        _print_standing(found)
+
+
+def _standing(queue: JobQueue, client: Client) -> dict[str, Any]:
+    workers = queue.workers()
+    running = running_jobs(queue)
+    waiting = measure(queue, client.models)
+    seconds = waiting.seconds + sum(job["seconds_left"] or 0 for job in running)
+    held = holds(queue, client.config, workers)
+    started = bool(workers) and not held
+    done_at = datetime.now().astimezone() + timedelta(seconds=seconds / max(len(workers), 1))
+    return {
+        "running": running,
+        "workers": [_worker(worker) for worker in workers],
+        "holds": held,
+        "waiting": waiting.jobs,
+        "ended": queue.counts()["ended"],
+        "seconds": round(seconds, 1),
+        "without_estimate": waiting.unknown,
+        "done_at": done_at.isoformat(timespec="seconds") if started and waiting.unknown < waiting.jobs else None,
+    }
+
+
+def running_jobs(queue: JobQueue) -> list[dict[str, Any]]:
+    """Return what runs and how far it is: id, worker, model, kind, batch, prompt, phase, i, n, seconds_left."""
+    return [_running(queue, job, worker) for job, worker in sorted(queue.running().items())]
+
+
+def _running(queue: JobQueue, job: str, worker: str) -> dict[str, Any]:
+    fields = queue.fields(job)
+    brief = json.loads(fields.get("brief", "{}"))
+    progress = json.loads(fields.get("progress", "{}"))
+    return {
+        "id": job,
+        "worker": worker,
+        **{key: brief.get(key) for key in ("model", "kind", "batch", "prompt")},
+        **{key: progress.get(key) for key in ("phase", "i", "n", "seconds_left")},
+    }
+
+
+def _worker(worker: WorkerRow) -> dict[str, Any]:
+    return {
+        "name": worker.name,
+        "device": worker.device,
+        "gpu": worker.machine.gpu if worker.machine else "",
+        "engine": worker.engine,
+        "seen_s_ago": round(time.time() - worker.seen_at, 1),
+        "job": worker.job,
+        "holds": worker.holds,
+    }
+
+
+def _print_standing(found: dict[str, Any]) -> None:
+    from safelight import display
+
+    for job in found["running"]:
+        click.echo(f"Running   {job['id']}  {progress_text(job)}  {display.line(job['prompt'] or '')}")
+    for worker in found["workers"]:
+        device = " ".join(word for word in (worker["device"], worker["gpu"]) if word)
+        engine = f", engine {worker['engine']}" if worker["engine"] else ""
+        click.echo(f"Worker    {worker['name']} on {device}{engine}, seen {worker['seen_s_ago']:.0f} s ago")
+    if not found["workers"]:
+        click.echo("Worker    none is running: jobs wait")
+    for name, reason in found["holds"].items():
+        click.echo(f"On hold   {name}: {display.line(reason)}")
+    click.echo(f"Waiting   {_waiting_text(found)}")
+
+
+def progress_text(job: dict[str, Any]) -> str:
+    """Return how far a running job is, in a few words: "denoise 4/28, 12 s left"."""
+    from safelight import display
+
+    text = job.get("phase") or "starting"
+    if job.get("n"):
+        text += f" {job['i']}/{job['n']}"
+    if job.get("seconds_left") is not None:
+        text += f", {display.duration(job['seconds_left'])} left"
+    return str(text)
+
+
+def _waiting_text(found: dict[str, Any]) -> str:
+    from safelight import display
+
+    jobs, unknown = found["waiting"], found["without_estimate"]
+    if not jobs:
+        return "nothing"
+    text = "1 job" if jobs == 1 else f"{jobs} jobs"
+    if unknown < jobs:
+        text += f", about {display.duration(found['seconds'])} of work"
+    if found["done_at"]:
+        done_at = datetime.fromisoformat(found["done_at"])
+        text += f", done about {display.clock(done_at, datetime.now().astimezone())}"
+    if unknown:
+        which = "no estimate" if unknown == jobs else f"{unknown} of them without an estimate"
+        text += f"; {which}: no such model has run here yet"
+    return text

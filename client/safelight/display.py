@@ -1,0 +1,120 @@
+"""How the client shows things: columns, durations, sizes. On a terminal with rich; elsewhere as plain, whole lines."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+
+import click
+
+GIB = 2**30
+
+STATE_STYLES = {
+    "running": "bold cyan",
+    "queued": "",
+    "done": "green",
+    "failed": "red",
+    "quarantined": "red",
+    "cancelled": "dim",
+}
+
+LOOK_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+def on_terminal() -> bool:
+    return sys.stdout.isatty()
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as a person says it: "0.3 s", "45 s", "12 min", "3 h 20 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+
+
+def gib(size_bytes: float) -> str:
+    return f"{size_bytes / GIB:.1f} GiB"
+
+
+def clock(moment: datetime, now: datetime) -> str:
+    """Return a moment as a wall clock shows it, with the date when it is not today's."""
+    return f"{moment:%H:%M}" if moment.date() == now.date() else f"{moment:%a %d %b %H:%M}"
+
+
+def line(text: str) -> str:
+    """Return text as one line that no terminal takes for a command: control characters become spaces."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def columns(heads: Sequence[str], rows: Sequence[Sequence[str]], *, styled: int | None = None) -> None:
+    """Print rows below their heads; on a terminal the last column gives way where the line is too short.
+
+    Args:
+        styled: the column that is coloured by what it says.
+    """
+    rows = [[line(cell) for cell in row] for row in rows]
+    if not on_terminal():
+        _plain_columns(heads, rows)
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head in heads[:-1]:
+        table.add_column(head, no_wrap=True)
+    table.add_column(heads[-1], no_wrap=True, overflow="ellipsis", ratio=1)
+    for row in rows:
+        cells = [Text(cell) for cell in row]
+        if styled is not None:
+            cells[styled].stylize(STATE_STYLES.get(row[styled], ""))
+        table.add_row(*cells)
+    Console(highlight=False).print(table)
+
+
+def _plain_columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(cell) for cell in cells) for cells in zip(heads, *rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (heads, *rows)]
+    click.echo("\n".join(text.rstrip() for text in lines))
+
+
+class LiveBoard:
+    """A few lines at the foot of the terminal that are drawn anew: a bar a running job, and notes below."""
+
+    def __init__(self) -> None:
+        from rich.live import Live
+
+        self._live = Live(refresh_per_second=8, transient=True)
+
+    def __enter__(self) -> LiveBoard:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_raised: object) -> None:
+        self._live.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line above the board, where it stays."""
+        from rich.text import Text
+
+        self._live.console.print(Text(text), soft_wrap=True)
+
+    def show(self, bars: Sequence[tuple[str, str, int, int | None]], notes: Sequence[str]) -> None:
+        """Draw the board: (name, what it does, steps done, steps in all or None while unknown)."""
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        grid = Table.grid(padding=(0, 1))
+        for name, text, done, total in bars:
+            bar = ProgressBar(total=total, completed=done, width=30, pulse=total is None)
+            grid.add_row(Text(name), bar, Text(text))
+        self._live.update(Group(grid, *(Text(line(note), style="dim") for note in notes)))

@@ -1,0 +1,237 @@
+"""`cancel`, `retry`, `pause`, `collect`, `rerun` as a person uses them, on a real server and a real ledger."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safelight.jobqueue import JobQueue
+from safelight.plan import Plan
+from tests.cli_steps import (
+    Safelight,
+    end,
+    ids_of,
+    runner,
+    start,
+)
+from tests.conftest import Installation
+
+
+@pytest.fixture
+def safelight(installation: Installation, queue: JobQueue) -> Safelight:
+    """Runs a command line against the installation, whose server is up."""
+    return runner(installation)
+
+
+def test_cancel_leaves_receipts_and_asks_what_runs(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    a, b = ids_of(safelight("add", "a b", "c d"))
+    start(queue, a)
+
+    result = safelight("cancel", "--all")
+
+    assert result.stdout.splitlines() == [f"{a} running: asked to stop", f"{b} cancelled"]
+    assert queue.wait_for_cancel(a, 0.1)
+    assert installation.ledger.receipt(a) is None
+    receipt = installation.ledger.receipt(b)
+    assert receipt is not None
+    assert receipt.state == "cancelled"
+    assert safelight("cancel", b).stdout.splitlines() == [f"{b} cancelled"]
+
+
+def test_cancel_writes_the_receipt_that_an_earlier_attempt_missed(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    """Killed between queue and ledger, the job would come back after the server lost its data."""
+    (job,) = ids_of(safelight("add", "a red fox"))
+    queue.cancel([job])
+
+    safelight("cancel", job)
+
+    assert installation.ledger.ended() == {job}
+
+
+def test_cancel_reaches_a_job_that_only_the_ledger_knows(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    (job,) = ids_of(safelight("add", "a red fox"))
+    queue.server.flushall()
+
+    assert safelight("cancel", job).stdout == f"{job} cancelled\n"
+    assert installation.ledger.ended() == {job}
+
+
+def test_cancel_of_a_batch_leaves_others(safelight: Safelight, queue: JobQueue) -> None:
+    ids_of(safelight("add", "a b", "c d", "--batch", "one"))
+    (other,) = ids_of(safelight("add", "e f", "--batch", "two"))
+
+    safelight("cancel", "--batch", "one")
+
+    assert queue.waiting_ids() == [other]
+
+
+@pytest.mark.parametrize("words", [["cancel"], ["retry"], ["cancel", "--all", "--batch", "x"], ["cancel", "nosuchjob"]])
+def test_cancel_and_retry_refuse_an_unclear_selection(safelight: Safelight, words: Sequence[str]) -> None:
+    assert safelight(*words).exit_code == 2
+
+
+def test_retry_queues_what_failed_again_and_nothing_else(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    a, b, c = ids_of(safelight("add", "a b", "c d", "e f"))
+    end(installation, queue, a, "failed", "because")
+    end(installation, queue, b)
+
+    result = safelight("retry", a, b, c)
+
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [f"{a} queued", f"{b} done", f"{c} queued"]
+    assert queue.waiting_ids() == [a, c]
+    assert installation.ledger.ended() == {b}
+    assert safelight("retry", a).stdout == f"{a} queued\n"
+    assert queue.waiting_ids() == [a, c]
+
+
+def test_retry_brings_back_what_the_queue_has_forgotten(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    (job,) = ids_of(safelight("add", "a red fox"))
+    end(installation, queue, job, "quarantined", "it broke the engine three times")
+    queue.server.flushall()
+
+    safelight("retry", job)
+
+    assert queue.waiting_ids() == [job]
+    assert installation.ledger.ended() == set()
+
+
+def test_retry_all_can_be_narrowed_to_a_state(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    a, b = ids_of(safelight("add", "a b", "c d"))
+    end(installation, queue, a, "failed", "because")
+    safelight("cancel", b)
+
+    assert safelight("retry", "--all", "--state", "failed").stdout == f"{a} queued\n"
+    assert queue.waiting_ids() == [a]
+
+
+def test_pause_is_on_disk_and_in_the_queue_until_resume(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    assert safelight("pause", "a game").exit_code == 0
+    written = json.loads(installation.paths.user_hold.read_text())
+    assert (written["reason"], queue.user_hold()) == ("a game", "a game")
+
+    assert safelight("resume").exit_code == 0
+    assert not installation.paths.user_hold.exists()
+    assert queue.user_hold() is None
+
+
+def test_collect_copies_once_and_may_be_repeated(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    a, b = ids_of(safelight("add", "a b", "c d", "--batch", "foxes"))
+    end(installation, queue, a)
+    end(installation, queue, b, "failed", "because")
+    target = installation.root / "mine"
+
+    first = safelight("collect", "--all", "--to", str(target))
+    again = safelight("collect", "--batch", "foxes", "--to", str(target))
+
+    assert (first.exit_code, again.exit_code) == (0, 0)
+    assert first.stdout == again.stdout
+    (copy,) = first.stdout.splitlines()
+    assert Path(copy).parent == target / "foxes"
+    assert Path(copy).with_suffix(".json").is_file()
+    assert safelight("collect", b, "--to", str(target)).exit_code == 1
+    assert safelight("collect", "--date", "2026-11-21", "--to", str(target)).stdout == ""
+    assert safelight("collect", "--date", "yesterday", "--to", str(target)).exit_code == 2
+
+
+def test_collect_is_not_stopped_by_one_damaged_receipt(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    a, b = ids_of(safelight("add", "a b", "c d"))
+    end(installation, queue, a)
+    end(installation, queue, b)
+    (installation.paths.receipts / f"{a}.json").write_text("{")
+
+    result = safelight("collect", "--all", "--to", str(installation.root / "mine"))
+
+    assert result.exit_code == 1
+    assert len(result.stdout.splitlines()) == 1
+    assert f"{a}.json" in result.stderr
+
+
+def test_rerun_submits_the_same_job_under_a_new_id(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    (job,) = ids_of(safelight("add", "a {red|blue} fox", "--seed", "7", "--steps", "2", "--batch", "foxes"))
+    receipt = end(installation, queue, job)
+    file = installation.paths.outbox / receipt.outputs[0].path
+
+    same, *others = ids_of(safelight("rerun", str(file), "--seed", "+1", "-n", "2"))
+
+    assert same != job
+    old, new = receipt.spec, queue.spec(same)
+    assert new is not None
+    assert new == old.model_copy(update={"id": same, "seed": 8, "submitted_at": new.submitted_at})
+    assert [spec.seed for spec in map(queue.spec, others) if spec] == [9]
+    assert installation.ledger.spec(same) == new
+
+
+def test_rerun_holds_the_planner_to_the_plan_of_the_file(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    (job,) = ids_of(safelight("add", "a red fox"))
+    receipt = end(installation, queue, job)
+    plan = Plan(
+        model="tiny-flux-schnell", device="cuda", dtype="bfloat16", precision="bf16", offload="model", vae_tiling=True,
+        text_encoder_device="cpu",
+    )  # fmt: skip
+    record = installation.root / "record.json"
+    record.write_text(receipt.model_copy(update={"plan": plan}).model_dump_json())
+
+    (planned,), (free,) = ids_of(safelight("rerun", str(record))), ids_of(safelight("rerun", str(record), "--replan"))
+
+    held = queue.spec(planned)
+    assert held is not None
+    assert (held.precision, held.offload, held.vae_tiling, held.text_encoder_device) == ("bf16", "model", "on", "cpu")
+    spec = queue.spec(free)
+    assert spec is not None
+    assert (spec.precision, spec.vae_tiling) == ("auto", "auto")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": "flux-that-was"}, "flux-that-was"),
+        ({"batch": "../../.config/autostart"}, "cannot be a folder name"),
+        (
+            {"image": "../../../../../etc/passwd", "model": "tiny-wan-ti2v", "kind": "video", "output_format": "mp4"},
+            "its image",
+        ),
+        ({"width": 100_000}, "width 100000"),
+    ],
+)
+def test_rerun_checks_a_file_from_elsewhere_like_any_other(
+    safelight: Safelight, installation: Installation, queue: JobQueue, changes: dict[str, Any], says: str
+) -> None:
+    """A picture from the internet may say anything about how it was made."""
+    (job,) = ids_of(safelight("add", "a red fox"))
+    receipt = end(installation, queue, job)
+    spec = receipt.spec.model_copy(update=changes)
+    file = installation.root / "found.json"
+    file.write_text(receipt.model_copy(update={"spec": spec}).model_dump_json())
+
+    result = safelight("rerun", str(file))
+
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert queue.waiting_ids() == []

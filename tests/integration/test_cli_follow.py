@@ -1,0 +1,234 @@
+"""`wait`, `watch` and `status` as a person uses them, on a real server and a real ledger."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from safelight import jobqueue
+from safelight.jobqueue import JobQueue
+from safelight.plan import Pace
+from tests.cli_steps import (
+    CPU,
+    WORKER,
+    Safelight,
+    end,
+    ids_of,
+    process,
+    receipt_of,
+    runner,
+    start,
+)
+from tests.conftest import Installation
+
+
+@pytest.fixture
+def safelight(installation: Installation, queue: JobQueue) -> Safelight:
+    """Runs a command line against the installation, whose server is up."""
+    return runner(installation)
+
+
+def test_wait_ends_when_all_are_done(safelight: Safelight, installation: Installation, queue: JobQueue) -> None:
+    a, b = ids_of(safelight("add", "a b", "c d"))
+    end(installation, queue, a)
+    later = threading.Timer(0.5, end, (installation, queue, b))
+    later.start()
+
+    result = safelight("wait", a, b, "--timeout", "20")
+
+    later.join()
+    assert result.exit_code == 0, result.output
+    assert [line.split()[:2] for line in result.stdout.splitlines()] == [[a, "done"], [b, "done"]]
+
+
+@pytest.mark.parametrize("state", ["failed", "quarantined", "cancelled"])
+def test_wait_is_1_when_one_did_not_make_it(
+    safelight: Safelight, installation: Installation, queue: JobQueue, state: str
+) -> None:
+    a, b = ids_of(safelight("add", "a b", "c d"))
+    end(installation, queue, a)
+    end(installation, queue, b, state, "because")
+
+    result = safelight("wait", a, b)
+
+    assert result.exit_code == 1
+    assert f"{b} {state} because" in result.stdout
+
+
+def test_wait_is_1_when_time_runs_out_and_says_what_holds(safelight: Safelight) -> None:
+    (job,) = ids_of(safelight("add", "a red fox"))
+    started = time.monotonic()
+
+    result = safelight("wait", job, "--timeout", "0.4")
+
+    assert result.exit_code == 1
+    assert 0.4 <= time.monotonic() - started < 3
+    assert "No worker is running" in result.stderr
+
+
+def test_wait_counts_what_only_the_ledger_knows(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    (job,) = ids_of(safelight("add", "a red fox"))
+    end(installation, queue, job)
+    queue.server.flushall()
+
+    assert safelight("wait", job).exit_code == 0
+
+
+def test_wait_survives_a_restart_of_the_server(installation: Installation) -> None:
+    """systemd restarts a server that died; a script that waits must not notice."""
+    from safelightd import redis_server
+
+    paths = installation.paths
+    paths.redis.mkdir(parents=True)
+    paths.socket.parent.mkdir(parents=True)
+    command = redis_server.command(redis_server.find_binary(), paths.socket, paths.redis)
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        (job,) = ids_of(_when_up(runner(installation), "add", "a red fox"))
+        waiting = process(installation, "wait", job, "--timeout", "30")
+        assert waiting.stderr is not None
+        assert "No worker" in waiting.stderr.readline()
+        server.kill()
+        server.wait()
+        assert "does not answer" in waiting.stderr.readline() + waiting.stderr.readline()
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        connection = _connected(installation.config.url)
+        end(installation, JobQueue(connection), job)
+        connection.close()
+
+        assert waiting.wait(20) == 0
+        waiting.communicate()
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _when_up(safelight: Safelight, *words: str) -> Result:
+    deadline = time.monotonic() + 20
+    while (result := safelight(*words)).exit_code == 4 and time.monotonic() < deadline:
+        pass
+    return result
+
+
+def _connected(url: str) -> Any:
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return jobqueue.connect(url)
+        except jobqueue.QueueUnreachable:
+            if time.monotonic() > deadline:
+                raise
+
+
+def test_interrupt_ends_wait_quietly_with_130(installation: Installation, queue: JobQueue) -> None:
+    (job,) = ids_of(runner(installation)("add", "a red fox"))
+    waiting = process(installation, "wait", job)
+    assert waiting.stderr is not None
+    assert "No worker" in waiting.stderr.readline()
+
+    waiting.send_signal(signal.SIGINT)
+    out, err = waiting.communicate(timeout=10)
+
+    assert (waiting.returncode, out, err) == (130, "", "")
+
+
+def test_a_reader_that_goes_away_is_not_an_error(installation: Installation, queue: JobQueue) -> None:
+    runner(installation)("add", "a red fox, " * 30, "-n", "2000")
+    listing = process(installation, "list", "--json")
+    assert listing.stdout is not None
+    listing.stdout.read(10)
+    listing.stdout.close()
+
+    assert listing.stderr is not None
+    assert listing.stderr.read() == ""
+    listing.stderr.close()
+    listing.wait(10)
+
+
+def test_watch_follows_a_job_through_its_phases(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    (job,) = ids_of(safelight("add", "a red fox"))
+    start(queue, job)
+    queue.progress(job, {"phase": "denoise", "i": 1, "n": 4, "seconds_left": 3.0})
+    spec = queue.spec(job)
+    assert spec is not None
+    receipt = receipt_of(installation, spec, "done")
+    installation.ledger.record(receipt)
+    later = threading.Timer(0.5, queue.conclude, (receipt, WORKER))
+    later.start()
+
+    result = safelight("watch", job, "--json")
+
+    later.join()
+    first, last = (json.loads(line) for line in result.stdout.splitlines())
+    assert (first["phase"], first["i"], first["n"], first["seconds_left"]) == ("denoise", 1, 4, 3.0)
+    assert (last["state"], len(last["outputs"])) == ("done", 1)
+    assert result.exit_code == 0
+
+
+def test_watch_in_a_terminal_draws_and_ends_with_its_jobs(installation: Installation, queue: JobQueue) -> None:
+    safelight = runner(installation)
+    (job,) = ids_of(safelight("add", "a red fox"))
+    start(queue, job)
+    queue.progress(job, {"phase": "denoise", "i": 1, "n": 4, "seconds_left": 3.0})
+    terminal, its_side = pty.openpty()
+    watching = subprocess.Popen(
+        [sys.executable, "-m", "safelight.cli", "watch", job],
+        env={**installation.env, "PYTHONPATH": "client:daemon", "TERM": "xterm", "COLUMNS": "100"},
+        stdout=its_side, stderr=its_side, stdin=its_side,
+    )  # fmt: skip
+    os.close(its_side)
+    drawn = b""
+    while b"denoise 1/4" not in drawn:
+        drawn += os.read(terminal, 4096)
+    spec = queue.spec(job)
+    assert spec is not None
+    receipt = receipt_of(installation, spec, "done")
+    installation.ledger.record(receipt)
+    queue.conclude(receipt, WORKER)
+    try:
+        while True:
+            drawn += os.read(terminal, 4096)
+    except OSError:  # EIO: the other side has closed
+        os.close(terminal)
+
+    assert watching.wait(10) == 0
+    assert b"done" in drawn
+
+
+def test_status_says_when_all_will_be_done(safelight: Safelight, queue: JobQueue) -> None:
+    safelight("add", "a red fox", "-n", "3", "--steps", "2")
+    safelight("add", "a red fox", "--model", "tiny-flux-dev")
+    queue.set_calibration({"tiny-flux-schnell": Pace(seconds_per_token_step=1.0, other_seconds=8)})
+    queue.publish_worker(WORKER, 60, device="cpu", machine=CPU.model_dump_json(), engine="idle")
+
+    result = safelight("status", "--json")
+
+    found = json.loads(result.stdout)
+    assert (found["waiting"], found["seconds"], found["without_estimate"]) == (4, 3 * (8 + 16 * 2), 1)
+    assert found["done_at"] is not None
+    assert found["workers"][0]["name"] == WORKER
+    text = safelight("status").stdout
+    assert "4 jobs, about 2 min of work" in text
+    assert "1 of them without an estimate" in text
+
+
+def test_status_shows_how_far_a_running_job_is(safelight: Safelight, queue: JobQueue) -> None:
+    (job,) = ids_of(safelight("add", "a red fox"))
+    start(queue, job)
+    queue.progress(job, {"phase": "denoise", "i": 3, "n": 4, "seconds_left": 12.0})
+
+    assert f"{job}  denoise 3/4, 12 s left" in safelight("status").stdout

@@ -1,0 +1,357 @@
+"""`add`, `batch`, `list`, `show`, `doctor` as a person uses them, on a real server and a real ledger."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from safelight.jobqueue import JobQueue
+from safelight.machine import GIB, Machine
+from safelight.plan import Pace
+from tests.cli_steps import (
+    CPU,
+    WORKER,
+    Safelight,
+    end,
+    ids_of,
+    listed,
+    runner,
+    start,
+)
+from tests.conftest import Installation
+
+
+@pytest.fixture
+def safelight(installation: Installation, queue: JobQueue) -> Safelight:
+    """Runs a command line against the installation, whose server is up."""
+    return runner(installation)
+
+
+def test_add_prints_the_id_alone_and_the_job_is_in_ledger_and_queue(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    (job,) = ids_of(safelight("add", "a red fox", "--steps", "2", "--seed", "7", "--tags", "fox,snow"))
+
+    spec = installation.ledger.spec(job)
+    assert spec is not None
+    assert (spec.prompt, spec.num_inference_steps, spec.seed, spec.tags) == ("a red fox", 2, 7, ("fox", "snow"))
+    assert queue.spec(job) == spec
+    assert queue.waiting_ids() == [job]
+
+
+def test_add_takes_several_prompts_counts_and_seeds(safelight: Safelight, queue: JobQueue) -> None:
+    jobs = ids_of(safelight("add", "a red fox", "a blue cat", "--seed", "7,9", "-n", "2"))
+
+    specs = [queue.spec(job) for job in jobs]
+    assert [(spec.prompt, spec.seed) for spec in specs if spec] == [
+        ("a red fox", 7), ("a red fox", 8), ("a red fox", 9), ("a red fox", 10),
+        ("a blue cat", 7), ("a blue cat", 8), ("a blue cat", 9), ("a blue cat", 10),
+    ]  # fmt: skip
+
+
+def test_add_understands_the_names_of_other_programs(safelight: Safelight, queue: JobQueue) -> None:
+    written = (
+        "--model",
+        "tiny-flux-dev",
+        "--cfg_scale",
+        "4",
+        "--negative",
+        "blur",
+        "--distilled-cfg",
+        "3",
+        "--size",
+        "96x64",
+    )
+    (job,) = ids_of(safelight("add", "a red fox", *written))
+
+    spec = queue.spec(job)
+    assert spec is not None
+    assert (spec.true_cfg_scale, spec.negative_prompt, spec.guidance_scale) == (4.0, "blur", 3.0)
+    assert (spec.width, spec.height) == (96, 64)
+
+
+def test_add_names_every_fault_and_queues_nothing(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    result = safelight("add", "a red fox", "--steps", "99", "--size", "100x64", "--negative-prompt", "blur")
+
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        "add: width 100 is not a multiple of 16. Use 96 or 112.",
+        "add: num_inference_steps 99 is outside 1 to 8. Use 8.",
+        "add: negative_prompt would be ignored by tiny-flux-schnell. Leave it out.",
+    ]
+    assert queue.waiting_ids() == []
+    assert not installation.paths.jobs.exists()
+
+
+def test_add_asks_for_quotes_instead_of_making_three_jobs(safelight: Safelight, queue: JobQueue) -> None:
+    result = safelight("add", "a", "red", "fox")
+
+    assert result.exit_code == 2
+    assert '"a red fox"' in result.stderr
+    assert queue.waiting_ids() == []
+
+
+def test_add_keeps_a_copy_of_the_picture(safelight: Safelight, installation: Installation, queue: JobQueue) -> None:
+    picture = installation.root / "portrait.png"
+    Image.new("RGB", (96, 64), "blue").save(picture)
+    content = picture.read_bytes()
+
+    (job,) = ids_of(safelight("add", "she turns", "--image", str(picture)))
+    picture.unlink()
+
+    spec = queue.spec(job)
+    assert spec is not None
+    assert spec.kind == "video"
+    assert spec.image is not None
+    assert (installation.paths.inputs / spec.image).read_bytes() == content
+
+
+def test_add_refuses_what_fits_no_worker(safelight: Safelight, queue: JobQueue) -> None:
+    """A job without hope is refused now, not at three in the night."""
+    small = Machine(
+        device="cuda", gpu="GTX 1650", capability=(7, 5), vram_total_bytes=4 * GIB, vram_free_bytes=3 * GIB,
+        ram_total_bytes=32 * GIB, ram_available_bytes=28 * GIB, cpus=8,
+    )  # fmt: skip
+    queue.publish_worker(WORKER, 60, device="cuda", machine=small.model_dump_json(), engine="")
+
+    result = safelight("add", "a red fox", "--model", "flux-dev", "--precision", "bf16")
+
+    assert result.exit_code == 2
+    assert "GTX 1650" in result.stderr
+    assert queue.waiting_ids() == []
+
+
+def test_add_without_a_server_accepts_nothing(installation: Installation) -> None:
+    """Otherwise a person who repeats the command would have every job twice."""
+    result = runner(installation)("add", "a red fox")
+
+    assert result.exit_code == 4
+    assert result.stdout == ""
+    assert "safelight up" in result.stderr
+    assert list(installation.paths.jobs.glob("*")) == []
+
+
+def test_add_from_another_user_relies_on_the_server(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    """Where the ledger cannot be written the job is queued, and durable in the append-only file."""
+    installation.paths.state.joinpath("jobs").write_text("not a folder, so that nothing can be written below it")
+
+    (job,) = ids_of(safelight("add", "a red fox"))
+
+    assert queue.waiting_ids() == [job]
+
+
+def test_dry_run_queues_nothing_and_says_what_it_would_take(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    queue.set_calibration({"tiny-flux-schnell": Pace(seconds_per_token_step=0.5, other_seconds=10)})
+    queue.publish_worker(WORKER, 60, device="cpu", machine=CPU.model_dump_json(), engine="")
+
+    result = safelight("add", "a {red|blue} fox", "--expand", "all", "--dry-run", "--json", "--steps", "2")
+
+    found = json.loads(result.stdout)
+    assert (found["jobs"], found["seconds"]) == (2, 2 * (10 + 0.5 * 16 * 2))
+    assert found["machine_source"] == f"of the worker {WORKER}"
+    assert queue.waiting_ids() == []
+    assert not installation.paths.jobs.exists()
+
+
+def test_batch_makes_a_batch_of_each_file(safelight: Safelight, installation: Installation, queue: JobQueue) -> None:
+    (installation.root / "night.txt").write_text("a red fox\n# no\n--prompt a blue cat --steps 3 --seed 5\n")
+    (installation.root / "cats.yaml").write_text("jobs:\n- prompt: a cat\n  count: 2\n")
+
+    jobs = ids_of(safelight("batch", str(installation.root / "night.txt"), str(installation.root / "cats.yaml")))
+
+    specs = [queue.spec(job) for job in jobs]
+    assert [(spec.batch, spec.index, spec.prompt) for spec in specs if spec] == [
+        ("night", 1, "a red fox"), ("night", 2, "a blue cat"), ("cats", 1, "a cat"), ("cats", 2, "a cat"),
+    ]  # fmt: skip
+
+
+def test_batch_tells_all_faults_of_all_files_and_queues_nothing(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    good, bad = installation.root / "good.txt", installation.root / "bad.txt"
+    good.write_text("a red fox\n")
+    bad.write_text("--prompt x --steps 99\n--prompt y --size 100x64\n")
+
+    result = safelight("batch", str(good), str(bad), str(installation.root / "absent.txt"))
+
+    assert result.exit_code == 2
+    assert [line.split(": ")[0].removeprefix(f"{installation.root}/") for line in result.stderr.splitlines()] == [
+        "absent.txt"
+    ]
+    result = safelight("batch", str(good), str(bad))
+    assert [line.split(": ")[0].removeprefix(f"{installation.root}/") for line in result.stderr.splitlines()] == [
+        "bad.txt:1", "bad.txt:2",
+    ]  # fmt: skip
+    assert queue.waiting_ids() == []
+
+
+def test_batch_reads_stdin(safelight: Safelight, queue: JobQueue) -> None:
+    (job,) = ids_of(safelight("batch", "-", "--format", "jsonl", "--batch", "made", stdin='{"prompt": "a red fox"}\n'))
+
+    spec = queue.spec(job)
+    assert spec is not None
+    assert (spec.prompt, spec.batch) == ("a red fox", "made")
+
+
+def test_batch_options_win_over_the_file(safelight: Safelight, installation: Installation, queue: JobQueue) -> None:
+    file = installation.root / "night.txt"
+    file.write_text("---\npriority: low\nnum_inference_steps: 1\n---\na red fox\n")
+
+    jobs = ids_of(safelight("batch", str(file), "--priority", "high", "--sweep", "steps=2,3", "--batch", "other"))
+
+    specs = [queue.spec(job) for job in jobs]
+    assert [(spec.priority, spec.num_inference_steps, spec.batch) for spec in specs if spec] == [
+        ("high", 2, "other"), ("high", 3, "other"),
+    ]  # fmt: skip
+
+
+def test_batch_refuses_more_than_max_jobs(safelight: Safelight, installation: Installation, queue: JobQueue) -> None:
+    file = installation.root / "night.txt"
+    file.write_text("a red fox\n" * 4)
+
+    result = safelight("batch", str(file), "--max-jobs", "3")
+
+    assert result.exit_code == 2
+    assert queue.waiting_ids() == []
+
+
+def test_list_shows_what_runs_then_what_waits_then_what_ended_newest_first(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    jobs = ids_of(safelight("add", "a b", "c d", "e f", "g h", "i j"))
+    end(installation, queue, jobs[0])
+    queue.server.zincrby("safelight:ended", -5, jobs[0])  # ended five seconds earlier
+    end(installation, queue, jobs[1], "failed", "no such LoRA")
+    start(queue, jobs[3])
+
+    found = listed(safelight)
+
+    assert [(job["id"], job["state"]) for job in found] == [
+        (jobs[3], "running"), (jobs[2], "queued"), (jobs[4], "queued"), (jobs[1], "failed"), (jobs[0], "done"),
+    ]  # fmt: skip
+    assert found[3]["error"] == "no such LoRA"
+    assert [Path(path).is_file() for path in found[4]["outputs"]] == [True]
+    assert {"id", "state", "model", "kind", "batch", "attempts", "outputs", "error", "prompt"} <= found[0].keys()
+
+
+def test_list_hands_scripts_sound_json_whatever_the_prompt_says(safelight: Safelight) -> None:
+    prompt = 'a sign that says "x","batch":\\ and ,"batch":"y", 日本 \u2028'
+    safelight("add", prompt)
+
+    (found,) = listed(safelight)
+
+    assert (found["prompt"], found["batch"]) == (prompt, "single")
+    assert json.loads(safelight("status", "--json").stdout)["waiting"] == 1
+
+
+def test_list_filters_by_state_and_batch(safelight: Safelight, installation: Installation, queue: JobQueue) -> None:
+    a, b = ids_of(safelight("add", "a b", "c d", "--batch", "one"))
+    (c,) = ids_of(safelight("add", "e f", "--batch", "two"))
+    end(installation, queue, a, "failed", "because")
+
+    assert [job["id"] for job in listed(safelight, "--batch", "one")] == [b, a]
+    assert [job["id"] for job in listed(safelight, "--state", "queued")] == [b, c]
+    assert [job["id"] for job in listed(safelight, "--state", "failed", "--batch", "one")] == [a]
+    assert listed(safelight, "--state", "done") == []
+    assert safelight("list", "--batch", "three").exit_code == 2
+
+
+def test_list_shows_fifty_rows_and_says_how_many_more(safelight: Safelight) -> None:
+    safelight("add", "a red fox", "-n", "60")
+
+    result = safelight("list")
+
+    assert len(result.stdout.splitlines()) == 1 + 50
+    assert "and 10 more" in result.stderr
+    assert len(safelight("list", "--all").stdout.splitlines()) == 1 + 60
+
+
+def test_list_and_status_name_what_holds(safelight: Safelight, queue: JobQueue) -> None:
+    safelight("add", "a red fox")
+    queue.publish_worker(WORKER, 60, device="cpu", machine=CPU.model_dump_json(), engine="")
+    queue.set_holds(WORKER, {"disk": "1.0 GiB free"})
+    safelight("pause", "the cat sleeps on it")
+
+    assert "disk" in safelight("list").stderr
+    found = json.loads(safelight("status", "--json").stdout)
+    assert found["holds"] == {"user": "the cat sleeps on it", "disk": "1.0 GiB free"}
+    assert found["done_at"] is None
+
+
+def test_list_shows_no_control_characters(safelight: Safelight) -> None:
+    """A prompt from a file must not move the cursor or retitle the terminal."""
+    safelight("add", "red \x1b[31m fox\x07 \x9b2J", "--seed", "1")
+
+    assert not set(safelight("list").stdout) & {"\x1b", "\x07", "\x9b"}
+
+
+def test_show_knows_a_job_by_any_part_of_its_id(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    a, b = ids_of(safelight("add", "a b", "c d"))
+    receipt = end(installation, queue, a)
+
+    found = json.loads(safelight("show", a[-9:], "--json").stdout)
+
+    assert (found["id"], found["state"], found["receipt"]["id"], found["error"]) == (a, "done", a, None)
+    assert found["outputs"] == [str(installation.paths.outbox / receipt.outputs[0].path)]
+    ambiguous = safelight("show", a[:15])
+    assert ambiguous.exit_code == 2
+    assert a in ambiguous.stderr
+    assert b in ambiguous.stderr
+
+
+@pytest.mark.parametrize("written", ["nothing-like-it", "..", "../../etc/passwd", "", "a/b"])
+def test_show_of_an_unknown_id_is_a_usage_error(safelight: Safelight, written: str) -> None:
+    safelight("add", "a red fox")
+
+    assert safelight("show", written).exit_code == 2
+
+
+def test_show_reads_the_ledger_when_the_queue_has_forgotten(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    a, b = ids_of(safelight("add", "a b", "c d"))
+    end(installation, queue, a)
+    queue.server.flushall()
+
+    assert json.loads(safelight("show", a, "--json").stdout)["state"] == "done"
+    assert json.loads(safelight("show", b, "--json").stdout)["state"] == "queued"
+
+
+def test_show_of_a_file_says_what_made_it(safelight: Safelight, installation: Installation, queue: JobQueue) -> None:
+    (job,) = ids_of(safelight("add", "a red fox", "--seed", "7"))
+    receipt = end(installation, queue, job)
+
+    found = json.loads(safelight("show", str(installation.paths.outbox / receipt.outputs[0].path), "--json").stdout)
+
+    assert (found["id"], found["spec"]["seed"], found["state"]) == (job, 7, "done")
+
+
+def test_doctor_finds_nothing_wrong_with_a_running_installation(safelight: Safelight, queue: JobQueue) -> None:
+    queue.publish_worker(WORKER, 60, device="cpu", machine=CPU.model_dump_json(), engine="")
+
+    result = safelight("doctor", "--json")
+
+    looks = {found["name"]: found["look"] for found in json.loads(result.stdout)}
+    assert result.exit_code == 0
+    assert (looks["queue"], looks["worker"], looks["device"], looks["settings"]) == ("ok", "ok", "ok", "ok")
+
+
+def test_doctor_refuses_a_server_that_evicts(safelight: Safelight, queue: JobQueue) -> None:
+    queue.server.config_set("maxmemory-policy", "allkeys-lru")
+
+    result = safelight("doctor")
+
+    assert result.exit_code == 3
+    assert "allkeys-lru" in result.stdout
