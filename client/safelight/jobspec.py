@@ -103,15 +103,16 @@ def _to_float(value: object) -> float:
 def _to_text(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError
-    return str(value)
+    text = str(value)
+    text.encode()  # half a surrogate pair, as "\ud83d" in JSON, is no text
+    return text
 
 
 def _to_tags(value: object) -> tuple[str, ...]:
-    if isinstance(value, str):
-        return tuple(tag.strip() for tag in value.split(",") if tag.strip())
-    if isinstance(value, list | tuple) and all(isinstance(tag, str) for tag in value):
-        return tuple(value)
-    raise ValueError
+    tags = value.split(",") if isinstance(value, str) else value
+    if not isinstance(tags, list | tuple):
+        raise ValueError
+    return tuple(tag for tag in (_to_text(tag).strip() for tag in tags) if tag)
 
 
 def _to_moment(value: object) -> str:
@@ -168,11 +169,17 @@ _FORMATS: dict[str, tuple[str, ...]] = {"image": ("png", "jpg", "webp"), "video"
 
 
 class Faults:
-    """Collects what is wrong with one job, so that a person sees all of it at once."""
+    """Collects what is wrong with one job or one file, so that a person sees all of it at once."""
 
     def __init__(self, where: str) -> None:
         self.where = where
         self.found: list[Fault] = []
+
+    def at(self, where: str) -> Faults:
+        """Return what collects for another place into the same list."""
+        other = Faults(where)
+        other.found = self.found
+        return other
 
     def add(self, problem: str, remedy: str = "") -> None:
         self.found.append(Fault(self.where, problem, remedy))
@@ -196,6 +203,8 @@ def check(
     """
     faults = Faults(where)
     fields = _read_fields(written, faults)
+    if written.get("seed") is None:
+        faults.add("it has no seed", "Write one.")
     facts = _model_of(fields, models, faults, image_model=image_model, video_model=video_model)
     if facts is None:
         return faults.found
@@ -214,7 +223,7 @@ def _read_fields(written: Mapping[str, object], faults: Faults) -> dict[str, Any
     fields: dict[str, Any] = {}
     for name, value in written.items():
         if name not in FIELDS:
-            faults.add(f"unknown key {name!r}", near(name, list(FIELDS)))
+            faults.add(f"unknown key {shown(name)}", near(name, list(FIELDS)))
             continue
         if value is None:
             continue
@@ -222,12 +231,18 @@ def _read_fields(written: Mapping[str, object], faults: Faults) -> dict[str, Any
         try:
             fields[name] = read(value)
         except (ValueError, OverflowError):
-            faults.add(f"{name} {value!r} is not {expected}")
+            faults.add(f"{name} {shown(value)} is not {expected}")
             continue
         if name in _CHOICES and fields[name] not in _CHOICES[name]:
-            faults.add(f"{name} {value!r} is not {expected}", near(str(value), _CHOICES[name]))
+            faults.add(f"{name} {shown(value)} is not {expected}", near(str(value), _CHOICES[name]))
             del fields[name]
     return fields
+
+
+def shown(value: object) -> str:
+    """Return a wrong value as a message can hold it: a whole file may stand in its place."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _model_of(
@@ -236,7 +251,7 @@ def _model_of(
     wants_video = fields.get("kind") == "video" or ("kind" not in fields and "image" in fields)
     key = fields.setdefault("model", video_model if wants_video else image_model)
     if key not in models:
-        faults.add(f"model {key!r} is not known", f"Known: {', '.join(models.near(key))} (safelight models list).")
+        faults.add(f"model {shown(key)} is not known", f"Known: {', '.join(models.near(key))} (safelight models list).")
         return None
     facts = models[key]
     if fields.get("kind", facts.kind) != facts.kind:
@@ -275,7 +290,8 @@ def _check_size(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> No
                 f"Use {facts.side_near(side)}.",
             )
     width, height = fields.get("width", facts.defaults.width), fields.get("height", facts.defaults.height)
-    if width * height > facts.pixels_max and width <= facts.size_max and height <= facts.size_max:
+    sides_are_legal = all(facts.size_min <= side <= facts.size_max for side in (width, height))
+    if width * height > facts.pixels_max and sides_are_legal:
         tallest = max(facts.pixels_max // width // facts.size_multiple * facts.size_multiple, facts.size_min)
         faults.add(
             f"{width}x{height} is more than the {facts.pixels_max:,} pixels of {facts.key}",
@@ -373,18 +389,18 @@ def _check_rest(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> No
     legal = _FORMATS[facts.kind]
     if fields.get("output_format", legal[0]) not in legal:
         faults.add(
-            f"output_format {fields['output_format']!r} is not one of a {facts.kind}'s: {', '.join(legal)}",
+            f"output_format {shown(fields['output_format'])} is not one of a {facts.kind}'s: {', '.join(legal)}",
             f"Use {legal[0]}.",
         )
     _within(fields, "seed", 0, SEED_MAX, faults)
     if "batch" in fields and not is_folder_name(fields["batch"]):
-        faults.add(f"batch {fields['batch']!r} cannot be a folder name", "Use letters, digits, spaces, . _ and -.")
+        faults.add(f"batch {shown(fields['batch'])} cannot be a folder name", "Use letters, digits, spaces, . _ and -.")
 
 
 def is_folder_name(name: str) -> bool:
     """Whether `name` is one plain folder below another: no separators, no dots alone, nothing hidden or control."""
-    plain = bool(name.strip()) and name == name.strip() and len(name.encode()) <= 120
-    return plain and not name.startswith((".", "-")) and "/" not in name and name.isprintable()
+    plain = name.isprintable() and bool(name.strip()) and name == name.strip() and len(name.encode()) <= 120
+    return plain and not name.startswith((".", "-")) and "/" not in name
 
 
 def _filled(fields: dict[str, Any], facts: ModelFacts) -> JobSpec:

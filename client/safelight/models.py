@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from safelight.config import Config, shipped
 from safelight.errors import BadConfig
+
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+"""A key is a folder's name and a word on a command line."""
 
 
 class Defaults(BaseModel):
@@ -56,13 +60,13 @@ class ModelFacts(BaseModel):
     image: Literal["never", "optional", "required"] = "never"
     last_image: bool = False
     max_sequence_length: int
-    size_multiple: int
-    size_min: int
+    size_multiple: int = Field(ge=1)
+    size_min: int = Field(ge=1)
     size_max: int
     pixels_max: int
-    steps_min: int
+    steps_min: int = Field(ge=1)
     steps_max: int
-    vae_scale: int
+    vae_scale: int = Field(ge=1)
     latent_channels: int
     frames_multiple: int = 0
     frames_min: int = 0
@@ -77,6 +81,20 @@ class ModelFacts(BaseModel):
     files: Files = Files()
     path: str = ""
 
+    @model_validator(mode="after")
+    def _check(self) -> ModelFacts:
+        """Refuse a row that would make every job of this model fail, or none be checked."""
+        if (self.family, self.kind) not in (("flux", "image"), ("wan", "video")):
+            raise ValueError(f"the family {self.family} makes no {self.kind}s")
+        if self.kind == "video" and not (self.frames_multiple and self.defaults.num_frames and self.defaults.fps):
+            raise ValueError("a video model needs frames_multiple, defaults.num_frames and defaults.fps")
+        if self.size_min % self.size_multiple or self.size_max % self.size_multiple:
+            raise ValueError(f"size_min and size_max must be multiples of {self.size_multiple}")
+        for name, side in (("width", self.defaults.width), ("height", self.defaults.height)):
+            if side != self.side_near(side):
+                raise ValueError(f"defaults.{name} {side} is not legal for it. Use {self.side_near(side)}")
+        return self
+
     def tokens(self, width: int, height: int, num_frames: int | None) -> int:
         """Return how many latent tokens the transformer sees: what time and activations grow with."""
         patches = (width // (self.vae_scale * 2)) * (height // (self.vae_scale * 2))
@@ -84,13 +102,13 @@ class ModelFacts(BaseModel):
 
     def frames_near(self, num_frames: int) -> int:
         """Return the legal frame count (4n + 1) nearest to `num_frames`."""
-        nearest = round((num_frames - 1) / self.frames_multiple) * self.frames_multiple + 1
-        return min(max(nearest, self.frames_min), self.frames_max)
+        within = min(max(num_frames, self.frames_min), self.frames_max)
+        return round((within - 1) / self.frames_multiple) * self.frames_multiple + 1
 
     def side_near(self, side: int) -> int:
         """Return the legal width or height nearest to `side`."""
-        nearest = round(side / self.size_multiple) * self.size_multiple
-        return min(max(nearest, self.size_min), self.size_max)
+        within = min(max(side, self.size_min), self.size_max)
+        return round(within / self.size_multiple) * self.size_multiple
 
 
 class Models:
@@ -124,48 +142,74 @@ def _shipped_rows() -> dict[str, dict[str, Any]]:
 def load(config: Config | None = None) -> Models:
     """Return the shipped table with the user's own models from the settings file.
 
-    A row with `like` starts from that row and changes what it writes.
+    A row with `like` starts from that row and changes what it writes; so does one that has a shipped key.
 
     Raises:
         BadConfig: a row is incomplete or says something unknown; the key and the field are named.
     """
-    rows = dict(_shipped_rows())
-    own = config.settings.models if config else {}
     source = config.source if config else Path("models.toml")
-    rows.update(own)
+    rows = dict(_shipped_rows())
+    for key, row in (config.settings.models if config else {}).items():
+        # A row of a shipped key changes that row; any other is new.
+        own = _with_component_paths(row)
+        rows[key] = _over(rows[key], own) if key in rows and "like" not in row else own
     facts: dict[str, ModelFacts] = {}
     for key in rows:
         try:
-            merged = _merge(key, rows, ())
-            facts[key] = ModelFacts.model_validate({"key": key, **merged})
+            facts[key] = ModelFacts.model_validate({**_merge(key, rows, ()), "key": key})
         except ValidationError as error:
-            where = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-            raise BadConfig(f"{source}: [models.{key}] {where}.") from error
+            faults = "; ".join(_explain(fault) for fault in error.errors())
+            raise BadConfig(f"{source}: [models.{key}] {faults}.") from error
         except LookupError as error:
             raise BadConfig(f"{source}: [models.{key}] {error.args[0]}") from error
     return Models(facts)
 
 
+def _explain(fault: Mapping[str, Any]) -> str:
+    where = ".".join(map(str, fault["loc"]))
+    if fault["type"] == "missing":
+        return f'{where} is missing: name the model it resembles, like = "KEY"'
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(where, ModelFacts.model_fields, n=1, cutoff=0.5)
+        return f"{where}: no such field" + (f" (did you mean {near[0]}?)" if near else "")
+    return f"{where}: {fault['msg']}".removeprefix(": Value error, ")
+
+
 def _merge(key: str, rows: Mapping[str, Mapping[str, Any]], seen: tuple[str, ...]) -> dict[str, Any]:
+    """Return a row with what it is like filled in."""
+    if not _KEY.fullmatch(key):
+        raise LookupError("cannot be a key. Use letters, digits, . _ and -.")
     row = dict(rows[key])
-    if isinstance(paths := row.get("components"), Mapping) and any(isinstance(v, str) for v in paths.values()):
-        # In a user's row `components.transformer = "/path"` names a folder; the counts come from `like`.
-        row["component_paths"] = {name: value for name, value in paths.items() if isinstance(value, str)}
-        row["components"] = {name: value for name, value in paths.items() if not isinstance(value, str)}
+    if "key" in row:
+        raise LookupError("key = is not a field: the key is the name in brackets.")
     base = row.pop("like", None)
     if base is None:
         return row
-    if base not in rows:
-        raise LookupError(f'like = "{base}" names no model. Known: {", ".join(rows)}.')
+    if not isinstance(base, str) or base not in rows:
+        raise LookupError(f"like = {base!r} names no model. Known: {', '.join(rows)}.")
     if base in seen or base == key:
         raise LookupError(f'like = "{base}" leads back to itself.')
-    merged = _merge(base, rows, (*seen, key))
+    merged = _over(_merge(base, rows, (*seen, key)), row)
+    # What a model is like is not where it lives: a new key has folders of its own.
+    return {name: value for name, value in merged.items() if name in row or name not in ("path", "component_paths")}
+
+
+def _with_component_paths(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a user's row with `components.transformer = "/path"` as a folder; the counts come from `like`."""
+    components = row.get("components")
+    if not isinstance(components, Mapping) or not any(isinstance(value, str) for value in components.values()):
+        return dict(row)
+    paths = {name: value for name, value in components.items() if isinstance(value, str)}
+    counts = {name: value for name, value in components.items() if name not in paths}
+    return {**row, "components": counts, "component_paths": paths}
+
+
+def _over(base: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with what `row` writes; tables within are merged the same way."""
+    merged = dict(base)
     for name, value in row.items():
         old = merged.get(name)
         merged[name] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
-    # What a model is like is not where it lives: a new key has a folder of its own.
-    if "path" not in row:
-        merged.pop("path", None)
     return merged
 
 

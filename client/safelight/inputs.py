@@ -1,0 +1,142 @@
+"""Input pictures: found below a batch's folder without following a link, checked, and kept by their sha256.
+
+A job names the digest, so that what a person moves or edits tonight does not matter. Knows no jobs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import os
+import stat
+import struct
+import zlib
+from pathlib import Path, PurePosixPath
+
+from PIL import Image, UnidentifiedImageError
+
+from safelight import durable
+from safelight.errors import Fault, InvalidJob
+
+SIZE_BYTES_MAX = 64 << 20
+
+PIXELS_MAX = 64_000_000
+"""8000 x 8000: 192 MB decoded, far above what a model sees, below what a file can use to fill the memory."""
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+
+_DAMAGED = (
+    OSError, SyntaxError, ValueError, EOFError, OverflowError, LookupError, TypeError, struct.error, zlib.error,
+)  # fmt: skip
+"""What Pillow raises for files that are cut, changed or made to hurt; a test feeds it thousands."""
+
+
+def resolve(name: str, base: Path) -> Path:
+    """Return the path of the picture that a job file calls `name`: a plain file below `base`, reached by no link.
+
+    Raises:
+        InvalidJob: the name leads elsewhere, or there is no such file.
+    """
+    _check_name(name)
+    parts = PurePosixPath(name).parts
+    with contextlib.ExitStack() as opened:
+        try:
+            folder = os.open(base, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            opened.callback(os.close, folder)
+            for place, part in enumerate(parts, start=1):
+                # With O_PATH and O_NOFOLLOW a link opens as itself, and nothing behind the name is touched.
+                folder = os.open(part, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+                opened.callback(os.close, folder)
+                _check_kind(name, os.fstat(folder).st_mode, last=place == len(parts))
+        except OSError as error:
+            raise _refused(name, _reason(error), "Put the picture beside the job file.") from error
+    return base.joinpath(*parts)
+
+
+def _check_name(name: str) -> None:
+    """Refuse names that mean a place outside the folder, in whatever spelling."""
+    lowered = name.lower()
+    if not PurePosixPath(name).parts or "\x00" in name or any("\ud800" <= letter <= "\udfff" for letter in name):
+        problem = "that is no name of a file"
+    elif name.startswith(("/", "~")) or ".." in PurePosixPath(name).parts:
+        problem = "it leads out of the folder of the job file"
+    elif "://" in name or lowered.startswith(("file:", "data:")):
+        problem = "it is an address, and nothing is fetched"
+    elif any(code in lowered for code in ("%2e", "%2f", "%5c", "%00")):
+        problem = "it has % codes, and none is decoded"
+    else:
+        return
+    raise _refused(repr(name), problem, "Put the picture beside the job file and write its name.")
+
+
+def _check_kind(name: str, mode: int, *, last: bool) -> None:
+    if stat.S_ISLNK(mode):
+        raise _refused(name, "a link leads there, and none is followed", "Put the picture itself there.")
+    if last and not stat.S_ISREG(mode):
+        raise _refused(name, "it is no plain file", "Name a picture.")
+
+
+def store(source: Path, inputs: Path) -> str:
+    """Keep a copy of the picture at `source` as `inputs/<sha256>` and return the digest.
+
+    It is decoded whole first, and durable when this returns; a picture that is there already is not written again.
+    `source` itself must not be a link: resolve one that you trust.
+
+    Raises:
+        InvalidJob: it is not one picture in PNG, JPEG or WebP, it is damaged, or too large.
+        OSError: `inputs` cannot be written.
+    """
+    content = _read(source)
+    digest = hashlib.sha256(content).hexdigest()
+    kept = inputs / digest
+    if not kept.is_file():
+        _check_picture(content, source.name)
+        durable.write(kept, content)
+    return digest
+
+
+def _read(source: Path) -> bytes:
+    try:
+        descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            _check_kind(source.name, os.fstat(descriptor).st_mode, last=True)
+            content = file.read(SIZE_BYTES_MAX + 1)
+    except OSError as error:
+        raise _refused(source.name, _reason(error), "Name a picture that can be read.") from error
+    if len(content) > SIZE_BYTES_MAX:
+        raise _refused(source.name, f"it is larger than {SIZE_BYTES_MAX >> 20} MiB", "Make it smaller.")
+    return content
+
+
+def _check_picture(content: bytes, name: str) -> None:
+    """Decode every pixel of the one picture in `content`."""
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+            width, height = picture.size
+            if width * height > PIXELS_MAX:
+                raise _too_many_pixels(name, f"{width}x{height}")
+            if picture.format in ("PNG", "WEBP") and getattr(picture, "is_animated", False):
+                raise _refused(name, "it is an animation", "Save the one frame that is meant.")
+            picture.load()
+    except UnidentifiedImageError as error:
+        raise _refused(name, "it is no PNG, JPEG or WebP picture", "Save it as one of them.") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_many_pixels(name, "what it claims") from error
+    except _DAMAGED as error:
+        raise _refused(name, f"it is damaged ({error})", "Save it again.") from error
+
+
+def _too_many_pixels(name: str, size: str) -> InvalidJob:
+    return _refused(name, f"{size} is more than {PIXELS_MAX:,} pixels", "Make it smaller.")
+
+
+def _refused(name: str, problem: str, remedy: str) -> InvalidJob:
+    return InvalidJob([Fault(name, problem, remedy)])
+
+
+def _reason(error: OSError) -> str:
+    if error.errno == errno.ELOOP:
+        return "a link leads there, and none is followed"
+    return (error.strerror or str(error)).lower()

@@ -1,0 +1,154 @@
+"""YAML and JSON as plain nested values whose mappings know their line. Knows no job.
+
+Built from the parsers' events, never from their constructors: no tag is obeyed and no alias expanded. A YAML scalar
+stays the text that was written (`on`, `010` and `1.50` mean what they look like), so the reader of a field decides.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from safelight.jobspec import Faults, shown
+
+DEPTH_MAX = 10
+"""A prompt file needs five: document, jobs, job, matrix, values."""
+
+_Loader: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_NULLS = ("", "~", "null", "Null", "NULL")
+_JSON_MARKS = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\n]')
+_QUOTE = "Put text that holds ': ', ' #' or starts with one of [ { * & ! % @ ` in quotes."
+
+
+class Lined(dict[str, Any]):
+    """A mapping and the line it starts on."""
+
+    line: int = 0
+
+
+class _Refused(Exception):
+    """The text is sound YAML, and says something that a prompt file may not."""
+
+    def __init__(self, line: int, problem: str, remedy: str) -> None:
+        super().__init__(problem)
+        self.line, self.problem, self.remedy = line, problem, remedy
+
+
+def read_yaml(text: str, faults: Faults, *, first_line: int = 1) -> Any:
+    """Return the one document in `text`: None, text, lists and `Lined`.
+
+    Args:
+        faults: takes what is wrong; its place is the file.
+        first_line: the line of the file that `text` starts on.
+    """
+    try:
+        return _YamlReader(yaml.parse(text, Loader=_Loader), faults, first_line).document()
+    except _Refused as error:
+        faults.at(f"{faults.where}:{error.line}").add(error.problem, error.remedy)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = faults.at(f"{faults.where}:{mark.line + first_line}") if mark else faults
+        place.add(f"not YAML: {error.problem or error.context}", _QUOTE)
+    except yaml.YAMLError as error:
+        faults.add(f"not YAML: {' '.join(str(error).split())}", "Remove what is not text.")
+    return None
+
+
+class _YamlReader:
+    """Builds values from YAML events, one pass, downward."""
+
+    def __init__(self, events: Iterator[yaml.Event], faults: Faults, first_line: int) -> None:
+        self._events, self._faults, self._first_line = events, faults, first_line
+
+    def document(self) -> Any:
+        next(self._events)  # the start of the stream
+        event = next(self._events)
+        if isinstance(event, yaml.StreamEndEvent):
+            return None
+        value = self._value(next(self._events), 0)
+        next(self._events)  # the end of the document
+        event = next(self._events)
+        if not isinstance(event, yaml.StreamEndEvent):
+            raise _Refused(self._line(event), "a second document starts here", "Write one document a file.")
+        return value
+
+    def _line(self, event: yaml.Event) -> int:
+        assert event.start_mark is not None  # the parser marks every event
+        return int(event.start_mark.line) + self._first_line
+
+    def _value(self, event: yaml.Event, depth: int) -> Any:
+        if isinstance(event, yaml.AliasEvent):
+            remedy = "Write the value out, or use defaults."
+            raise _Refused(self._line(event), f"the alias {shown(f'*{event.anchor}')} is not taken", remedy)
+        if (tag := getattr(event, "tag", None)) not in (None, "!"):
+            raise _Refused(self._line(event), f"the tag {shown(tag)} is not taken", "Leave it out.")
+        if isinstance(event, yaml.ScalarEvent):
+            plain = event.style in (None, "")
+            return None if plain and event.value in _NULLS else event.value
+        if depth >= DEPTH_MAX:
+            raise _Refused(self._line(event), f"nested more than {DEPTH_MAX} deep", "A job is a flat mapping.")
+        if isinstance(event, yaml.SequenceStartEvent):
+            return [self._value(item, depth + 1) for item in self._until(yaml.SequenceEndEvent)]
+        return self._mapping(event, depth)
+
+    def _until(self, end: type[yaml.Event]) -> Iterator[yaml.Event]:
+        while not isinstance(event := next(self._events), end):
+            yield event
+
+    def _mapping(self, start: yaml.Event, depth: int) -> Lined:
+        mapping = Lined()
+        mapping.line = self._line(start)
+        for event in self._until(yaml.MappingEndEvent):
+            if not isinstance(event, yaml.ScalarEvent):
+                raise _Refused(self._line(event), "a key is not a word", _QUOTE)
+            if event.value in mapping:
+                place = self._faults.at(f"{self._faults.where}:{self._line(event)}")
+                place.add(f"{shown(event.value)} is written twice", "Keep one of them.")
+            mapping[event.value] = self._value(next(self._events), depth + 1)
+        return mapping
+
+
+def read_json(text: str, faults: Faults, *, first_line: int = 1) -> Any:
+    """Return the value in `text`, its objects as `Lined`; `faults` takes what is wrong."""
+    lines = _object_lines(text, first_line)
+
+    def build(pairs: list[tuple[str, Any]]) -> Lined:
+        mapping = Lined(pairs)
+        mapping.line = next(lines)
+        if len(mapping) < len(pairs):
+            twice = ", ".join(shown(key) for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+            faults.at(f"{faults.where}:{mapping.line}").add(f"{twice} is written twice", "Keep one of them.")
+        return mapping
+
+    try:
+        return json.loads(text, object_pairs_hook=build, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        place = faults.at(f"{faults.where}:{error.lineno + first_line - 1}")
+        place.add(f"not JSON: {error.msg} at column {error.colno}", "Correct it there.")
+    except RecursionError:
+        faults.add("nested far too deep", "A job is a flat object.")
+    except ValueError as error:  # a number of thousands of digits, or a constant that JSON has not
+        faults.add(f"not JSON: {error}", "Write a number that a setting can have.")
+    return None
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
+
+
+def _object_lines(text: str, first_line: int) -> Iterator[int]:
+    """Yield the line of each object's opening brace, in the order of the closing ones: that of the parser's hook."""
+    line, opened = first_line, []
+    for token in _JSON_MARKS.finditer(text):
+        match token[0]:
+            case "\n":
+                line += 1
+            case "{":
+                opened.append(line)
+            case "}":
+                yield opened.pop()
