@@ -1,0 +1,263 @@
+"""Single components of a diffusers folder, in memory for as long as a `with` lasts.
+
+Reads local safetensors and nothing else: no network, no pickle, no code that comes with weights. Knows no pipeline.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import itertools
+import json
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from safelight import models
+from safelight.errors import SafelightError
+from safelight.models import ModelFacts
+from safelight.plan import Plan
+from safelightd import tiny
+
+CLASSES = {
+    "diffusers": (
+        "AutoencoderKL",
+        "AutoencoderKLWan",
+        "FlowMatchEulerDiscreteScheduler",
+        "FluxTransformer2DModel",
+        "UniPCMultistepScheduler",
+        "WanTransformer3DModel",
+    ),
+    "transformers": (
+        "CLIPTextModel",
+        "CLIPTokenizer",
+        "CLIPTokenizerFast",
+        "T5EncoderModel",
+        "T5Tokenizer",
+        "T5TokenizerFast",
+        "UMT5EncoderModel",
+    ),
+}
+"""What a model_index.json may name. Anything else would be a class nobody here has checked."""
+
+WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
+"""How each library names a component's weights; sharded ones are listed in the same name plus .index.json."""
+
+PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
+
+VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"})
+"""The files that a tokenizer reads its words from; one set is enough."""
+
+OTHER_SHAPE = ("ignore_mismatched_sizes", "automatic conversion of the weights")
+"""Words of transformers' RuntimeErrors about the weights themselves; its others are the device's."""
+
+_NO_PATHS: Mapping[str, str] = MappingProxyType({})
+
+
+class BadModelFolder(SafelightError):
+    """A model's folder is missing, incomplete, damaged, or holds what is never loaded."""
+
+
+def model_folder(facts: ModelFacts, models_folder: Path) -> Path:
+    """Return the diffusers folder of a model; a tiny one is built first where it is missing.
+
+    Raises:
+        BadModelFolder: there is none.
+    """
+    folder = models.folder(facts, models_folder)
+    if facts.tiny:
+        tiny.build(facts.key, folder)
+    if not (folder / "model_index.json").is_file():
+        raise BadModelFolder(f"{folder / 'model_index.json'} is missing. Fetch it: safelight models pull {facts.key}.")
+    return folder
+
+
+def give_back() -> None:
+    """Return all memory that nothing refers to any more: to the device, and pinned blocks to the system."""
+    gc.collect()
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has not typed this one
+        return
+    torch.cuda.empty_cache()
+    if hasattr(torch.accelerator, "empty_host_cache"):  # not in every torch from 2.11 on
+        torch.accelerator.empty_host_cache()
+
+
+class Loader:
+    """Loads the components of one model as its plan says.
+
+    Args:
+        folder: a diffusers folder with a model_index.json.
+        component_paths: folders that replace single components, each holding that component alone.
+
+    Raises:
+        BadModelFolder: the folder or its index cannot be used. Every method raises it, naming the file.
+    """
+
+    def __init__(self, folder: Path, plan: Plan, component_paths: Mapping[str, str] = _NO_PATHS) -> None:
+        self._folder = folder
+        self._plan = plan
+        self._component_paths = dict(component_paths)
+        self._index = _read_json(folder / "model_index.json")
+        unknown = sorted(set(component_paths) - set(self._index))
+        if unknown:
+            raise BadModelFolder(f"{folder}: the model has no component {', '.join(unknown)}. Correct its path's name.")
+
+    @contextmanager
+    def component(self, name: str, device: str | torch.device) -> Iterator[Any]:
+        """Have one component on `device`, in evaluation mode and the plan's dtype, until the block ends.
+
+        Whatever ends it, the weights are given back there and then, even where a name still points at the module.
+        What the class keeps in float32 (`_keep_in_fp32_modules`) stays so.
+        """
+        module: nn.Module | None = None
+        try:
+            module = self._load(name, torch.device(device))
+            yield module
+        except BaseException as error:
+            # A traceback holds every frame it passed, and those hold activations.
+            traceback.clear_frames(error.__traceback__)
+            raise
+        finally:
+            if module is not None:
+                _empty(module)
+            del module
+            give_back()
+
+    def tokenizer(self, name: str = "tokenizer") -> Any:
+        """Return a tokenizer."""
+        folder = self._component_folder(name)
+        _check_vocabulary(folder)
+        return _from_pretrained(self._class(name)[1], folder)
+
+    def scheduler(self, **settings: float | None) -> Any:
+        """Return a scheduler that has run nothing yet; `settings` replace its own, None leaves one as it is."""
+        folder = self._component_folder("scheduler")
+        scheduler = _from_pretrained(self._class("scheduler")[1], folder)
+        wanted = {name: value for name, value in settings.items() if value is not None}
+        if unknown := sorted(set(wanted) - set(scheduler.config)):
+            raise BadModelFolder(
+                f"{folder}: a {type(scheduler).__name__} has no {', '.join(unknown)}. "
+                "Use the scheduler that the model came with."
+            )
+        return type(scheduler).from_config(scheduler.config, **wanted)
+
+    def config(self, name: str) -> dict[str, Any]:
+        """Return what a component says of itself, without its weights."""
+        return _read_json(self._component_folder(name) / "config.json")
+
+    def option(self, name: str) -> Any:
+        """Return a setting of the whole model, such as `boundary_ratio`; None where it has none."""
+        return self._index.get(name)
+
+    def _component_folder(self, name: str) -> Path:
+        return Path(self._component_paths.get(name) or self._folder / name).expanduser()
+
+    def _class(self, name: str) -> tuple[str, Any]:
+        """Return a component's library and class."""
+        match self._index.get(name):
+            case [str(library), str(class_name)]:
+                pass
+            case _:
+                raise BadModelFolder(f"{self._folder / 'model_index.json'}: no component {name}. Fetch the model anew.")
+        if class_name not in CLASSES.get(library, ()):
+            raise BadModelFolder(
+                f"{self._folder / 'model_index.json'}: {name} is a {library}.{class_name}, which is never loaded. "
+                f"Known: {', '.join(itertools.chain(*CLASSES.values()))}."
+            )
+        return library, getattr(importlib.import_module(library), class_name)
+
+    def _load(self, name: str, device: torch.device) -> nn.Module:
+        library, component_class = self._class(name)
+        folder = self._component_folder(name)
+        _check_files(folder, WEIGHTS[library])
+        _check_class(folder, component_class.__name__, library)
+        importlib.import_module(f"{library}.utils.logging").disable_progress_bar()  # stderr is the log
+        # Straight to the device, tensor by tensor: host RAM never holds the whole component.
+        placed = {} if device.type == "cpu" else {"device_map": {"": device}}
+        module, found = _from_pretrained(
+            component_class,
+            folder,
+            dtype=getattr(torch, self._plan.dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            **placed,
+        )
+        if missing := sorted(found["missing_keys"]):
+            # Both libraries would go on with random numbers in their place.
+            raise BadModelFolder(
+                f"{folder}: {len(missing)} weights are missing, {missing[0]} the first. Fetch the model anew."
+            )
+        assert isinstance(module, nn.Module)
+        return module
+
+
+def _from_pretrained(wanted: Any, folder: Path, **arguments: Any) -> Any:
+    if not folder.is_dir():
+        raise BadModelFolder(f"{folder} is missing. Fetch the model anew.")
+    try:
+        return wanted.from_pretrained(str(folder), local_files_only=True, **arguments)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's own words; the libraries' have no number
+        raise BadModelFolder(f"{folder}: cannot be loaded. {error}") from error
+    except RuntimeError as error:
+        if not any(words in str(error) for words in OTHER_SHAPE):
+            raise
+        raise BadModelFolder(f"{folder}: the weights are not of the shapes that config.json says.") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadModelFolder(f"{file} is missing. Fetch the model anew.") from error
+    except ValueError as error:
+        raise BadModelFolder(f"{file}: not JSON ({error}). Fetch the model anew.") from error
+    if not isinstance(content, dict):
+        raise BadModelFolder(f"{file}: not a JSON object. Fetch the model anew.")
+    return content
+
+
+def _check_files(folder: Path, weights: str) -> None:
+    """Raise where a file is missing that the component needs, naming all of them."""
+    index = folder / f"{weights}.index.json"
+    needed = {"config.json", weights}
+    if index.is_file():
+        shards = _read_json(index).get("weight_map", {}).values()
+        needed = {"config.json", *shards}
+    missing = sorted(name for name in needed if not (folder / name).is_file())
+    if not missing:
+        return
+    pickles = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLES)
+    if pickles and weights in missing:
+        raise BadModelFolder(
+            f"{folder}: the weights are pickled ({', '.join(pickles)}), and a pickle can run any program. "
+            f"Convert them to {weights}."
+        )
+    raise BadModelFolder(f"{folder}: {', '.join(missing)} is missing. Fetch the model anew.")
+
+
+def _check_vocabulary(folder: Path) -> None:
+    """Raise where a tokenizer has no words: transformers 5 would go on with every prompt unknown to it."""
+    if not any(all((folder / name).is_file() for name in names) for names in VOCABULARIES):
+        raise BadModelFolder(f"{folder / 'tokenizer.json'} is missing. Fetch the model anew.")
+
+
+def _check_class(folder: Path, expected: str, library: str) -> None:
+    """Raise where a folder given in a component's place holds a component of another class."""
+    found = _read_json(folder / "config.json").get("_class_name", expected)
+    if library == "diffusers" and found != expected:
+        raise BadModelFolder(f"{folder}: holds a {found}, and the model needs a {expected}. Name another folder.")
+
+
+def _empty(module: nn.Module) -> None:
+    """Let go of a module's tensors; the module is of no use afterwards."""
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        tensor.data = tensor.data.new_empty(0)

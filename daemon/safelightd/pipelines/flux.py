@@ -1,0 +1,168 @@
+"""FLUX.1 schnell and dev: prompts to embeddings, embeddings to latents, latents to one picture.
+
+Components and their helpers are diffusers' own; the loop over transformer and scheduler is ours and gives the same
+bits as FluxPipeline. Knows no file, no queue, and nothing of where a picture goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline, calculate_shift, retrieve_timesteps
+from PIL.Image import Image
+
+from safelight.errors import SafelightError
+from safelight.jobspec import JobSpec
+from safelight.plan import Plan
+from safelightd.loading import Loader
+from safelightd.pipelines import Frame, frames_of, noise_source, refuse_broken, refuse_other_images, stop_inside
+from safelightd.progress import Watch
+
+TILE_PIXELS = 512
+"""Side of a tile where the plan asks for tiles. diffusers' own is 1024: at 1024x1024 its tiling does nothing."""
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """What CLIP and T5 made of the prompts, on the CPU, in the plan's dtype."""
+
+    prompt_embeds: torch.Tensor
+    """(1, max_sequence_length, 4096): T5's, of prompt_2 or else prompt."""
+    pooled_prompt_embeds: torch.Tensor
+    """(1, 768): CLIP's, of prompt."""
+    negative_prompt_embeds: torch.Tensor | None = None
+    """As above, of negative_prompt; only with true_cfg_scale above 1."""
+    negative_pooled_prompt_embeds: torch.Tensor | None = None
+
+
+@torch.no_grad()
+def encode(spec: JobSpec, plan: Plan, loader: Loader, watch: Watch, image: Image | None = None) -> Embeddings:
+    """Return the embeddings of the job's prompts; both text encoders are gone when this returns."""
+    refuse_other_images(spec, image=image)
+    device = plan.text_encoder_device
+    with loader.component("text_encoder", device) as clip, loader.component("text_encoder_2", device) as t5:
+        stop_inside(clip, watch)
+        stop_inside(t5, watch)
+        pipe = _pipeline(
+            text_encoder=clip,
+            text_encoder_2=t5,
+            tokenizer=loader.tokenizer("tokenizer"),
+            tokenizer_2=loader.tokenizer("tokenizer_2"),
+        )
+        length = spec.max_sequence_length
+        embeds, pooled, _ = pipe.encode_prompt(spec.prompt, spec.prompt_2, device="cpu", max_sequence_length=length)
+        if not _is_guided(spec):
+            return Embeddings(embeds, pooled)
+        negative = pipe.encode_prompt(spec.negative_prompt, None, device="cpu", max_sequence_length=length)
+        return Embeddings(embeds, pooled, negative[0], negative[1])
+
+
+@torch.no_grad()
+def denoise(
+    spec: JobSpec,
+    plan: Plan,
+    loader: Loader,
+    embeddings: Embeddings,
+    watch: Watch,
+    image: Image | None = None,
+    last_image: Image | None = None,
+) -> torch.Tensor:
+    """Return packed latents (1, (H/16)(W/16), 64) on the CPU; the transformer is gone when this returns."""
+    refuse_other_images(spec, image=image, last_image=last_image)
+    device = torch.device(plan.device)
+    scheduler = loader.scheduler()
+    latents: torch.Tensor
+    with loader.component("transformer", device) as transformer:
+        stop_inside(transformer, watch)
+        dtype = embeddings.prompt_embeds.dtype
+        latents, image_ids = _pipeline(transformer=transformer).prepare_latents(
+            1, transformer.config.in_channels // 4, spec.height, spec.width, dtype, device, noise_source(spec)
+        )
+        timesteps = _timesteps(scheduler, spec.num_inference_steps, latents.shape[1], device)
+        constant = {
+            "guidance": _guidance(spec, transformer, device),
+            "txt_ids": torch.zeros(embeddings.prompt_embeds.shape[1], 3, device=device, dtype=dtype),
+            "img_ids": image_ids,
+        }
+        prompt = _conditions(embeddings.prompt_embeds, embeddings.pooled_prompt_embeds, device) | constant
+        negative = _conditions(embeddings.negative_prompt_embeds, embeddings.negative_pooled_prompt_embeds, device)
+        for i, t in enumerate(timesteps):
+            timestep = t.expand(1).to(dtype) / 1000
+            velocity = transformer(latents, timestep=timestep, **prompt, return_dict=False)[0]
+            if _is_guided(spec):
+                away = transformer(latents, timestep=timestep, **negative, **constant, return_dict=False)[0]
+                velocity = away + spec.true_cfg_scale * (velocity - away)
+            latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
+            watch.step(i + 1, len(timesteps))
+    return latents.cpu()
+
+
+@torch.no_grad()
+def decode(spec: JobSpec, plan: Plan, loader: Loader, latents: torch.Tensor, watch: Watch) -> Iterator[Frame]:
+    """Yield the one picture of packed latents (1, (H/16)(W/16), 64)."""
+    refuse_broken(latents, "The denoised latents")
+    with loader.component("vae", plan.device) as vae:
+        stop_inside(vae, watch)
+        if plan.vae_tiling:
+            tile(vae)
+        pipe = _pipeline(vae=vae)
+        unpacked = pipe._unpack_latents(  # noqa: SLF001 - the pipeline offers no other way to unpack
+            latents, spec.height, spec.width, pipe.vae_scale_factor
+        )
+        scaled = (unpacked / vae.config.scaling_factor) + vae.config.shift_factor
+        pictures = vae.decode(scaled.to(plan.device), return_dict=False)[0]
+        watch.step(1, 1)
+        yield from frames_of(pictures)
+
+
+def tile(vae: Any) -> None:
+    """Make the VAE work in tiles small enough to matter."""
+    vae.enable_tiling()
+    vae.tile_sample_min_size = TILE_PIXELS
+    vae.tile_latent_min_size = TILE_PIXELS // 8
+
+
+def _pipeline(**components: Any) -> FluxPipeline:
+    """The stock pipeline with the components of one phase: what its helpers need and no more."""
+    names = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")
+    return FluxPipeline(**dict.fromkeys(names) | components)
+
+
+def _is_guided(spec: JobSpec) -> bool:
+    return spec.negative_prompt is not None and spec.true_cfg_scale is not None and spec.true_cfg_scale > 1
+
+
+def _conditions(embeds: torch.Tensor | None, pooled: torch.Tensor | None, device: torch.device) -> dict[str, Any]:
+    if embeds is None or pooled is None:
+        return {}
+    return {"encoder_hidden_states": embeds.to(device), "pooled_projections": pooled.to(device)}
+
+
+def _guidance(spec: JobSpec, transformer: Any, device: torch.device) -> torch.Tensor | None:
+    """Return what dev reads its guidance from; schnell reads none."""
+    if not transformer.config.guidance_embeds:
+        return None
+    if spec.guidance_scale is None:
+        raise SafelightError(f"{spec.model}: its weights take a guidance_scale, and the job has none. Add one.")
+    return torch.full([1], spec.guidance_scale, device=device, dtype=torch.float32)
+
+
+def _timesteps(scheduler: Any, steps: int, tokens: int, device: torch.device) -> torch.Tensor:
+    """Set the scheduler to its start and return its timesteps, shifted by the picture's size where it does that."""
+    config = scheduler.config
+    shift = calculate_shift(
+        tokens,
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", 1.15),
+    )
+    sigmas = None if config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
+    timesteps, _ = retrieve_timesteps(scheduler, steps, device, sigmas=sigmas, mu=shift)
+    scheduler.set_begin_index(0)
+    assert isinstance(timesteps, torch.Tensor)
+    return timesteps

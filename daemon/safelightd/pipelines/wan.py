@@ -1,0 +1,268 @@
+"""Wan 2.2: TI2V-5B and both A14B models, from text and from pictures, to the frames of a clip.
+
+Components and their helpers are diffusers' own; the loop over transformers and scheduler is ours and gives the same
+bits as WanPipeline and WanImageToVideoPipeline. Knows no file, no queue, and nothing of video containers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline
+from PIL.Image import Image
+
+from safelight.errors import SafelightError
+from safelight.jobspec import JobSpec
+from safelight.plan import Plan
+from safelightd.loading import Loader
+from safelightd.pipelines import Frame, frames_of, noise_source, refuse_broken, refuse_other_images, stop_inside
+from safelightd.progress import Watch
+
+TILE_PIXELS = 512
+TILE_STRIDE_PIXELS = 384
+"""Where the plan asks for tiles. diffusers' own 256 and 192 show more seams and save memory nobody needs: 6.8 against
+3.2 GB for 1280x704x121 in float32 (on meta tensors, diffusers 0.42.1)."""
+
+
+FRAMES_PER_LATENT = 4
+"""After the first frame, which has a latent frame of its own."""
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """What UMT5 made of the prompts, on the CPU, in the plan's dtype."""
+
+    prompt_embeds: torch.Tensor
+    """(1, max_sequence_length, 4096), zero after the prompt's end."""
+    negative_prompt_embeds: torch.Tensor | None
+    """As above; None without guidance."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the loop starts from, on the plan's device, float32. T is (num_frames - 1) / 4 + 1."""
+
+    latents: torch.Tensor
+    """Noise (1, C, T, h, w)."""
+    condition: torch.Tensor | None = None
+    """What the clip must show: the first latent frame (1, 48, 1, h, w) for the 5B, mask and video (1, 20, T, h, w) for
+    the A14B; None for text alone."""
+    mask: torch.Tensor | None = None
+    """(1, 1, T, h, w), for the 5B, whose every token has a timestep of its own: 0 where the picture stands
+    fixed."""
+
+
+@torch.no_grad()
+def encode(spec: JobSpec, plan: Plan, loader: Loader, watch: Watch, image: Image | None = None) -> Embeddings:
+    """Return the embeddings of the job's prompts; the text encoder is gone when this returns."""
+    refuse_other_images(spec, image=image)
+    with loader.component("text_encoder", plan.text_encoder_device) as text_encoder:
+        stop_inside(text_encoder, watch)
+        pipe = _text_to_video(loader, text_encoder=text_encoder, tokenizer=loader.tokenizer())
+        embeds, negative = pipe.encode_prompt(
+            spec.prompt,
+            spec.negative_prompt,
+            do_classifier_free_guidance=_is_guided(spec),
+            max_sequence_length=spec.max_sequence_length,
+            device="cpu",
+        )
+        return Embeddings(embeds, negative)
+
+
+@torch.no_grad()
+def denoise(
+    spec: JobSpec,
+    plan: Plan,
+    loader: Loader,
+    embeddings: Embeddings,
+    watch: Watch,
+    image: Image | None = None,
+    last_image: Image | None = None,
+) -> torch.Tensor:
+    """Return latents (1, C, T, h, w), float32, on the CPU; every transformer is gone when this returns.
+
+    Of two experts one is in memory at a time; `watch` counts the steps of both together.
+    """
+    refuse_other_images(spec, image=image, last_image=last_image)
+    device = torch.device(plan.device)
+    start = _start(spec, plan, loader, watch, image, last_image)
+    scheduler = loader.scheduler(flow_shift=spec.flow_shift)
+    scheduler.set_timesteps(spec.num_inference_steps, device=device)
+    scheduler.set_begin_index(0)  # else it looks steps up by timestep, and a large shift makes neighbours equal
+    timesteps = list(enumerate(scheduler.timesteps))
+    latents = start.latents
+    for expert, steps in itertools.groupby(timesteps, _expert_of(loader, scheduler)):
+        with loader.component(expert, device) as transformer:
+            stop_inside(transformer, watch)
+            prompts = _prompts(embeddings, device, transformer.dtype)
+            guidance_scale = _guidance_scale(spec, expert)
+            for i, t in steps:
+                seen = _seen(latents, start).to(transformer.dtype)
+                velocity = _velocity(transformer, seen, _timestep(t, start), prompts, guidance_scale)
+                latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
+                watch.step(i + 1, len(timesteps))
+    return _with_picture(latents, start).cpu()
+
+
+@torch.no_grad()
+def decode(
+    spec: JobSpec,  # noqa: ARG001 - every family takes the same arguments
+    plan: Plan,
+    loader: Loader,
+    latents: torch.Tensor,
+    watch: Watch,
+) -> Iterator[Frame]:
+    """Yield the frames of latents (1, C, T, h, w) as they are decoded."""
+    refuse_broken(latents, "The denoised latents")
+    with loader.component("vae", plan.device) as vae:
+        stop_inside(vae, watch)
+        _refuse_broken_parts(vae)
+        scaled = _as_the_vae_wrote_them(latents.to(plan.device, vae.dtype), vae)
+        if plan.vae_tiling:
+            tile(vae)
+            # The VAE joins its tiles before it gives anything.
+            parts = iter(vae.decode(scaled, return_dict=False)[0].split(FRAMES_PER_LATENT, dim=2))
+        else:
+            parts = _decoded_parts(vae, scaled)
+        for i, part in enumerate(parts):
+            watch.step(i + 1, scaled.shape[2])
+            yield from frames_of(part[0].permute(1, 0, 2, 3))
+
+
+def _refuse_broken_parts(vae: Any) -> None:
+    """Look at every part and tile as it leaves the decoder: afterwards the VAE clamps infinity to plain white."""
+
+    def look(_decoder: Any, _arguments: Any, part: torch.Tensor) -> None:
+        refuse_broken(part, "The decoded pixels")
+
+    vae.decoder.register_forward_hook(look)
+
+
+def tile(vae: Any) -> None:
+    """Make the VAE work in tiles."""
+    vae.enable_tiling(TILE_PIXELS, TILE_PIXELS, TILE_STRIDE_PIXELS, TILE_STRIDE_PIXELS)
+
+
+def _is_guided(spec: JobSpec) -> bool:
+    """Whether each step runs twice; the first expert's scale decides for both, as in WanPipeline."""
+    return _guidance_scale(spec, "transformer") > 1
+
+
+def _guidance_scale(spec: JobSpec, expert: str) -> float:
+    if spec.guidance_scale is None:
+        raise SafelightError(f"{spec.model}: the job has no guidance_scale, and Wan needs one. Add one.")
+    if expert == "transformer_2" and spec.guidance_scale_2 is not None:
+        return spec.guidance_scale_2
+    return spec.guidance_scale
+
+
+def _expert_of(loader: Loader, scheduler: Any) -> Callable[[tuple[int, torch.Tensor]], str]:
+    """Return what tells the component that runs a step: above the boundary the first, below it the second."""
+    ratio = loader.option("boundary_ratio")
+    boundary = 0.0 if ratio is None else ratio * scheduler.config.num_train_timesteps
+    return lambda step: "transformer" if float(step[1]) >= boundary else "transformer_2"
+
+
+def _text_to_video(loader: Loader, **components: Any) -> WanPipeline:
+    """The stock pipeline with the components of one phase, told of the VAE what it would ask it."""
+    names = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer", "transformer_2")
+    pipe = WanPipeline(**dict.fromkeys(names) | components)
+    vae = loader.config("vae")
+    pipe.vae_scale_factor_temporal = vae.get("scale_factor_temporal", 4)
+    pipe.vae_scale_factor_spatial = vae.get("scale_factor_spatial", 8)
+    return pipe
+
+
+def _start(
+    spec: JobSpec, plan: Plan, loader: Loader, watch: Watch, image: Image | None, last_image: Image | None
+) -> Start:
+    """Return the noise and, from a picture, what the VAE made of it; the VAE is gone when this returns."""
+    expands = bool(loader.option("expand_timesteps"))
+    shape = (spec.height, spec.width, spec.num_frames, torch.float32, torch.device(plan.device), noise_source(spec))
+    if image is None:
+        channels = loader.config("transformer")["in_channels"]
+        latents = _text_to_video(loader).prepare_latents(1, channels, *shape)
+        return Start(latents, mask=torch.ones_like(latents[:, :1]) if expands else None)
+    with loader.component("vae", plan.device) as vae:
+        stop_inside(vae, watch)
+        if plan.vae_tiling:
+            tile(vae)
+        pipe = WanImageToVideoPipeline(
+            tokenizer=None, text_encoder=None, scheduler=None, vae=vae, expand_timesteps=expands
+        )
+        first, last = (
+            None
+            if picture is None
+            else pipe.video_processor.preprocess(picture.convert("RGB"), spec.height, spec.width).to(plan.device)
+            for picture in (image, last_image)
+        )
+        return Start(*pipe.prepare_latents(first, 1, vae.config.z_dim, *shape, None, last))
+
+
+def _prompts(embeddings: Embeddings, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+    both = (embeddings.prompt_embeds, embeddings.negative_prompt_embeds)
+    return [embeds.to(device, dtype) for embeds in both if embeds is not None]
+
+
+def _velocity(
+    transformer: Any, seen: torch.Tensor, timestep: torch.Tensor, prompts: list[torch.Tensor], guidance_scale: float
+) -> torch.Tensor:
+    """Return what the transformer predicts, guided away from the negative prompt where there is one."""
+    wanted, *unwanted = [transformer(seen, timestep, prompt, return_dict=False)[0] for prompt in prompts]
+    guided: torch.Tensor = unwanted[0] + guidance_scale * (wanted - unwanted[0]) if unwanted else wanted
+    return guided
+
+
+def _seen(latents: torch.Tensor, start: Start) -> torch.Tensor:
+    """Return what the transformer is shown: the latents with the picture in them (5B) or beside them (A14B)."""
+    if start.condition is not None and start.mask is None:
+        return torch.cat([latents, start.condition], dim=1)
+    return _with_picture(latents, start)
+
+
+def _with_picture(latents: torch.Tensor, start: Start) -> torch.Tensor:
+    if start.condition is None or start.mask is None:
+        return latents
+    return (1 - start.mask) * start.condition + start.mask * latents
+
+
+def _timestep(t: torch.Tensor, start: Start) -> torch.Tensor:
+    """Return t as (1,), or for the 5B as (1, tokens) with 0 for the tokens of the picture."""
+    if start.mask is None:
+        return t.expand(1)
+    return (start.mask[0][0][:, ::2, ::2] * t).flatten().unsqueeze(0)
+
+
+def _as_the_vae_wrote_them(latents: torch.Tensor, vae: Any) -> torch.Tensor:
+    """Undo the scaling to mean 0 and deviation 1, with the roundings of WanPipeline."""
+    shape = (1, vae.config.z_dim, 1, 1, 1)
+    mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents)
+    inverse_deviation = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents)
+    return latents / inverse_deviation + mean
+
+
+def _decoded_parts(vae: Any, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the clip as (1, 3, frames, H, W), -1 to 1: one frame of the first latent frame, four of each other.
+
+    AutoencoderKLWan decodes in the same parts, but joins them before it returns: a clip of 1280x704x121 held twice.
+    """
+    vae.clear_cache()
+    unmixed = vae.post_quant_conv(latents)
+    for i in range(unmixed.shape[2]):
+        # The decoder counts its convolutions from 0 in each part and keeps their last frames for the next.
+        part = vae.decoder(
+            unmixed[:, :, i : i + 1],
+            feat_cache=vae._feat_map,  # noqa: SLF001 - the VAE offers no public way to decode in parts
+            feat_idx=[0],
+            first_chunk=i == 0,
+        )
+        if vae.config.patch_size is not None:
+            part = unpatchify(part, patch_size=vae.config.patch_size)
+        yield torch.clamp(part, min=-1.0, max=1.0)
+    vae.clear_cache()

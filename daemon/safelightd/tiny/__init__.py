@@ -1,0 +1,83 @@
+"""The tiny models: true diffusers folders of the real classes with random weights, built where they are missing.
+
+They draw noise. They exist so that every path of a real job can be shown and tested on any machine in seconds.
+Importing this package is cheap; building imports torch and diffusers.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safelight import durable
+from safelight.errors import SafelightError
+
+KEYS = ("tiny-flux-schnell", "tiny-flux-dev", "tiny-wan-ti2v", "tiny-wan-t2v-a14b", "tiny-wan-i2v-a14b")
+
+
+class NotATinyModel(SafelightError):
+    """A tiny model was asked for that cannot be built here."""
+
+
+def build(key: str, folder: Path) -> None:
+    """Put the tiny model `key` at `folder`, whole and synced, unless it is there already.
+
+    The folder appears by one rename. Several processes may build at once: the first wins, all return.
+
+    Raises:
+        NotATinyModel: no tiny model has this key, or `folder` holds something else.
+    """
+    if is_built(folder):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    unfinished.mkdir()
+    try:
+        _pipeline(key).save_pretrained(unfinished, safe_serialization=True)
+        durable.sync_filesystem(unfinished)
+        _put_in_place(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    durable.sync_folder(folder.parent)
+
+
+def is_built(folder: Path) -> bool:
+    """Whether a whole model is at `folder`; a rename put it there, so its index stands for all of it."""
+    return (folder / "model_index.json").is_file()
+
+
+def _put_in_place(unfinished: Path, folder: Path) -> None:
+    try:
+        unfinished.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        if not is_built(folder):
+            raise NotATinyModel(
+                f"{folder}: something that is no model is in the way of a tiny one. Move it away."
+            ) from error
+
+
+def _pipeline(key: str) -> Any:
+    import torch
+
+    from safelightd.tiny import flux, wan
+
+    # The classes draw their own initial weights from torch's shared stream, which is not ours to move.
+    with torch.random.fork_rng(devices=[]):
+        match key:
+            case "tiny-flux-schnell":
+                return flux.pipeline(key, guidance_embeds=False)
+            case "tiny-flux-dev":
+                return flux.pipeline(key, guidance_embeds=True)
+            case "tiny-wan-ti2v":
+                return wan.ti2v(key)
+            case "tiny-wan-t2v-a14b":
+                return wan.t2v_a14b(key)
+            case "tiny-wan-i2v-a14b":
+                return wan.i2v_a14b(key)
+    raise NotATinyModel(f"{key}: no tiny model has this name. Known: {', '.join(KEYS)}.")

@@ -1,0 +1,183 @@
+"""What the tests of the model families share: a job in, the stock pipeline's answer beside ours."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from safelight import jobspec, models
+from safelight.jobspec import JobSpec
+from safelight.plan import Plan
+from safelightd import pipelines
+from safelightd.loading import Loader, model_folder
+from safelightd.pipelines import Frame
+from safelightd.progress import Watch
+
+torch.set_num_threads(1)  # the tiny models have no work for two, and waiting for the second takes longer
+
+MODELS = models.load()
+
+COMPONENTS = (
+    "AutoencoderKL",
+    "AutoencoderKLWan",
+    "CLIPTextModel",
+    "FluxTransformer2DModel",
+    "T5EncoderModel",
+    "UMT5EncoderModel",
+    "WanTransformer3DModel",
+)
+
+
+class NoMeter:
+    """Reads nothing: these tests look at results, not at peaks."""
+
+    def reset(self) -> None: ...
+
+    def peaks(self) -> tuple[int, int]:
+        return 0, 0
+
+
+class StopAt(threading.Event):
+    """Somebody cancels just before the `at`-th time a job asks; 0 means nobody does. Counts the questions."""
+
+    def __init__(self, at: int = 0) -> None:
+        super().__init__()
+        self.at = at
+        self.asked = 0
+
+    def is_set(self) -> bool:
+        self.asked += 1
+        return self.asked == self.at
+
+
+@dataclass
+class Run:
+    """One job on its way through the three phases."""
+
+    spec: JobSpec
+    models_folder: Path
+    plan_changes: dict[str, Any] = field(default_factory=dict)
+    component_paths: dict[str, str] = field(default_factory=dict)
+    image: Image.Image | None = None
+    last_image: Image.Image | None = None
+    stop: StopAt = field(default_factory=StopAt)
+    sent: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        facts = MODELS[self.spec.model]
+        self.family = pipelines.family(facts.family)
+        self.plan = plan_for(self.spec.model, **self.plan_changes)
+        self.loader = Loader(model_folder(facts, self.models_folder), self.plan, self.component_paths)
+        self.watch = Watch(self.sent.append, self.stop, NoMeter())
+
+    def encode(self) -> Any:
+        with self.watch.phase("encode"):
+            return self.family.encode(self.spec, self.plan, self.loader, self.watch, self.image)
+
+    def denoise(self, embeddings: Any) -> torch.Tensor:
+        with self.watch.phase("denoise"):
+            return self.family.denoise(
+                self.spec, self.plan, self.loader, embeddings, self.watch, self.image, self.last_image
+            )
+
+    def decode(self, latents: torch.Tensor) -> list[Frame]:
+        with self.watch.phase("decode"):
+            return list(self.family.decode(self.spec, self.plan, self.loader, latents, self.watch))
+
+    def latents(self) -> torch.Tensor:
+        return self.denoise(self.encode())
+
+    def frames(self) -> list[Frame]:
+        return self.decode(self.latents())
+
+    def steps(self, phase: str) -> list[tuple[int, int]]:
+        return [(told["i"], told["n"]) for told in self.sent if told["type"] == "step" and told["phase"] == phase]
+
+
+def plan_for(model: str, **changes: Any) -> Plan:
+    """The plan of a machine without a GPU."""
+    return Plan(
+        model=model,
+        **{
+            "device": "cpu",
+            "dtype": "float32",
+            "precision": "fp32",
+            "offload": "none",
+            "vae_tiling": False,
+            "text_encoder_device": "cpu",
+            **changes,
+        },
+    )
+
+
+def spec_for(model: str, **fields: Any) -> JobSpec:
+    written = {"model": model, "prompt": "a red fox", "seed": 7, **fields}
+    spec = jobspec.check(written, MODELS, "test", image_model="tiny-flux-schnell", video_model="tiny-wan-ti2v")
+    assert isinstance(spec, JobSpec), spec
+    return spec
+
+
+def picture(width: int = 80, height: int = 60) -> Image.Image:
+    return Image.effect_mandelbrot((width, height), (-2, -1, 1, 1), 50).convert("RGB")
+
+
+def stock_pipeline(run: Run) -> Any:
+    """Return diffusers' own pipeline of the run's model, as its authors' page says to set it up."""
+    import diffusers
+
+    facts = MODELS[run.spec.model]
+    name = "WanImageToVideoPipeline" if run.image else facts.pipeline
+    pipe = getattr(diffusers, name).from_pretrained(model_folder(facts, run.models_folder), local_files_only=True)
+    if run.spec.flow_shift is not None:
+        scheduler = pipe.scheduler
+        pipe.scheduler = type(scheduler).from_config(scheduler.config, flow_shift=run.spec.flow_shift)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def stock(run: Run, pipe: Any, output_type: str) -> Any:
+    """Return what `pipe` makes of the run's job."""
+    names = ("prompt", "prompt_2", "negative_prompt", "width", "height", "num_inference_steps", "num_frames")
+    scales = ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "max_sequence_length")
+    wanted = {name: value for name in names + scales if (value := getattr(run.spec, name)) is not None}
+    if run.image is not None:
+        wanted["image"] = run.image
+    if run.last_image is not None:
+        wanted["last_image"] = run.last_image
+    generator = torch.Generator().manual_seed(run.spec.seed)
+    return pipe(**wanted, generator=generator, output_type=output_type)[0]
+
+
+def stock_answer(run: Run, *, tiled: bool = False) -> tuple[torch.Tensor, list[Frame]]:
+    """Return the stock pipeline's latents and frames for the run's job."""
+    pipe = stock_pipeline(run)
+    if tiled:
+        run.family.tile(pipe.vae)  # type: ignore[attr-defined]  # not every family need have it
+    latents = stock(run, pipe, "latent")
+    pictures = stock(run, pipe, "pil")
+    if run.spec.kind == "video":
+        pictures = pictures[0]
+    return latents, [np.asarray(picture) for picture in pictures]
+
+
+def alive() -> list[str]:
+    """Return the class names of all components that are in memory, after a collection."""
+    gc.collect()
+    return sorted(name for name in map(_class_name, gc.get_objects()) if name in COMPONENTS)
+
+
+def _class_name(value: object) -> str:
+    return type(value).__name__
+
+
+def moments_to_stop(asked: int) -> Iterator[int]:
+    """Yield the second, a middle and the last question of a phase that asks `asked` times; the first is its start."""
+    yield from sorted({2, asked // 2, asked})

@@ -1,0 +1,181 @@
+"""FLUX.1: our loop against the stock pipeline, and what cancelling, tiling and broken numbers do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from safelight.errors import SafelightError
+from safelightd.pipelines import BrokenResult
+from safelightd.progress import Cancelled
+from tests.integration.rendering import Run, StopAt, alive, moments_to_stop, picture, spec_for, stock_answer
+
+JOBS: dict[str, dict[str, Any]] = {
+    "schnell": {"model": "tiny-flux-schnell"},
+    "schnell wide with short prompts": {"model": "tiny-flux-schnell", "width": 96, "max_sequence_length": 32},
+    "dev": {"model": "tiny-flux-dev", "guidance_scale": 5.0},
+    "dev with prompt_2": {"model": "tiny-flux-dev", "prompt_2": "oil on canvas"},
+    "dev with true guidance": {"model": "tiny-flux-dev", "negative_prompt": "blurry", "true_cfg_scale": 3.0},
+}
+
+
+@pytest.fixture(params=JOBS.values(), ids=JOBS.keys())
+def run(request: pytest.FixtureRequest, tiny_models_folder: Path) -> Run:
+    return Run(spec_for(**request.param), tiny_models_folder)
+
+
+@pytest.fixture
+def schnell(tiny_models_folder: Path) -> Run:
+    return Run(spec_for("tiny-flux-schnell"), tiny_models_folder)
+
+
+def test_our_loop_gives_the_bits_of_the_stock_pipeline(run: Run) -> None:
+    latents, pictures = stock_answer(run)
+
+    ours = run.latents()
+    frames = run.decode(ours)
+
+    assert torch.equal(latents, ours)
+    assert len(frames) == 1
+    assert np.array_equal(pictures[0], frames[0])
+
+
+def test_steps_are_counted_the_picture_is_not_flat_and_each_phase_leaves_no_component(run: Run) -> None:
+    before = alive()
+
+    embeddings = run.encode()
+    after_encode = alive()
+    latents = run.denoise(embeddings)
+    after_denoise = alive()
+    frame = run.decode(latents)[0]
+    after_decode = alive()
+
+    assert after_encode == after_denoise == after_decode == before
+    steps = run.spec.num_inference_steps
+    assert run.steps("denoise") == [(i + 1, steps) for i in range(steps)]
+    assert run.steps("decode") == [(1, 1)]
+    assert (run.spec.height, run.spec.width, 3) == frame.shape
+    assert frame.std() > 20
+    assert embeddings.prompt_embeds.device.type == latents.device.type == "cpu"
+
+
+def test_the_same_spec_twice_gives_the_same_bytes(schnell: Run, tiny_models_folder: Path) -> None:
+    again = Run(schnell.spec, tiny_models_folder)
+
+    assert schnell.frames()[0].tobytes() == again.frames()[0].tobytes()
+
+
+@pytest.mark.parametrize("change", [{"prompt": "a blue fox"}, {"prompt": "狐"}, {"seed": 8}])
+def test_another_prompt_or_seed_gives_another_picture(
+    change: dict[str, Any], schnell: Run, tiny_models_folder: Path
+) -> None:
+    other = Run(schnell.spec.model_copy(update=change), tiny_models_folder)
+
+    difference = np.abs(schnell.frames()[0].astype(int) - other.frames()[0])
+
+    assert difference.mean() > 5
+
+
+@pytest.mark.parametrize("phase", ["encode", "denoise", "decode"])
+def test_cancelling_anywhere_in_a_phase_leaves_nothing_and_a_following_run_is_exact(
+    phase: str, schnell: Run, tiny_models_folder: Path
+) -> None:
+    before = alive()
+    embeddings = schnell.encode()
+    latents = schnell.denoise(embeddings)
+    given = {"encode": (), "denoise": (embeddings,), "decode": (latents,)}[phase]
+    schnell.stop.asked = 0
+    whole = getattr(schnell, phase)(*given)
+    asked = schnell.stop.asked
+
+    for moment in moments_to_stop(asked):
+        cancelled = Run(schnell.spec, tiny_models_folder, stop=StopAt(moment))
+        with pytest.raises(Cancelled):
+            getattr(cancelled, phase)(*given)
+        assert alive() == before
+
+    again = getattr(Run(schnell.spec, tiny_models_folder), phase)(*given)
+    assert _same(whole, again)
+
+
+def test_a_step_asks_before_every_block_whether_to_stop(schnell: Run) -> None:
+    """Two double and two single blocks a forward, a step's end, and the phase's beginning."""
+    embeddings = schnell.encode()
+    schnell.stop.asked = 0
+
+    schnell.denoise(embeddings)
+
+    blocks, step_end, phase_begin = 4, 1, 1
+    assert schnell.spec.num_inference_steps * (blocks + step_end) + phase_begin <= schnell.stop.asked
+
+
+def test_an_iterator_that_is_closed_before_its_end_gives_the_vae_back(schnell: Run) -> None:
+    before = alive()
+    frames = schnell.family.decode(schnell.spec, schnell.plan, schnell.loader, schnell.latents(), schnell.watch)
+    next(frames)
+    holding = alive()
+
+    frames.close()
+
+    assert "AutoencoderKL" in holding
+    assert alive() == before
+
+
+def test_decoding_does_not_switch_gradients_off_for_who_reads_the_frames(schnell: Run) -> None:
+    latents = schnell.latents()
+
+    for _ in schnell.family.decode(schnell.spec, schnell.plan, schnell.loader, latents, schnell.watch):
+        assert torch.is_grad_enabled()
+
+
+def test_tiles_are_smaller_than_a_large_picture_and_give_the_bits_of_stock_tiles(tiny_models_folder: Path) -> None:
+    large = spec_for("tiny-flux-schnell", num_inference_steps=1).model_copy(update={"width": 640, "height": 576})
+    whole = Run(large, tiny_models_folder)
+    tiled = Run(large, tiny_models_folder, plan_changes={"vae_tiling": True})
+    latents, pictures = stock_answer(tiled, tiled=True)
+
+    frame = tiled.decode(latents)[0]
+
+    assert np.array_equal(pictures[0], frame)
+    assert not np.array_equal(whole.decode(latents)[0], frame)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_no_picture_are_refused(number: float, schnell: Run) -> None:
+    latents = schnell.latents()
+    latents[0, 3, 5] = number
+
+    with pytest.raises(BrokenResult, match="NaN or infinity"):
+        schnell.decode(latents)
+
+
+def test_pixels_that_overflow_in_the_vae_are_refused(schnell: Run) -> None:
+    """Finite latents can overflow on the way to pixels, as float16 does."""
+    with pytest.raises(BrokenResult, match="pixels hold NaN or infinity"):
+        schnell.decode(torch.full_like(schnell.latents(), 3e38))
+
+
+def test_a_picture_the_job_does_not_name_is_refused(schnell: Run) -> None:
+    schnell.image = picture()
+
+    with pytest.raises(SafelightError, match="the job names image None, and one was loaded"):
+        schnell.encode()
+
+
+def test_weights_that_take_guidance_are_not_run_without(tiny_models_folder: Path) -> None:
+    run = Run(spec_for("tiny-flux-dev").model_copy(update={"guidance_scale": None}), tiny_models_folder)
+
+    with pytest.raises(SafelightError, match="take a guidance_scale"):
+        run.latents()
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, list):
+        return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    return torch.equal(one.prompt_embeds, other.prompt_embeds)
