@@ -89,8 +89,11 @@ def make_plan(spec: JobSpec, machine: Machine, models: Models, calibration: Cali
 
     Raises:
         DoesNotFit: it needs more than the machine has; the message says what would fit.
-        InvalidJob: the job insists on something no rung offers.
+        InvalidJob: the job insists on something no rung offers, or its model is no longer in the table.
     """
+    if spec.model not in models:
+        remedy = "Put it back into the settings, or submit the job again with another."
+        raise InvalidJob([Fault(spec.id or spec.model, f"model {spec.model} is not known any more", remedy)])
     facts = models[spec.model]
     on_gpu = machine.device == "cuda"
     refuse_unoffered(spec, on_gpu=on_gpu)
@@ -125,6 +128,8 @@ def refuse_unoffered(spec: JobSpec, *, on_gpu: bool) -> None:
     if spec.offload not in offered_offload:
         remedy = f"Use {' or '.join(offered_offload)}."
         faults.append(Fault(spec.id or spec.model, f"offload {spec.offload} is not offered {where}", remedy))
+    if spec.text_encoder_device == "gpu" and not on_gpu:
+        faults.append(Fault(spec.id or spec.model, "text_encoder_device gpu is not offered on the CPU", "Use auto."))
     if faults:
         raise InvalidJob(faults)
 
@@ -133,7 +138,7 @@ def predict(spec: JobSpec, facts: ModelFacts, plan: Plan) -> dict[str, PhasePred
     """Return the predicted peaks of the three phases: weights of the phase plus its activations."""
     width_bytes = BYTES_PER_PARAMETER[plan.dtype]
     weights = {name: count * width_bytes for name, count in facts.components.items()}
-    encoders = max((size for name, size in weights.items() if name.startswith("text_encoder")), default=0)
+    encoders = sum(size for name, size in weights.items() if name.startswith("text_encoder"))
     transformer = max((size for name, size in weights.items() if name.startswith("transformer")), default=0)
     tokens = facts.tokens(spec.width, spec.height, spec.num_frames) + spec.max_sequence_length
     activations = 0 if facts.tiny else tokens * ACTIVATION_BYTES_PER_TOKEN[facts.family]

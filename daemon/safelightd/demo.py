@@ -10,17 +10,18 @@ import os
 import shutil
 import tempfile
 import time
+from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from safelight import config as settings
 from safelight import jobqueue
 from safelight.config import Config
 from safelight.errors import QueueUnreachable, SafelightError
 from safelight.jobqueue import JobQueue, Row
-from safelight.ledger import Ledger
+from safelight.ledger import Ledger, submission_id
 from safelightd.supervisor import Supervisor
 
 SETTINGS = """\
@@ -66,13 +67,15 @@ def run(folder: Path) -> int:
     try:
         config = prepare(folder)
         console.print(f"[bold]safelight demo[/] in {folder}")
-        drop(config, console)
-        show = _Show(config, console)
+        show = _Show(config, console, since=submission_id(datetime.now().astimezone()))
         started = time.monotonic()
-        status = Supervisor(config).run(until=show.ended, poll_s=0.2)
+        drop(config, console)
+        with (folder / "daemon.log").open("wb") as log:
+            status = Supervisor(config, stderr=log).run(until=show.ended, poll_s=0.2)
         if not show.all_done:
-            raise SafelightError("The demo did not finish: " + ("; ".join(show.bad) or f"stopped, status {status}"))
-        _summary(config, console, time.monotonic() - started)
+            reason = "; ".join(show.bad) or f"stopped with status {status}"
+            raise SafelightError(f"The demo did not finish: {reason}. {folder / 'daemon.log'} says more.")
+        _summary(config, console, show.since, time.monotonic() - started)
     finally:
         shutil.rmtree(runtime, ignore_errors=True)
     return 0
@@ -101,9 +104,10 @@ def drop(config: Config, console: Console) -> None:
 
 
 class _Show:
-    """Prints a line when a job starts and when it ends."""
+    """Prints a line when a job starts and when it ends; of an earlier demo in the same folder it says nothing."""
 
-    def __init__(self, config: Config, console: Console) -> None:
+    def __init__(self, config: Config, console: Console, since: str) -> None:
+        self.since = since
         self._config = config
         self._console = console
         self._queue: JobQueue | None = None
@@ -115,7 +119,7 @@ class _Show:
         try:
             self._queue = self._queue or JobQueue(jobqueue.connect(self._config.url, timeout_s=2.0, retries=0))
             queue = self._queue
-            rows = list(queue.rows([*queue.running(), *queue.ended_ids()]))
+            rows = list(queue.rows([job for job in (*queue.running(), *queue.ended_ids()) if job > self.since]))
         except (QueueUnreachable, *jobqueue.AWAY):
             self._queue = None
             return False
@@ -123,7 +127,8 @@ class _Show:
             if self._seen.get(row.id) != row.state:
                 self._line(row)
                 self._seen[row.id] = row.state
-        refused = list(self._config.paths.rejected.glob("**/*.error.txt"))
+        notes = self._config.paths.rejected.rglob("*.error.txt")
+        refused = [file for file in notes if file.name > self.since]
         self.bad = [f"{row.id}: {row.error}" for row in rows if row.state not in ("running", "done")]
         self.bad += [file.read_text(encoding="utf-8") for file in refused]
         self.all_done = sum(row.state == "done" for row in rows) == JOBS
@@ -134,17 +139,17 @@ class _Show:
         self._console.print(f"  [{colour}]{row.state:>7}[/] {row.model:<18} {row.prompt}")
 
 
-def _summary(config: Config, console: Console, seconds: float) -> None:
+def _summary(config: Config, console: Console, since: str, seconds: float) -> None:
     ledger = Ledger(config.paths)
-    table = Table("output", "size", "seconds", "seed")
-    for job in sorted(ledger.ended()):
+    table = Table(Column("output", overflow="fold"), "size", "seconds")
+    for job in sorted(job for job in ledger.ended() if job > since):
         receipt = ledger.receipt(job)
         if receipt is None:
             continue
         spent = sum(phase.seconds for phase in receipt.phases.values())
         for output in receipt.outputs:
             size = f"{output.width}x{output.height}" + (f"x{output.num_frames}" if output.num_frames else "")
-            table.add_row(output.path, size, f"{spent:.1f}", str(receipt.spec.seed))
+            table.add_row(output.path, size, f"{spent:.1f}")
     console.print(table)
     console.print(f"{JOBS} jobs verified and published in {seconds:.0f} s. Outputs and their receipts:")
     console.print(str(config.paths.outbox), soft_wrap=True)

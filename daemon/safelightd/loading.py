@@ -75,7 +75,11 @@ def model_folder(facts: ModelFacts, models_folder: Path) -> Path:
     if facts.tiny:
         tiny.build(facts.key, folder)
     if not (folder / "model_index.json").is_file():
-        raise BadModelFolder(f"{folder / 'model_index.json'} is missing. Fetch it: safelight models pull {facts.key}.")
+        what = facts.repository or facts.key
+        raise BadModelFolder(
+            f"{folder / 'model_index.json'} is missing. Put the diffusers folder of {what} there, "
+            f"or name yours as [models.{facts.key}] path in the settings."
+        )
     return folder
 
 

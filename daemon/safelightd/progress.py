@@ -43,7 +43,7 @@ class Watch:
         self.current: Phase = "plan"
         self.records: dict[str, PhaseRecord] = {}
         self.seconds_per_step: float | None = None
-        self._phase_started = time.monotonic()
+        self._phase_started = self._first_step_ended = time.monotonic()
 
     def check(self) -> None:
         if self._stop.is_set():
@@ -68,18 +68,18 @@ class Watch:
         )
 
     def step(self, i: int, n: int) -> None:
-        """Say that `i` of `n` steps of this phase are done (denoise) or parts (decode)."""
+        """Say that `i` of `n` steps of this phase are done (denoise) or parts (decode).
+
+        A step's seconds are taken from the end of the first, so that loading is not counted as denoising.
+        """
         self.check()
-        spent = time.monotonic() - self._phase_started
-        if self.current == "denoise" and i:
-            self.seconds_per_step = round(spent / i, 4)
-        left = spent / i * (n - i) if i else None
-        self._send(
-            {
-                "type": "step",
-                "phase": self.current,
-                "i": i,
-                "n": n,
-                "seconds_left": None if left is None else round(left, 1),
-            }
-        )
+        now = time.monotonic()
+        if i <= 1:
+            self._first_step_ended = now
+            rate = now - self._phase_started
+        else:
+            rate = (now - self._first_step_ended) / (i - 1)
+        if self.current == "denoise":
+            self.seconds_per_step = round(rate, 4)
+        seconds_left = round(rate * (n - i), 1)
+        self._send({"type": "step", "phase": self.current, "i": i, "n": n, "seconds_left": seconds_left})

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from safelight.config import Config
 from safelight.errors import SafelightError
@@ -105,7 +105,7 @@ def _input(digest: str | None, inputs: Path) -> Image.Image | None:
         raise SafelightError(f"The input picture {file} is gone. Submit the job again with the picture.") from None
     if hashlib.sha256(content).hexdigest() != digest:
         raise SafelightError(f"The input picture {file} has changed since it was submitted. Submit the job again.")
-    return Image.open(io.BytesIO(content)).convert("RGB")
+    return ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")  # as the phone was held
 
 
 def _now() -> str:

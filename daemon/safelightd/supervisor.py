@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import IO
 
 from safelight import jobqueue
 from safelight.config import Config
@@ -47,10 +48,11 @@ class Child:
 class Supervisor:
     """Keeps `safelightd redis`, `inbox` and `worker` running until asked to stop."""
 
-    def __init__(self, config: Config, names: Sequence[str] | None = None) -> None:
+    def __init__(self, config: Config, names: Sequence[str] | None = None, stderr: IO[bytes] | None = None) -> None:
         embedded = ["redis"] if config.embedded else []
         self._config = config
         self._names = list(names or [*embedded, "inbox", "worker"])
+        self._stderr = stderr
         self._children: dict[str, Child] = {}
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
@@ -63,8 +65,9 @@ class Supervisor:
         Returns:
             0 when asked to stop, else the exit status of the hopeless one.
         """
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # SIGHUP: the terminal was closed
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+                signal.signal(number, self._on_signal)
         try:
             for name in self._names:
                 if self._stopping:
@@ -90,6 +93,7 @@ class Supervisor:
             [sys.executable, "-m", "safelightd.cli", name],
             env=environment,
             stdin=subprocess.DEVNULL,
+            stderr=self._stderr,
             start_new_session=True,  # Ctrl-C reaches us alone; we stop them in order
             preexec_fn=linux.die_with_parent(os.getpid()),
         )

@@ -280,7 +280,7 @@ def test_a_missing_or_empty_tokenizer_is_refused(folder: str, copy: Path) -> Non
 
 
 def test_a_model_that_is_not_there_says_how_to_fetch_it(tmp_path: Path) -> None:
-    with pytest.raises(BadModelFolder, match=r"safelight models pull flux-schnell"):
+    with pytest.raises(BadModelFolder, match=r"Put the diffusers folder of black-forest-labs/FLUX.1-schnell there"):
         model_folder(MODELS["flux-schnell"], tmp_path)
 
 
