@@ -1,0 +1,321 @@
+"""What lies in the inbox: which files there are, what their folders say, and from when each may be taken.
+
+A file counts as whole when it has not changed for settle_s; nothing is opened here. Knows no clock: time is an
+argument, in seconds of time.monotonic().
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import re
+import stat
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from safelight.jobspec import PRIORITIES
+from safelight.promptfile import SUFFIXES
+
+PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+
+EMPTY_S = 60.0
+"""A file of 0 bytes is a placeholder: browsers make one when a download starts. Only after this long is it refused."""
+
+DEPTH_MAX = 8
+"""Folders below the inbox that are looked into."""
+
+OWN = frozenset({"accepted", "rejected"})
+"""Our own folders in the inbox; .safelight is hidden anyway."""
+
+_IGNORED = re.compile(
+    r"\..*|#.*#|.*~|.*\.(?:sw[a-p]|tmp|part|crdownload|filepart)|.*\.sync-conflict-.*"
+    r"|4913|Thumbs\.db|desktop\.ini|@eaDir|__MACOSX|lost\+found",
+    re.DOTALL,
+)
+"""What editors, desktops, browsers and synchronisers leave lying about (4913 is vim's trial file)."""
+
+_PARTIAL = re.compile(
+    r"(?:(?P<download>.+)\.(?:part|crdownload|filepart)|\.syncthing\.(?P<syncthing>.+)\.tmp|\.(?P<rsync>.+)\.\w{6})",
+    re.DOTALL,
+)
+"""Names that stand for a file still on its way: browsers and wget, Syncthing, rsync (.cat.png.Ab12Cd)."""
+
+Kind = Literal["text", "picture", "other", "odd"]
+"""odd: a link, FIFO, socket or device; other: a regular file that is neither a prompt file nor a picture."""
+
+
+# -- what a path says --------------------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """What the folders of a file say about it."""
+
+    priority: str | None
+    batch: str
+    area: str
+    """The folder that its pictures are looked for in: the batch's, else the priority's, else "" for the inbox."""
+    is_batch: bool
+
+
+def place_of(path: str) -> Place:
+    """Return what the path of a file, relative to the inbox, says about its jobs."""
+    *folders, name = path.split("/")
+    priority = folders[0] if folders and folders[0] in PRIORITIES else None
+    inner = folders[1:] if priority else folders
+    if inner:
+        return Place(priority, inner[0], f"{priority}/{inner[0]}" if priority else inner[0], is_batch=True)
+    return Place(priority, stem_of(name), priority or "", is_batch=False)
+
+
+def area_of(path: str) -> str:
+    """Return the folder that the pictures of a file's text are looked for in; see Place.area."""
+    return place_of(path).area
+
+
+def order(path: str) -> tuple[int, str, str]:
+    """Return the key by which files are taken: priority, then the path as people count, 2 before 10."""
+    priority, inner = place_of(path).priority, path
+    if priority:
+        inner = path.removeprefix(f"{priority}/")
+    counted = re.sub(r"[0-9]+", lambda digits: digits[0].lstrip("0").zfill(20), inner.casefold())
+    return PRIORITIES.index(priority or "normal"), counted.replace("/", "\0"), path
+
+
+def kind_of(name: str) -> Kind:
+    """Return what a regular file is, by its suffix."""
+    suffix = suffix_of(name).lower()
+    return "text" if suffix in SUFFIXES else "picture" if suffix in PICTURE_SUFFIXES else "other"
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a file or folder of this name is none that a person means to drop."""
+    return _IGNORED.fullmatch(name) is not None
+
+
+def stem_of(path: str) -> str:
+    """Return the path without its suffix: what a text and the picture of its name have in common."""
+    return path.removesuffix(suffix_of(path))
+
+
+def suffix_of(path: str) -> str:
+    """Return the suffix with its dot; "" where there is none."""
+    name = path.rpartition("/")[2]
+    start, dot, end = name.rpartition(".")
+    return dot + end if start and end else ""
+
+
+# -- looking -----------------------------------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """One file as a scan found it."""
+
+    path: str
+    kind: Kind
+    size: int
+    mark: int
+    """Stands for its inode, size, mtime and ctime: equal marks mean that nothing was written."""
+    since: float
+    """When it was first seen with this mark."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What lay below a folder."""
+
+    started_at: float
+    identity: tuple[int, int]
+    """st_dev and st_ino of the folder: another folder of the same name has others."""
+    entries: dict[str, Entry]
+    arriving: frozenset[str]
+    """Paths that a partial download stands for."""
+    folders: tuple[str, ...]
+    """The folders right below."""
+    troubles: tuple[tuple[str, str], ...] = ()
+    """Folders that were not looked into, and why."""
+
+    @cached_property
+    def pictures(self) -> dict[str, list[Entry]]:
+        """The pictures by stem."""
+        found: dict[str, list[Entry]] = {}
+        for entry in self.entries.values():
+            if entry.kind == "picture":
+                found.setdefault(stem_of(entry.path), []).append(entry)
+        return found
+
+    def suffixes_beside(self, text: str) -> tuple[str, ...]:
+        """Return the suffixes of the pictures that have the name of the text at path `text`."""
+        return tuple(suffix_of(picture.path) for picture in self.pictures.get(stem_of(text), ()))
+
+
+def scan(top: Path, before: Scan | None, clock: Callable[[], float]) -> Scan:
+    """Return every file below `top` that is not to be ignored, each with the time since which it has not changed.
+
+    Raises:
+        OSError: `top` itself cannot be read.
+    """
+    walk = _Walk(top, clock())
+    known = before.entries if before and before.identity == walk.identity else {}
+    entries = {}
+    for path, kind, size, mark in walk.files():
+        old = known.get(path)
+        entries[path] = old if old and old.mark == mark else Entry(path, kind, size, mark, clock())
+    return Scan(
+        walk.started_at, walk.identity, entries, frozenset(walk.arriving), tuple(walk.folders), tuple(walk.troubles)
+    )
+
+
+@dataclass
+class _Walk:
+    """One walk through a folder."""
+
+    top: Path
+    started_at: float
+    identity: tuple[int, int] = (0, 0)
+    arriving: set[str] = field(default_factory=set)
+    folders: list[str] = field(default_factory=list)
+    troubles: list[tuple[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        status = self.top.stat()
+        self.identity = status.st_dev, status.st_ino
+
+    def files(self) -> Iterator[tuple[str, Kind, int, int]]:
+        waiting = [""]
+        while waiting:
+            folder = waiting.pop()
+            try:
+                with os.scandir(self.top / folder) as found:
+                    for entry in found:
+                        path = f"{folder}/{entry.name}" if folder else entry.name
+                        if entry.is_dir(follow_symlinks=False):
+                            if self._enters(path, entry):
+                                waiting.append(path)
+                        elif file := self._file(path, entry):
+                            yield file
+            except OSError as error:
+                if not folder:
+                    raise
+                if error.errno != errno.ENOENT:  # it went away while we looked
+                    self.troubles.append((folder, str(error.strerror)))
+
+    def _enters(self, path: str, entry: os.DirEntry[str]) -> bool:
+        if is_ignored(entry.name) or path in OWN:
+            return False
+        depth = path.count("/")
+        if depth == 0:
+            self.folders.append(path)
+        if depth >= DEPTH_MAX:
+            self.troubles.append((path, f"lies more than {DEPTH_MAX} folders deep. Move it up"))
+            return False
+        return True
+
+    def _file(self, path: str, entry: os.DirEntry[str]) -> tuple[str, Kind, int, int] | None:
+        if partial := _PARTIAL.fullmatch(entry.name):
+            folder = path[: -len(entry.name)]
+            self.arriving.add(folder + str(partial[partial.lastgroup or 0]))
+        if is_ignored(entry.name):
+            return None
+        try:
+            status = entry.stat(follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        kind = kind_of(entry.name) if stat.S_ISREG(status.st_mode) else "odd"
+        return path, kind, status.st_size, mark_of(status)
+
+
+def mark_of(status: os.stat_result) -> int:
+    """Return what stands for a file as it is now; see Entry.mark."""
+    return hash((status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+
+
+# -- deciding ----------------------------------------------------------------------------------------------------
+
+
+class Patience(NamedTuple):
+    """How long to wait, in seconds."""
+
+    settle_s: float
+    """For a file to stay as it is."""
+    partner_s: float
+    """For the text of a picture, the picture of a text, and the rest of a batch."""
+
+
+def due(
+    scan: Scan, patience: Patience, used: Mapping[str, int], stuck: Container[str]
+) -> Iterator[tuple[float, Entry]]:
+    """Yield every file with the moment from which it may be taken; infinite where it waits for another file.
+
+    A text waits for the picture of its name. A text of a batch folder waits until everything in that folder has
+    settled, so that the batch keeps the order of its names however it was copied, but no longer than partner_s. A
+    picture waits while a text that may name it is on its way; then it may go at once where it was used, and after
+    partner_s where it was not.
+
+    Args:
+        used: pictures that jobs have been made with, and their marks then.
+        stuck: texts that cannot be taken; nothing waits for them.
+    """
+    comes = _Coming.of(scan, stuck)
+    for entry in scan.entries.values():
+        settled_at = _settled_at(entry, patience)
+        if entry.path in scan.arriving:
+            yield math.inf, entry
+        elif entry.kind == "text":
+            partners_at = max(comes.picture_settled_at(entry, patience), comes.batch_settled_at(entry, patience))
+            yield max(settled_at, partners_at), entry
+        elif entry.kind == "picture" and comes.a_text_for(entry):
+            yield math.inf, entry
+        elif entry.kind == "picture" and used.get(entry.path) != entry.mark:
+            yield max(settled_at, entry.since + patience.partner_s), entry
+        else:
+            yield settled_at, entry
+
+
+def _settled_at(entry: Entry, patience: Patience) -> float:
+    return entry.since + (EMPTY_S if entry.size == 0 and entry.kind != "odd" else patience.settle_s)
+
+
+@dataclass(frozen=True)
+class _Coming:
+    """What the files of one scan have to wait for."""
+
+    pictures: Mapping[str, list[Entry]]
+    picture_stems: set[str]
+    """Of pictures that are partly there."""
+    text_areas: set[str]
+    changed_at: dict[str, float]
+    """When the last file of each area changed; infinite while one is partly there."""
+
+    @classmethod
+    def of(cls, scan: Scan, stuck: Container[str]) -> _Coming:
+        changed_at: dict[str, float] = {}
+        text_areas = {area_of(path) for path in scan.arriving if kind_of(path) == "text"}
+        for entry in scan.entries.values():
+            area = area_of(entry.path)
+            changed_at[area] = max(changed_at.get(area, 0.0), entry.since)
+            if entry.kind == "text" and entry.path not in stuck:
+                text_areas.add(area)
+        changed_at.update((area_of(path), math.inf) for path in scan.arriving)
+        partly = {stem_of(path) for path in scan.arriving if kind_of(path) == "picture"}
+        return cls(scan.pictures, partly, text_areas, changed_at)
+
+    def picture_settled_at(self, text: Entry, patience: Patience) -> float:
+        stem = stem_of(text.path)
+        if stem in self.picture_stems:
+            return math.inf
+        return max((_settled_at(picture, patience) for picture in self.pictures.get(stem, ())), default=0.0)
+
+    def batch_settled_at(self, text: Entry, patience: Patience) -> float:
+        place = place_of(text.path)
+        if not place.is_batch:
+            return 0.0
+        return min(self.changed_at[place.area] + patience.settle_s, text.since + patience.partner_s)
+
+    def a_text_for(self, picture: Entry) -> bool:
+        """Whether a text lies in the picture's area or in one around it: it may name the picture."""
+        area = area_of(picture.path)
+        return any(around in self.text_areas for around in ("", area.partition("/")[0], area))

@@ -1,0 +1,343 @@
+"""The inbox's protocol, over folders: reading, claiming, accepting, rejecting.
+
+    inbox/cat.md                                    dropped by a person: a batch of its own, named `cat`
+    inbox/summer/cat.md                             of batch `summer`
+    inbox/night/summer/cat.md                       the same, with priority `night`
+    inbox/.safelight/claimed/<submission>~<path>    taken: its id is born in the name, and the rename makes it ours
+    inbox/accepted/<date>/<submission>~<name>       its jobs are queued; .ticket.json beside it names them
+    inbox/rejected/<submission>~<name>              it was refused; .error.txt beside it says why
+
+Every step can be done again after a crash: what lies in claimed/ says by its name what it is. Links, FIFOs, sockets
+and devices are never opened. Knows no queue. safelight.drops says which files there are and when they may be taken.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import signal
+import stat
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from safelight import durable
+from safelight.drops import Entry, Kind, mark_of, place_of, stem_of, suffix_of
+from safelight.errors import BadConfig, Fault
+from safelight.jobspec import JobSpec, is_folder_name
+from safelight.ledger import submission_id
+from safelight.paths import Paths
+from safelight.promptfile import SUFFIXES, TABLE_BYTES_MAX
+
+NAME_BYTES_MAX = 255
+"""NAME_MAX, limits.h; no file system of Linux that holds an inbox allows more."""
+
+NOTE_BYTES = 40
+"""Kept free in the name of a filed file: for `.ticket.json`, and for what durable.write adds while it writes that."""
+
+
+# -- the folders -------------------------------------------------------------------------------------------------
+
+
+def prepare(paths: Paths) -> None:
+    """Make the folders and prove by real renames that files can be claimed and filed.
+
+    Raises:
+        BadConfig: a folder cannot be made, or a rename between them fails (they lie on different mounts).
+    """
+    proof = paths.inbox / ".proof"  # always the same, so that one left by a crash is gone after the next start
+    try:
+        for folder in (paths.inbox, paths.claimed, paths.accepted, paths.rejected):
+            folder.mkdir(parents=True, exist_ok=True)
+        proof.touch()
+        for folder in (paths.claimed, paths.accepted, paths.rejected):
+            proof = proof.rename(folder / proof.name)
+        proof.unlink()
+        for folder in (paths.rejected, *sorted(paths.accepted.iterdir())[-2:]):
+            for unfinished in folder.glob(".*.part"):  # notes that a crash cut short; they are written anew
+                unfinished.unlink()
+    except OSError as error:
+        raise BadConfig(
+            f"{error.filename}: files cannot be taken from the inbox ({error.strerror}). {paths.inbox} and accepted/, "
+            "rejected/ and .safelight/ in it must lie on one file system and be writable for safelight: change their "
+            "owner or mode, or set [paths] inbox."
+        ) from error
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+
+
+class Reading(NamedTuple):
+    """A file's content, and what must still be true of the file once it is claimed."""
+
+    content: bytes
+    identity: tuple[int, int, int]
+    """Inode, size, mtime."""
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
+
+
+def read(top: Path, entry: Entry) -> Reading | None:
+    """Return the content of a regular file, cut behind the longest that a prompt file may be.
+
+    None while somebody writes it, or when it is no longer what the scan saw.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    folder, _, name = entry.path.rpartition("/")
+    inside = _open_folder(top, folder)
+    try:
+        # O_NONBLOCK: what was swapped for a FIFO since must not hold us
+        file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=inside)
+    except (FileNotFoundError, BlockingIOError):
+        return None
+    finally:
+        os.close(inside)
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode) or mark_of(status) != entry.mark or _has_writer(file):
+            return None
+        with open(file, "rb", closefd=False) as stream:
+            return Reading(stream.read(TABLE_BYTES_MAX + 1), _identity(status))
+    finally:
+        os.close(file)
+
+
+def _open_folder(top: Path, folder: str) -> int:
+    """Return a descriptor of a folder below `top`; no step of the way may be a link."""
+    inside = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    for name in folder.split("/") if folder else ():
+        try:
+            step = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=inside)
+        finally:
+            os.close(inside)
+        inside = step
+    return inside
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _has_writer(file: int) -> bool:
+    """Whether anybody has the file open for writing: the kernel grants no read lease then (fcntl(2)).
+
+    Nobody but root gets a lease on other people's files, and network file systems give none: False there, and the
+    time for which it has not changed must do.
+    """
+    # A writer who comes while we hold the lease is announced by SIGIO, which would end the process; SIGURG does not.
+    fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)
+    try:
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError as error:
+        return error.errno == errno.EAGAIN
+    fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
+
+
+# -- claiming ----------------------------------------------------------------------------------------------------
+
+_CLAIMED = re.compile(
+    r"(?P<submission>\d{8}-\d{6}-\d{3}[0-9a-f]{4})(?P<pictures>(?:\+\w+)*)~(?P<path>[^/]+)", re.DOTALL | re.ASCII
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A file that is ours: what its name in claimed/ says."""
+
+    submission: str
+    path: str
+    """Where it lay in the inbox."""
+    pictures: tuple[str, ...] = ()
+    """The suffixes of the pictures of its name that lay beside it then: the pair outlives a crash."""
+
+    @property
+    def name(self) -> str:
+        """Its name in claimed/: `/` is written %2F, and what is too long for a name is shortened in the middle."""
+        pictures = "".join(suffix.replace(".", "+") for suffix in self.pictures)
+        path = self.path.replace("%", "%25").replace("/", "%2F")
+        return _shortened(f"{self.submission}{pictures}~{path}", NAME_BYTES_MAX)
+
+    @property
+    def claimed_at(self) -> datetime:
+        """The moment in its submission's id, in local time with its zone."""
+        moment, _, tail = self.submission.rpartition("-")
+        return datetime.strptime(f"{moment}{tail[:3]}", "%Y%m%d-%H%M%S%f").replace(tzinfo=UTC).astimezone()
+
+    @classmethod
+    def of(cls, name: str) -> Claim | None:
+        """Return the claim that a file in claimed/ is, None for a file that came there otherwise."""
+        match = _CLAIMED.fullmatch(name)
+        if not match:
+            return None
+        path = match["path"].replace("%2F", "/").replace("%25", "%")
+        return cls(match["submission"], path, tuple(f".{suffix}" for suffix in match["pictures"].split("+")[1:]))
+
+
+def _shortened(name: str, bytes_max: int) -> str:
+    """Return the name with what is too much of it taken out before its last 40 bytes."""
+    whole = os.fsencode(name)
+    if len(whole) <= bytes_max:
+        return name
+    head, tail = whole[: bytes_max - 43], whole[-40:]
+    return f"{head.decode(errors='ignore')}…{tail.decode(errors='ignore')}"
+
+
+def new_submission() -> str:
+    """Return the id under which the next file is claimed."""
+    return submission_id(datetime.now(UTC))
+
+
+def claim(paths: Paths, entry: Entry, submission: str, pictures: tuple[str, ...] = ()) -> Claim:
+    """Take a file by renaming it to its claimed name; `sync_claims` makes that last.
+
+    Raises:
+        OSError: it cannot be moved, or somebody was quicker.
+    """
+    taken = Claim(submission, entry.path, pictures)
+    _move(paths.inbox, entry.path, paths.claimed / taken.name)
+    return taken
+
+
+def _move(top: Path, path: str, target: Path) -> None:
+    """Rename what lies at `path` below `top`, itself where it is a link, to a name that nobody else has."""
+    folder, _, name = path.rpartition("/")
+    inside = _open_folder(top, folder)
+    try:
+        os.rename(name, target, src_dir_fd=inside)
+    finally:
+        os.close(inside)
+
+
+def sync_claims(paths: Paths, claims: Iterable[Claim]) -> None:
+    """Make claims last, which they must before their jobs are written down.
+
+    A claim that a power cut takes back is made again, under another id: its jobs would be there twice.
+    """
+    durable.sync_folder(paths.claimed)
+    for folder in {taken.path.rpartition("/")[0] for taken in claims}:
+        try:
+            durable.sync_folder(paths.inbox / folder)
+        except FileNotFoundError:
+            durable.sync_filesystem(paths.claimed)  # a person has removed or renamed the folder meanwhile
+
+
+def is_unchanged(paths: Paths, taken: Claim, reading: Reading) -> bool:
+    """Whether what was claimed is what was read: a writer who had opened it before the rename may have gone on."""
+    try:
+        return _identity(os.lstat(paths.claimed / taken.name)) == reading.identity
+    except FileNotFoundError:
+        return False
+
+
+# -- filing ------------------------------------------------------------------------------------------------------
+
+
+def fault_of(path: str, kind: Kind, size: int) -> Fault | None:
+    """Return why a file can make no jobs, whatever it says; None for a prompt file."""
+    where, name = shown(path), path.rpartition("/")[2]
+    if kind == "odd":
+        return Fault(where, "this is a link, FIFO, socket or device, not a file", "Copy the file itself.")
+    if where != path:
+        return Fault(where, "its name is not UTF-8, or holds characters that cannot be printed", "Rename it.")
+    if kind == "other":
+        return Fault(where, f"{suffix_of(name) or 'a name without a suffix'} is no prompt file", f"Known: {_KNOWN}.")
+    if kind == "picture":
+        remedy = f"Put {stem_of(name)}.txt with a prompt beside it."
+        return Fault(where, "no text came that was accepted and uses this picture", remedy)
+    if not is_folder_name(place_of(path).batch):
+        remedy = "Rename it: at most 120 bytes, no . or - in front, no space at its ends."
+        return Fault(where, f"its jobs' folder cannot be called {place_of(path).batch!r}", remedy)
+    if size == 0:
+        return Fault(where, "it is empty", "Write a prompt into it.")
+    return None
+
+
+_KNOWN = ", ".join(SUFFIXES)
+
+
+def shown(path: str) -> str:
+    """Return a path as messages may show it: what cannot be printed is escaped."""
+    return path if path.isprintable() else repr(path)[1:-1]
+
+
+class Filing(NamedTuple):
+    """Where a claimed file goes, and the note that lies beside it there."""
+
+    source: Path
+    target: Path
+    note: Path
+    text: bytes
+
+
+def acceptance(paths: Paths, taken: Claim, jobs: Sequence[JobSpec], sha256: str | None, now: datetime) -> Filing:
+    """Return the filing of a file whose jobs are queued; its ticket names them."""
+    ticket = {
+        "v": 1,
+        "submission": taken.submission,
+        "file": taken.path,
+        "sha256": sha256,
+        "batch": jobs[0].batch,
+        "jobs": [job.id for job in jobs],
+        "enqueued_at": now.isoformat(timespec="seconds"),
+    }
+    target = _accepted(paths, taken)
+    note = target.with_name(f"{target.name}.ticket.json")
+    return Filing(paths.claimed / taken.name, target, note, json.dumps(ticket, indent=1).encode() + b"\n")
+
+
+def rejection(paths: Paths, taken: Claim, faults: Sequence[Fault]) -> Filing:
+    """Return the filing of a file that was refused, with every fault."""
+    lines = [
+        f"{shown(taken.path)} was not queued.",
+        "",
+        *map(str, faults),
+        "",
+        "Correct it and put it into the inbox again.",
+        "",
+    ]
+    target = paths.rejected / _filed_name(taken)
+    note = target.with_name(f"{target.name}.error.txt")
+    return Filing(paths.claimed / taken.name, target, note, "\n".join(lines).encode(errors="backslashreplace"))
+
+
+def _accepted(paths: Paths, taken: Claim) -> Path:
+    return paths.accepted / f"{taken.claimed_at:%Y-%m-%d}" / _filed_name(taken)
+
+
+def _filed_name(taken: Claim) -> str:
+    return _shortened(f"{taken.submission}~{taken.path.rpartition('/')[2]}", NAME_BYTES_MAX - NOTE_BYTES)
+
+
+def file_away(filings: Sequence[Filing]) -> None:
+    """Write all notes, synced together, then give the files their last names.
+
+    Raises:
+        OSError: a note cannot be written (the disk is full) or a file not be moved; the rest can be done again.
+    """
+    durable.write_all((filing.note, filing.text) for filing in filings)
+    for filing in filings:
+        filing.source.replace(filing.target)
+
+
+def file_picture(paths: Paths, entry: Entry, submission: str) -> None:
+    """Move a picture that jobs have used to accepted/, beside the text that used it.
+
+    Raises:
+        OSError: it cannot be moved.
+    """
+    target = _accepted(paths, Claim(submission, entry.path))
+    if target.exists():  # a text may use pictures of one name from several folders
+        target = _accepted(paths, Claim(new_submission(), entry.path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _move(paths.inbox, entry.path, target)

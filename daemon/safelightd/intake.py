@@ -1,0 +1,394 @@
+"""Turns of the inbox: look, claim, write down, queue, file away.
+
+Files are claimed in groups: one sync for the claims of a group, one for its specs, one for its notes. Whatever stops
+a turn in the middle leaves files in claimed/, and the next turn, or the next process, finishes them first.
+"""
+
+from __future__ import annotations
+
+import errno
+import heapq
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from safelight import drops, expand, inbox, pairing, promptfile
+from safelight.config import Config
+from safelight.drops import Entry, Patience, Scan
+from safelight.errors import Fault, InvalidJob, LedgerDamaged, SafelightError
+from safelight.inbox import Claim, Filing, Reading
+from safelight.jobqueue import JobQueue
+from safelight.jobspec import JobSpec
+from safelight.ledger import Ledger
+from safelight.models import Models
+from safelight.promptfile import Draft
+from safelightd.inbox_pictures import Pictures, Wait
+from safelightd.logs import Log
+
+GROUP_FILES = 200
+"""Files claimed together: the syncs of a group took 24 ms of its 0.3 s (ext4 on a virtual disk, 2 cores, 2026-11-22)."""
+
+GROUP_BYTES = 4 << 20
+"""Text held at once, but for a single file that is larger."""
+
+LOT_JOBS = 2_000
+"""Jobs written down and queued together, unless a single file has more: one of 10,000 took 28 MiB (2026-11-22)."""
+
+TURN_FILES = 2_000
+"""Files taken between two looks, so that what is dropped into high/ meanwhile need not wait for all the others."""
+
+TURN_S = 5.0
+"""Likewise, where the files are large."""
+
+WRITER_S = 1.0
+"""A file that somebody has open for writing is looked at again this often."""
+
+RETRY_S = 60.0
+"""A file that cannot be read or moved is tried again this often."""
+
+REPEAT_S = 3600.0
+"""And spoken of this often."""
+
+MACHINE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE})
+"""Not this file's fault: everything waits."""
+
+Made = TypeVar("Made")
+log = Log("safelight.inbox")
+
+
+class Taken(NamedTuple):
+    """A claimed file and what is to become of it."""
+
+    claim: Claim
+    text: Text | None = None
+    faults: Sequence[Fault] = ()
+    """Why it is refused, whatever was in it."""
+    known: Sequence[JobSpec] = ()
+    """Its jobs, where the ledger has them already."""
+
+
+class Text(NamedTuple):
+    """What was in a prompt file."""
+
+    reading: Reading
+    drafts: Sequence[Draft]
+    faults: Sequence[Fault]
+
+
+class Later(NamedTuple):
+    """A file that is not to be tried again before its wait is over, unless it changes."""
+
+    mark: int
+    wait: Wait
+    stuck: bool = False
+    """It cannot be read or moved; nothing waits for it."""
+
+
+@dataclass
+class Lot:
+    """What is written down, queued and filed together."""
+
+    new: dict[str, list[JobSpec]] = field(default_factory=dict)
+    known: list[JobSpec] = field(default_factory=list)
+    filings: list[Filing] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
+
+    @property
+    def jobs(self) -> Iterator[JobSpec]:
+        yield from self.known
+        for specs in self.new.values():
+            yield from specs
+
+
+class Intake:
+    """Takes files from one inbox into the ledger and the queue; remembers what was seen, and nothing that matters."""
+
+    def __init__(self, config: Config, models: Models, record: Ledger, patience: Patience) -> None:
+        self._config = config
+        self._paths = config.paths
+        self._models = models
+        self._ledger = record
+        self._patience = patience
+        self._claimed: Scan | None = None
+        self._scan: Scan | None = None
+        self._later: dict[str, Later] = {}
+        self._spoken: dict[str, float] = {}
+        self._pictures = Pictures(config.paths, models, patience)
+        self.queued_jobs = 0
+        self.waiting_files = 0
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The folders in the inbox, as of the last look."""
+        return self._scan.folders if self._scan else ()
+
+    def turn(self, queue: JobQueue, stopping: Callable[[], bool]) -> float | None:
+        """Finish what was claimed, then take what is due.
+
+        Returns:
+            In how many seconds the next turn is worthwhile; None when nothing is on its way.
+
+        Raises:
+            OSError: a folder is gone or the disk is full; claimed files stay claimed.
+            jobqueue.AWAY: the server is away; likewise.
+        """
+        unfinished_at = self._finish(queue)
+        self._scan = scan = drops.scan(self._paths.inbox, self._scan, time.monotonic)
+        self._forget(scan)
+        ready, next_at = self._due(scan)
+        more = len(ready) > TURN_FILES
+        taken = 0
+        for group in _groups(heapq.nsmallest(TURN_FILES, ready, key=lambda entry: drops.order(entry.path))):
+            claimed = self._claim(group, scan)
+            self._commit(queue, claimed)
+            taken += len(claimed)
+            if stopping() or time.monotonic() - scan.started_at > TURN_S:
+                return 0.0
+        if taken or more:
+            return 0.0  # pictures may go now that their texts have gone
+        waits = (later.wait.until for later in self._later.values() if not later.stuck)
+        next_at = min(next_at, unfinished_at, *waits, math.inf)
+        return max(0.0, next_at - time.monotonic()) if next_at < math.inf else None
+
+    # -- what is due ----------------------------------------------------------------------------------------------
+
+    def _forget(self, scan: Scan) -> None:
+        """Drop what was remembered of files that are gone or have changed, or whose time has come."""
+        for path, later in list(self._later.items()):
+            entry = scan.entries.get(path)
+            if entry is None or entry.mark != later.mark or later.wait.is_over(scan):
+                del self._later[path]
+        self._pictures.forget(scan)
+        self._spoken = {path: at for path, at in self._spoken.items() if scan.started_at - at < REPEAT_S}
+        for folder, problem in scan.troubles:
+            self._speak(folder, problem)
+
+    def _due(self, scan: Scan) -> tuple[list[Entry], float]:
+        """Return the files that may be taken now, and when the next may."""
+        stuck = {path for path, later in self._later.items() if later.stuck}
+        ready, next_at = [], math.inf
+        for at, entry in drops.due(scan, self._patience, self._pictures.used_marks, stuck):
+            if entry.path in self._later:
+                continue
+            if at <= scan.started_at:
+                ready.append(entry)
+            else:
+                next_at = min(next_at, at)
+        self.waiting_files = len(scan.entries) - len(ready)
+        return ready, next_at
+
+    # -- claiming -------------------------------------------------------------------------------------------------
+
+    def _claim(self, group: Sequence[Entry], scan: Scan) -> list[Taken]:
+        """Claim what can be claimed of a group, and return what may be gone on with."""
+        claimed = []
+        for entry in group:
+            try:
+                if taken := self._take(entry, scan):
+                    claimed.append(taken)
+            except OSError as error:
+                if error.errno in MACHINE_ERRORS:
+                    raise
+                self._later[entry.path] = Later(entry.mark, Wait(time.monotonic() + RETRY_S), stuck=True)
+                self._speak(entry.path, f"cannot be taken: {error.strerror or error}")
+        # what a late writer has changed stays claimed until it has settled there
+        return [one for one in claimed if not one.text or inbox.is_unchanged(self._paths, one.claim, one.text.reading)]
+
+    def _take(self, entry: Entry, scan: Scan) -> Taken | None:
+        """Claim one file; None when it is to be taken later, or was a picture that went with its text."""
+        fault = inbox.fault_of(entry.path, entry.kind, entry.size)
+        if entry.kind == "picture" and self._pictures.file_used(entry):
+            return None
+        if fault:
+            return Taken(inbox.claim(self._paths, entry, inbox.new_submission()), faults=(fault,))
+        text = _read_text(self._paths.inbox, entry, entry.path)
+        if not text:
+            self._later[entry.path] = Later(entry.mark, Wait(scan.started_at + WRITER_S))
+            if entry.since + RETRY_S < scan.started_at:
+                self._speak(entry.path, "a program has it open for writing; it is taken when that closes it")
+            return None
+        if wait := self._pictures.wait_for(entry, text.drafts, scan):
+            self._later[entry.path] = Later(entry.mark, wait)
+            return None
+        return Taken(inbox.claim(self._paths, entry, inbox.new_submission(), scan.suffixes_beside(entry.path)), text)
+
+    # -- finishing ------------------------------------------------------------------------------------------------
+
+    def _finish(self, queue: JobQueue) -> float:
+        """Finish what lies in claimed/; return when what is not settled there may be.
+
+        What the ledger knows is queued again (each job at most once). What it does not know was claimed and not yet
+        read, or changed by a late writer: it is read when it has settled.
+        """
+        self._claimed = scan = drops.scan(self._paths.claimed, self._claimed, time.monotonic)
+        next_at = math.inf
+        group: list[Taken] = []
+        for name in sorted(scan.entries):
+            entry = scan.entries[name]
+            claim = Claim.of(name)
+            if claim is None:
+                self._speak(f".safelight/claimed/{name}", "is no claim of safelight: move it away")
+                continue
+            try:
+                taken = self._take_again(claim, entry, settled=entry.since + self._patience.settle_s <= scan.started_at)
+            except (OSError, LedgerDamaged) as error:
+                if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+                    raise
+                self._speak(f".safelight/claimed/{name}", f"cannot be finished: {error}")
+                continue
+            if taken is None:
+                next_at = min(next_at, max(entry.since + self._patience.settle_s, scan.started_at + WRITER_S))
+                continue
+            group.append(taken)
+            if len(group) == GROUP_FILES:
+                self._commit(queue, group)
+                group = []
+        self._commit(queue, group)
+        return next_at
+
+    def _take_again(self, claim: Claim, entry: Entry, *, settled: bool) -> Taken | None:
+        """Return a claim with what was in it; None while it may still change."""
+        known = self._ledger.submission(claim.submission)
+        if not known and not settled:
+            return None
+        if not known and (fault := inbox.fault_of(claim.path, entry.kind, entry.size)):
+            return Taken(claim, faults=(fault,))
+        text = _read_text(self._paths.claimed, entry, claim.path)
+        return Taken(claim, text, known=known) if text or known else None
+
+    # -- queueing -------------------------------------------------------------------------------------------------
+
+    def _commit(self, queue: JobQueue, group: Sequence[Taken]) -> None:
+        """Write down, queue and file a group of claimed files."""
+        lot, jobs = Lot(), 0
+        ended = self._ledger.ended() if any(taken.known for taken in group) else set()
+        for taken in group:
+            lot.claims.append(taken.claim)
+            if taken.known:
+                lot.known += [spec for spec in taken.known if spec.id not in ended]
+                lot.filings.append(self._acceptance(taken, taken.known))
+            else:
+                self._add(lot, taken)
+            jobs += len(lot.new.get(taken.claim.submission, taken.known))
+            if jobs >= LOT_JOBS:
+                self._queue(queue, lot)
+                lot, jobs = Lot(), 0
+        self._queue(queue, lot)
+
+    def _add(self, lot: Lot, taken: Taken) -> None:
+        """Add a file's jobs to the lot, or its refusal."""
+        faults, specs = taken.faults or (taken.text.faults if taken.text else ()), []
+        if not faults:
+            try:
+                specs = _or_refuse(taken.claim.path, lambda: self._expand(taken))
+            except InvalidJob as error:
+                faults = error.faults
+        if faults:
+            lot.filings.append(inbox.rejection(self._paths, taken.claim, faults))
+            log.warning(
+                "inbox.rejected", file=inbox.shown(taken.claim.path), faults=len(faults), why=lot.filings[-1].note
+            )
+            return
+        lot.new[taken.claim.submission] = specs
+        lot.filings.append(self._acceptance(taken, specs))
+
+    def _acceptance(self, taken: Taken, specs: Sequence[JobSpec]) -> Filing:
+        sha256 = taken.text.reading.sha256 if taken.text else None
+        return inbox.acceptance(self._paths, taken.claim, specs, sha256, datetime.now().astimezone())
+
+    def _expand(self, taken: Taken) -> list[JobSpec]:
+        """Return a file's jobs; its pictures are among the inputs then.
+
+        Raises:
+            InvalidJob: every fault of the file.
+        """
+        claim = taken.claim
+        stored: set[str] = set()
+
+        def store(name: str) -> str:
+            path, digest = self._pictures.store(claim.path, name)
+            stored.add(path)
+            return digest
+
+        place = drops.place_of(claim.path)
+        specs = expand.expand(
+            pairing.paired(claim.path, claim.pictures, taken.text.drafts if taken.text else ()),
+            self._models,
+            self._config,
+            submission=claim.submission,
+            now=claim.claimed_at,
+            batch=place.batch,
+            priority=place.priority,
+            store_image=store,
+            wildcards=self._paths.wildcards,
+            max_jobs=self._config.settings.inbox.max_jobs_per_file,
+        )
+        self._pictures.note_used(stored, claim.submission)
+        return specs
+
+    def _queue(self, queue: JobQueue, lot: Lot) -> None:
+        """Claims, ledger, queue, files, in that order: a crash between any two is finished by the next turn."""
+        if not lot.filings:
+            return
+        inbox.sync_claims(self._paths, lot.claims)
+        self._ledger.accept(lot.new)
+        new = queue.submit(lot.jobs)
+        inbox.file_away(lot.filings)
+        self.queued_jobs += len(new)
+        if new:
+            log.info("inbox.queued", submissions=len(lot.new), jobs=len(new))
+
+    def _speak(self, path: str, problem: str) -> None:
+        """Log a file's trouble, once an hour."""
+        if path not in self._spoken:
+            self._spoken[path] = time.monotonic()
+            log.warning("inbox.left", file=inbox.shown(path), problem=problem)
+
+
+def _read_text(top: Path, entry: Entry, path: str) -> Text | None:
+    """Return what is in a prompt file, `path` being its name for people; None while it is being written."""
+    reading = inbox.read(top, entry)
+    if reading is None:
+        return None
+    try:
+        return Text(reading, _or_refuse(path, lambda: promptfile.parse(reading.content, path)), ())
+    except InvalidJob as error:
+        return Text(reading, (), error.faults)
+
+
+def _or_refuse(path: str, make: Callable[[], Made]) -> Made:
+    """Return what `make` makes of a file.
+
+    A defect of ours that a file brings to light becomes the refusal of that file: it must not stop all the others,
+    tonight and at every restart.
+
+    Raises:
+        InvalidJob: `make` refuses the file, or fails on it.
+        OSError: the machine's fault.
+    """
+    try:
+        return make()
+    except (OSError, SafelightError):
+        raise
+    except Exception as error:
+        log.exception("inbox.defect", file=inbox.shown(path))
+        fault = Fault(inbox.shown(path), f"safelight failed on it: {error!r}", "Please report it, with the log.")
+        raise InvalidJob([fault]) from error
+
+
+def _groups(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    """Yield the files in groups that are claimed together, each small enough to hold its texts at once."""
+    group: list[Entry] = []
+    size_bytes = 0
+    for entry in entries:
+        if group and (len(group) == GROUP_FILES or size_bytes + entry.size > GROUP_BYTES):
+            yield group
+            group, size_bytes = [], 0
+        group.append(entry)
+        size_bytes += entry.size if entry.kind == "text" else 0
+    if group:
+        yield group
