@@ -9,7 +9,7 @@ import re
 import socket
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -130,6 +130,11 @@ class Config:
     @property
     def embedded(self) -> bool:
         return not self.settings.queue.url
+
+    def with_gpu(self, gpu: str) -> Config:
+        """Return the same for another GPU (index or UUID): a machine has one settings file and a worker a GPU."""
+        worker = self.settings.worker.model_copy(update={"gpu": gpu})
+        return replace(self, settings=self.settings.model_copy(update={"worker": worker}))
 
 
 def load(env: Mapping[str, str] | None = None, file: Path | None = None) -> Config:

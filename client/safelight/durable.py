@@ -24,10 +24,12 @@ def write_all(files: Iterable[tuple[Path, bytes]]) -> None:
 
     Each is whole or absent at any moment; a crash midway leaves some old and some new.
     """
-    staged = [(_stage(path, content), path) for path, content in files]
-    if not staged:
-        return
+    staged: list[tuple[Path, Path]] = []
     try:
+        for path, content in files:
+            staged.append((_stage(path, content), path))
+        if not staged:
+            return
         _sync([unfinished for unfinished, _ in staged])
         for unfinished, path in staged:
             unfinished.replace(path)

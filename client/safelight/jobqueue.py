@@ -315,7 +315,7 @@ class JobQueue:
     def fields(self, job: str) -> dict[str, str]:
         """Return all that the queue knows of one job, {} when it knows nothing."""
         raw = cast("dict[bytes, bytes]", self.server.hgetall(f"safelight:job:{job}"))
-        return {name.decode(): value.decode() for name, value in raw.items()}
+        return {name.decode(): value.decode(errors="replace") for name, value in raw.items()}
 
     def matching(self, written: str) -> list[str]:
         """Return the ids that a person may mean by `written`: exactly it, else those that contain it."""

@@ -99,11 +99,19 @@ class Ledger:
         Raises:
             LedgerDamaged: a file cannot be read; it is named.
         """
-        for file in sorted(self.paths.jobs.glob("[!.]*.jsonl")):
-            yield from _read_specs(file)
+        for submission in self.open_submissions():
+            yield from self.submission(submission)
+
+    def open_submissions(self) -> list[str]:
+        """Return the submissions that are not closed, in order."""
+        return [file.stem for file in sorted(self.paths.jobs.glob("[!.]*.jsonl"))]
 
     def submission(self, submission: str) -> list[JobSpec]:
-        """Return the specs of one submission, closed or not; [] when there is none."""
+        """Return the specs of one submission, closed or not; [] when there is none.
+
+        Raises:
+            LedgerDamaged: its file cannot be read.
+        """
         for folder in self._folders:
             file = folder / f"{submission}.jsonl"
             if file.is_file():
@@ -125,11 +133,18 @@ class Ledger:
         return self.paths.jobs, self.paths.jobs / "closed"
 
     def close_ended(self) -> None:
-        """Move the submissions whose every job has a receipt aside, so that a start reads only what is open."""
+        """Move the submissions whose every job has a receipt aside, so that a start reads only what is open.
+
+        A damaged one stays where it is: nobody can tell what it holds.
+        """
         ended = self.ended()
         closed = self.paths.jobs / "closed"
         for file in sorted(self.paths.jobs.glob("[!.]*.jsonl")):
-            if all(spec.id in ended for spec in _read_specs(file)):
+            try:
+                over = all(spec.id in ended for spec in _read_specs(file))
+            except LedgerDamaged:
+                continue
+            if over:
                 closed.mkdir(exist_ok=True)
                 file.replace(closed / file.name)
 
@@ -157,15 +172,17 @@ class Ledger:
 
     def reopen(self, job: str) -> None:
         """Put a receipt aside, so that the job can run again; the old one is kept as receipts/old/<id>.<n>.json."""
+        for name in (f"{submission_of(job)}.jsonl", f"{job}.jsonl"):
+            closed = self.paths.jobs / "closed" / name
+            if closed.is_file():  # first: a job that is neither open nor ended would never be queued again
+                closed.replace(self.paths.jobs / name)
+                durable.sync_folder(self.paths.jobs)
+        self.forget_attempts(job)
         receipt = self.paths.receipts / f"{job}.json"
         old = self.paths.receipts / "old"
         old.mkdir(parents=True, exist_ok=True)
         taken = len(list(old.glob(f"{job}.*.json")))
         receipt.replace(old / f"{job}.{taken + 1}.json")
-        self.forget_attempts(job)
-        closed = self.paths.jobs / "closed" / f"{submission_of(job)}.jsonl"
-        if closed.is_file():
-            closed.replace(self.paths.jobs / closed.name)
         durable.sync_folder(self.paths.receipts)
 
     def intend(self, receipt: Receipt) -> None:
@@ -197,14 +214,27 @@ class Ledger:
             raise LedgerDamaged(f"{file}: not an attempts file. Move it aside to forget the attempts.") from error
 
     def interrupted(self) -> list[Attempts]:
-        """Return the jobs that were started and have neither ended nor been given back since."""
+        """Return the jobs that were started and have neither ended nor been given back since.
+
+        A damaged file does not tell, and is left to whoever takes the job up by its id.
+        """
         try:
             names = os.listdir(self.paths.attempts)
         except FileNotFoundError:
             return []
         ended = self.ended()
         started = [name[:-5] for name in sorted(names) if name.endswith(".json") and name[0] != "."]
-        return [found for job in started if job not in ended and (found := self.attempts(job)).running]
+        found = []
+        for job in started:
+            if job in ended:
+                continue
+            try:
+                attempts = self.attempts(job)
+            except LedgerDamaged:
+                continue
+            if attempts.running:
+                found.append(attempts)
+        return found
 
     def forget_attempts(self, job: str) -> None:
         """Drop the attempts of a job that has ended: its receipt says how many there were."""
@@ -227,9 +257,9 @@ def _read_specs(file: Path) -> Iterator[JobSpec]:
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         try:
             yield JobSpec.model_validate(json.loads(line), strict=False)
-        except (ValueError, ValidationError) as error:
+        except ValueError as error:
             remedy = "Move the file aside to go on without it."
-            raise LedgerDamaged(f"{file}:{number}: not a job of safelight ({error}). {remedy}") from error
+            raise LedgerDamaged(f"{file}:{number}: not a job of safelight ({_fault(error)}). {remedy}") from error
 
 
 def _read_receipt(file: Path) -> Receipt | None:
@@ -237,5 +267,14 @@ def _read_receipt(file: Path) -> Receipt | None:
         return Receipt.model_validate(json.loads(file.read_bytes()), strict=False)
     except FileNotFoundError:
         return None
-    except (ValueError, ValidationError) as error:
-        raise LedgerDamaged(f"{file}: not a receipt of safelight ({error}).") from error
+    except ValueError as error:
+        remedy = "Move it aside to run the job again."
+        raise LedgerDamaged(f"{file}: not a receipt of safelight ({_fault(error)}). {remedy}") from error
+
+
+def _fault(error: ValueError) -> str:
+    """Return the first fault of a file in one line; pydantic's own text has three lines a fault."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")

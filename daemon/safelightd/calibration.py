@@ -7,30 +7,28 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from safelight import durable
-from safelight.errors import LedgerDamaged
 from safelight.models import ModelFacts
 from safelight.plan import Calibration, Pace
 from safelight.receipt import Receipt
+from safelightd.logs import Log
 
 WEIGHT_OF_LAST = 0.5
 """Half of the estimate is the last job: a night's jobs are alike, and yesterday's machine was not."""
 
 _FILE = TypeAdapter(Calibration)
+log = Log("safelight.calibration")
 
 
 def load(state: Path) -> Calibration:
-    """Return what was learned; {} on a fresh machine.
-
-    Raises:
-        LedgerDamaged: the file cannot be read back.
-    """
+    """Return what was learned; {} on a fresh machine, or where the file cannot be read back: it is learned again."""
     file = state / "calibration.json"
     try:
         return _FILE.validate_json(file.read_bytes())
     except FileNotFoundError:
         return {}
     except ValidationError as error:
-        raise LedgerDamaged(f"{file}: not a calibration of safelight. Remove it; it is learned again.") from error
+        log.warning("calibration.damaged", file=file, error=error)  # no reason to fail a night of jobs
+        return {}
 
 
 def save(state: Path, calibration: Calibration) -> None:

@@ -60,7 +60,7 @@ def worker(config: Config, gpu: str | None) -> int:
     """Run jobs on one GPU."""
     from safelightd import worker as process
 
-    return process.serve(_with_gpu(config, gpu))
+    return process.serve(config if gpu is None else config.with_gpu(gpu))
 
 
 @group.command()
@@ -93,15 +93,6 @@ def probe(config: Config) -> int:
     if trouble:
         click.echo(trouble, err=True)
     return 5 if trouble else 0
-
-
-def _with_gpu(config: Config, gpu: str | None) -> Config:
-    from dataclasses import replace
-
-    if gpu is None:
-        return config
-    section = config.settings.worker.model_copy(update={"gpu": gpu})
-    return replace(config, settings=config.settings.model_copy(update={"worker": section}))
 
 
 def main() -> None:

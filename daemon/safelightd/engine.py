@@ -84,7 +84,7 @@ class Engine:
 
     def _answer(self, message: dict[str, Any], setting: Any) -> bool:
         """Run one job and send its verdict; False when this process must not run another."""
-        from safelightd import runjob
+        from safelightd import device, runjob
 
         self._execution = execution = str(message["execution"])
         self._stop.clear()
@@ -93,7 +93,7 @@ class Engine:
         done = threading.Event()
         threading.Thread(target=self._say_alive, args=(execution, done), daemon=True).start()
         watch = Watch(
-            lambda fields: self._link.send(fields.pop("type"), execution, **fields), self._stop, runjob.meter()
+            lambda fields: self._link.send(fields.pop("type"), execution, **fields), self._stop, device.ProcessMeter()
         )
         usable = True
         try:
@@ -106,7 +106,7 @@ class Engine:
             if not isinstance(error, (SafelightError, Cancelled)):
                 log.exception("job.broke", execution=execution, phase=watch.current)
         done.set()
-        runjob.release()
+        device.release()
         self._execution = ""
         self._cancelled_early.discard(execution)
         self._link.send("done" if verdict["kind"] == "done" else "failed", execution, **verdict)
@@ -124,9 +124,11 @@ def failure(error: BaseException) -> dict[str, Any]:
     """Return whose fault an error is: the job's own, the machine's, or one after which this process is not trusted."""
     import torch
 
+    from safelightd.outputs import OutboxUnwritable
+
     if isinstance(error, Cancelled):
         return {"kind": "cancelled", "message": "cancelled", "oom": False}
-    if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
+    if isinstance(error, OutboxUnwritable) or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS):
         return {"kind": "machine", "message": f"{error}", "oom": False}
     if isinstance(error, SafelightError):
         return {"kind": "job", "message": str(error), "oom": False}
@@ -140,11 +142,13 @@ def main() -> int:
     """Serve the link whose descriptor is on the command line."""
     parser = argparse.ArgumentParser(prog="safelightd.engine")
     parser.add_argument("--link", type=int, required=True)
+    parser.add_argument("--gpu", default="", help="the worker's, which need not be that of the settings")
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is the worker's business
     logs.set_up()
     link = Link(socket.socket(fileno=arguments.link))
-    return Engine(settings.load(), link).serve()
+    config = settings.load()
+    return Engine(config.with_gpu(arguments.gpu) if arguments.gpu else config, link).serve()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from datetime import datetime
 from typing import Any
 
 from safelight.config import Config
+from safelight.errors import InvalidJob, LedgerDamaged, QueueUnreachable
 from safelight.jobqueue import AWAY, JobQueue
 from safelight.jobspec import JobSpec
 from safelight.ledger import Attempts, Ledger
@@ -31,6 +32,9 @@ from safelightd.settle import Cause
 
 PROGRESS_EVERY_S = 0.25
 """Steps reach the queue no faster; a phase's beginning always does."""
+
+PROGRESS_AWAY_S = 10.0
+"""After a try on an absent server, none for so long: each takes a second, and the engine's verdict may wait behind."""
 
 SHOWN = ("phase", "i", "n", "seconds_left")
 """What of a message `watch` and `status` show."""
@@ -59,6 +63,8 @@ class Place:
     """Ends the engine for good; afterwards it holds nothing on the GPU."""
     device_is_well: Callable[[], str | None]
     """Asks a fresh process; None, or what is wrong with the device."""
+    wait: Callable[[float], bool]
+    """Waits so many seconds for an absent server; True when nobody may wait any longer."""
 
 
 class Unsettled(Exception):
@@ -81,18 +87,33 @@ class Execution:
         self._shared = shared
         self._asked: Request | None = None
         self._asked_at = 0.0
-        self._progress_at = 0.0
+        self._progress_again_at = 0.0
+        self._started = False
 
     # -- the whole path ---------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """Bring the job to its end, or give it back to the line."""
+        """Bring the job to its end, or give it back to the line.
+
+        Raises:
+            OSError: the ledger cannot be written; the worker takes the job up when it can.
+            QueueUnreachable: the server is away and the worker stops; the ledger knows how far the job is.
+        """
+        try:
+            return self._run()
+        except LedgerDamaged as damaged:
+            return rejected(self._place, self._job, str(damaged))
+        except OSError as error:
+            self._shared.set_setback(f"{error}")
+            raise
+
+    def _run(self) -> dict[str, Any]:
         place, job = self._place, self._job
         if receipt := place.ledger.receipt(job):
             return self._concluded(receipt)
-        spec = patiently(lambda: place.queue.spec(job))
+        spec = patiently(lambda: spec_of(place, job), place.wait)
         if spec is None:
-            return {"state": "unknown"}  # the server was wiped; the ledger fills it again
+            return rejected(place, job, "neither the queue nor the ledger knows what was asked for")
         self._write_down(spec)
         attempts = settle.begin(place.ledger.attempts(job), place.worker, place.lock)
         place.ledger.note(attempts)
@@ -100,6 +121,8 @@ class Execution:
         try:
             receipt = self._verdict(spec, attempts)
         except Unsettled as unsettled:
+            if unsettled.cause == "return":
+                self._shared.set_setback(str(unsettled))
             return settle_job(place, spec, attempts, unsettled.cause, str(unsettled))
         except EngineGone as gone:
             place.kill_engine()
@@ -117,13 +140,25 @@ class Execution:
         return {"state": receipt.state}
 
     def _after_engine(self, spec: JobSpec, attempts: Attempts, reason: str) -> dict[str, Any]:
-        """The engine is gone. Asked for: nobody's fault. Else the job's, if a fresh process finds the device well."""
+        """The engine is gone. After the job was done: no matter. While it published: the next attempt goes on there.
+        Asked for: nobody's fault. Before it said a word of this job: the installation's. Else the job's, if a fresh
+        process finds the device well."""
+        if receipt := self._place.ledger.receipt(spec.id):
+            return self._concluded(receipt)
+        if self._place.ledger.intended(spec.id):
+            self._shared.set_setback(f"the engine died while publishing: {reason}")
+            return settle_job(self._place, spec, attempts, "return", reason)
         if self._asked == "cancel":
             return self._concluded(self._end(spec, attempts, "cancelled", "cancelled", None))
         if self._asked == "stop":
             return settle_job(self._place, spec, attempts, "stop", "the worker was stopped")
-        trouble = self._place.device_is_well()
-        return settle_job(self._place, spec, attempts, "return" if trouble else "crash", trouble or reason)
+        if trouble := self._place.device_is_well():
+            return settle_job(self._place, spec, attempts, "return", trouble)
+        if not self._started:
+            reason = f"the engine did not start: {reason}; its log says why"
+            self._shared.set_setback(reason)
+            return settle_job(self._place, spec, attempts, "return", reason)
+        return settle_job(self._place, spec, attempts, "crash", reason)
 
     # -- talking to the engine --------------------------------------------------------------------------------
 
@@ -150,6 +185,7 @@ class Execution:
         last = time.monotonic()
         self._shared.set(busy=True, deadline=last + deadline_s)
         while True:
+            self._pass_on_request()  # also while messages come faster than they are read
             until = (
                 last + deadline_s if self._asked is None else min(last + deadline_s, self._asked_at + CANCEL_GRACE_S)
             )
@@ -157,10 +193,10 @@ class Execution:
             if left_s <= 0:
                 raise EngineGone(self._overdue(phase, deadline_s))
             message = self._link.receive(left_s, wakeup=self._requests.descriptor)
-            if message is None:
-                self._pass_on_request()
-            elif message["execution"] == self._execution and message["type"] != "alive":
-                return message
+            if message and message["execution"] == self._execution:
+                self._started = True
+                if message["type"] != "alive":
+                    return message
 
     def _overdue(self, phase: str, deadline_s: float) -> str:
         if self._asked is not None:
@@ -189,8 +225,11 @@ class Execution:
 
     def _await_cancel(self) -> None:
         """Wait for the person's word in a thread of its own: the queue may be away meanwhile."""
-        while not patiently(lambda: self._place.queue.wait_for_cancel(self._job, CANCEL_READ_S)):
-            pass
+        try:
+            while not patiently(lambda: self._place.queue.wait_for_cancel(self._job, CANCEL_READ_S), self._place.wait):
+                pass
+        except QueueUnreachable:
+            return  # the worker stops: the job's field tells the next attempt
         self._requests.ask("cancel")
 
     def _pass_on_request(self) -> None:
@@ -204,13 +243,14 @@ class Execution:
     def _show(self, message: dict[str, Any], *, always: bool) -> None:
         """Let `watch` and `status` see it; what the queue misses while it is away, nobody needs later."""
         now = time.monotonic()
-        if not always and now - self._progress_at < PROGRESS_EVERY_S:
+        if now < self._progress_again_at - (PROGRESS_EVERY_S if always else 0.0):
             return
-        self._progress_at = now
+        self._progress_again_at = now + PROGRESS_EVERY_S
         shown = {key: value for key, value in message.items() if key in SHOWN}
         try:
             self._place.queue.progress(self._job, shown)
         except AWAY as error:
+            self._progress_again_at = time.monotonic() + PROGRESS_AWAY_S
             log.debug("progress.unseen", error=error)
 
 
@@ -234,14 +274,33 @@ def ended(spec: JobSpec, attempts: Attempts, state: EndState, error: str, phase:
 
 
 def leave_no_file(paths: Paths, job: str) -> None:
-    """Remove what a job that ended without an output had begun to write; a killed engine could not."""
-    if (paths.unfinished / job).exists():
+    """Remove what a job that ended without an output had begun to write; a killed engine could not. One that waits to
+    be published is finished."""
+    if (paths.unfinished / job).exists() and not (paths.publishing / f"{job}.json").exists():
         shutil.rmtree(paths.unfinished / job)
+
+
+def spec_of(place: Place, job: str) -> JobSpec | None:
+    """Return what was asked for: the queue's copy, or the ledger's where the queue holds none that is a job."""
+    try:
+        spec = place.queue.spec(job)
+    except InvalidJob as error:
+        log.error("job.malformed", error=error)
+        spec = None
+    return spec or place.ledger.spec(job)
+
+
+def rejected(place: Place, job: str, error: str) -> dict[str, Any]:
+    """End a job that nothing can be done with; the others go on."""
+    log.error("job.rejected", id=job, error=error)
+    patiently(lambda: place.queue.reject(job, place.worker, error), place.wait)
+    return {"state": "failed"}
 
 
 def conclude(place: Place, receipt: Receipt) -> None:
     """Tell the queue how a job ended; the ledger has its receipt already."""
-    patiently(lambda: place.queue.conclude(receipt, place.worker))
+    if not patiently(lambda: place.queue.conclude(receipt, place.worker), place.wait):
+        patiently(lambda: place.queue.restore(receipt), place.wait)  # the server has lost what it knew of the job
     place.ledger.forget_attempts(receipt.id)
     if receipt.state == "done":
         _learn(place, receipt)
@@ -255,12 +314,14 @@ def _learn(place: Place, receipt: Receipt) -> None:
     after = calibration.learned(before, receipt, place.models[receipt.spec.model])
     if after != before:
         calibration.save(place.config.paths.state, after)
-        patiently(lambda: place.queue.set_calibration(after))
+        patiently(lambda: place.queue.set_calibration(after), place.wait)
 
 
 def settle_job(place: Place, spec: JobSpec, attempts: Attempts, cause: Cause, reason: str) -> dict[str, Any]:
-    """Give a job that came back without a verdict to the line again, or set it aside."""
-    decision = settle.decide(attempts, cause, reason)
+    """Give a job that came back without a verdict to the line again, or set it aside; never one that is finished but
+    for its publishing."""
+    finished = place.ledger.intended(spec.id) is not None
+    decision = settle.decide(attempts, "stop" if finished else cause, reason)
     if not decision.requeue:
         receipt = ended(spec, decision.attempts, "quarantined", decision.reason)
         leave_no_file(place.config.paths, spec.id)
@@ -269,6 +330,12 @@ def settle_job(place: Place, spec: JobSpec, attempts: Attempts, cause: Cause, re
         log.error("job.quarantined", id=spec.id, reason=decision.reason)
         return {"state": "quarantined"}
     place.ledger.note(decision.attempts)
-    patiently(lambda: place.queue.give_back(spec.id, place.worker, decision.attempts.attempts))
+    give_back(place, spec, decision.attempts)
     log.warning("job.requeued", id=spec.id, cause=cause, reason=reason, crashes=decision.attempts.crashes)
     return {"state": "queued", "reason": reason}
+
+
+def give_back(place: Place, spec: JobSpec, attempts: Attempts) -> None:
+    """Put a job that ran back to its own place in the line, also into one that has forgotten it."""
+    if not patiently(lambda: place.queue.give_back(spec.id, place.worker, attempts.attempts), place.wait):
+        patiently(lambda: place.queue.submit([spec]), place.wait)

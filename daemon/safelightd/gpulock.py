@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
 
 from safelight.config import Config
@@ -14,26 +15,38 @@ SHARED = Path("/dev/shm")  # noqa: S108 - the one world-writable folder that is 
 # that PrivateTmp does not replace; the file carries no content, only the lock
 
 
+DYING_S = 3.0
+"""A worker that was killed leaves its lock when its last child has died, and is_taken() holds it for a moment: neither
+must end a new worker for good."""
+
+
 def lock_path(machine: Machine, config: Config) -> Path:
     """Return the lock of the worker's device. Two installations on the CPU do not meet; two on one GPU do."""
     if machine.device == "cpu":
-        return config.paths.runtime / "worker-cpu.lock"
+        return config.paths.state / "worker-cpu.lock"
     return SHARED / f"safelight-{machine.uuid}.lock"
 
 
-def take(path: Path) -> int:
+def take(path: Path, patience_s: float = DYING_S) -> int:
     """Lock the device for as long as the returned descriptor is open.
 
     Raises:
-        BadConfig: another worker has it.
+        BadConfig: another worker has it, and still has it after `patience_s`.
     """
     descriptor = _open(path)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise BadConfig(f"Another worker uses this device ({path}). One worker a GPU: stop the other first.") from None
-    return descriptor
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < until:
+                time.sleep(0.05)  # flock(2) has no timeout of its own
+                continue
+            os.close(descriptor)
+            raise BadConfig(
+                f"Another worker uses this device ({path}). One worker a GPU: stop the other first."
+            ) from None
+        return descriptor
 
 
 def is_taken(path: Path) -> bool:

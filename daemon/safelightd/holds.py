@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from datetime import datetime
 from datetime import time as wall_time
 from pathlib import Path
@@ -16,6 +17,10 @@ from safelight.machine import GIB
 
 PROBE_AGAIN_S = (5.0, 15.0, 60.0)
 """Waits between probes of a GPU that failed one; the last repeats."""
+
+START_AGAIN_S = (1.0, 5.0, 15.0, 60.0, 300.0)
+"""Waits before the next job after one that the machine took back, by how often that happened in a row: a disk that
+fails every job takes a dozen attempts an hour and not a thousand."""
 
 
 class GpuTrouble:
@@ -40,17 +45,42 @@ class GpuTrouble:
         return self.reason is not None and time.monotonic() >= self._again_at
 
 
-def read(config: Config, *, user_hold: str | None, gpu: str | None) -> dict[str, str]:
+class Setback:
+    """Remembers that the machine took a job back, and keeps the next from starting for a while, longer each time."""
+
+    def __init__(self) -> None:
+        self._reason = ""
+        self._failures = 0
+        self._until = 0.0
+
+    def failed(self, reason: str) -> None:
+        wait_s = START_AGAIN_S[min(self._failures, len(START_AGAIN_S) - 1)]
+        self._reason = f"{reason}; the next job starts {wait_s:g} s after that"
+        self._failures += 1
+        self._until = time.monotonic() + wait_s
+
+    def lifted(self) -> None:
+        self._failures = 0
+        self._until = 0.0
+
+    @property
+    def reason(self) -> str | None:
+        return self._reason if time.monotonic() < self._until else None
+
+
+def read(config: Config, *, user_hold: str | None, gpu: str | None, machine: str | None = None) -> dict[str, str]:
     """Return the holds in force, name -> reason for a person.
 
     Args:
         user_hold: what the queue says of the user's hold; the file of this installation counts as well.
         gpu: what is wrong with the GPU, None when nothing is.
+        machine: why the machine took the last job back, None when it did not or that is long enough ago.
     """
     found = {
         "user": _user(config.paths.user_hold, user_hold),
-        "disk": _disk(config),
-        "models": _models(config),
+        "disk": _look(_disk, config),
+        "models": _look(_models, config),
+        "machine": machine,
     }
     if config.settings.worker.device != "cpu":
         found["gpu"] = gpu
@@ -59,14 +89,23 @@ def read(config: Config, *, user_hold: str | None, gpu: str | None) -> dict[str,
     return {name: reason for name, reason in found.items() if reason}
 
 
+def _look(at: Callable[[Config], str | None], config: Config) -> str | None:
+    """A disk that has gone away, or that nothing can be written to, is a reason to wait and not to end."""
+    try:
+        return at(config)
+    except OSError as error:
+        return f"{error}"
+
+
 def _user(file: Path, queue_says: str | None) -> str | None:
     try:
-        reason = str(json.loads(file.read_text()).get("reason", ""))
+        written = json.loads(file.read_bytes())
     except FileNotFoundError:
         return queue_says
-    except ValueError:
-        reason = ""  # an unreadable file still says: paused
-    return reason or "paused by safelight pause"
+    except (OSError, ValueError):
+        written = None  # an unreadable file still says: paused
+    reason = written.get("reason") if isinstance(written, dict) else None
+    return str(reason or "paused by safelight pause")
 
 
 def _disk(config: Config) -> str | None:
@@ -95,9 +134,11 @@ def _models(config: Config) -> str | None:
 
 
 def on_battery(power: Path = Path("/sys/class/power_supply")) -> bool:
-    """Whether a battery discharges and no mains supply is online."""
+    """Whether the machine's own battery discharges and no mains supply is online; a mouse has a battery, too."""
     discharging = False
     for supply in sorted(power.glob("*")):
+        if _word(supply / "scope") == "Device":
+            continue
         kind = _word(supply / "type")
         if kind in ("Mains", "USB") and _word(supply / "online") == "1":
             return False

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import mmap
 import os
+import select
 import signal
 import struct
+from contextlib import suppress
+from types import FrameType
 from typing import Literal
 
 Request = Literal["cancel", "stop"]
@@ -13,16 +16,28 @@ Request = Literal["cancel", "stop"]
 
 
 class Shared:
-    """Two facts in shared memory: whether a job is with the engine, and until when it may be silent
-    (CLOCK_MONOTONIC, which worker and horse read alike)."""
+    """Three facts in shared memory: whether a job is with the engine, until when it may be silent (CLOCK_MONOTONIC,
+    which worker and horse read alike), and why the machine took the job back, if it did."""
 
     LAYOUT = struct.Struct("=?d")
+    REASON = struct.Struct("=H1000s")
+    _reason_at = LAYOUT.size
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
 
     def set(self, *, busy: bool, deadline: float = 0.0) -> None:
         self._memory[: self.LAYOUT.size] = self.LAYOUT.pack(busy, deadline)
+
+    def set_setback(self, reason: str) -> None:
+        said = reason.encode(errors="backslashreplace")[:1000]
+        self.REASON.pack_into(self._memory, self._reason_at, len(said), said)
+
+    def take_setback(self) -> str:
+        """Return why the machine took the job back, "" when it did not, and forget it."""
+        length, said = self.REASON.unpack_from(self._memory, self._reason_at)
+        self.REASON.pack_into(self._memory, self._reason_at, 0, b"")
+        return bytes(said[:length]).decode(errors="replace")
 
     @property
     def busy(self) -> bool:
@@ -40,14 +55,31 @@ class Requests:
         self.descriptor, self._write = os.pipe()
         os.set_blocking(self.descriptor, False)
         os.set_blocking(self._write, False)
+        self._stopped, self._stop = os.pipe()
+        os.set_blocking(self._stopped, False)
+        os.set_blocking(self._stop, False)
 
     def on_sigterm(self) -> None:
         """Take SIGTERM as the request to stop; Ctrl-C is the worker's business."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda _number, _frame: self.ask("stop"))
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self.ask("stop")
+        os.write(self._stop, b"s")  # stays in the pipe, so that every later wait ends as well
+
+    def wait_unless_stopped(self, seconds: float) -> bool:
+        """Wait, at most until the worker has asked this process to stop; return whether it has."""
+        return bool(select.select([self._stopped], [], [], seconds)[0])
 
     def ask(self, request: Request) -> None:
         os.write(self._write, request[:1].encode())
+
+    def forget(self) -> None:
+        """Drop what came too late for the job before."""
+        for descriptor in (self.descriptor, self._stopped):
+            with suppress(BlockingIOError):
+                os.read(descriptor, 64)
 
     def take(self) -> Request | None:
         """Return the first request that came since the last call, None when none did."""

@@ -55,13 +55,20 @@ def _line(event: str, facts: dict[str, Any]) -> str:
 
 def _fact(value: Any) -> str:
     text = f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
-    return repr(text) if " " in text or "\n" in text or not text else text
+    return repr(text) if " " in text or not text.isprintable() or not text else text
+
+
+def _is_journal() -> bool:
+    """Whether stderr is what systemd connected to the journal: a terminal that is itself a service hands down
+    JOURNAL_STREAM, too (systemd.exec(5))."""
+    stat = os.fstat(2)
+    return os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
 
 
 def set_up(*, verbose: bool = False) -> None:
     """Send all loggers to stderr; libraries speak from warning up."""
     to_stderr = logging.StreamHandler(sys.stderr)
-    to_stderr.setFormatter(_Lines(journald="JOURNAL_STREAM" in os.environ))
+    to_stderr.setFormatter(_Lines(journald=_is_journal()))
     root = logging.getLogger()
     root.handlers[:] = [to_stderr]
     root.setLevel(logging.WARNING)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -17,13 +16,15 @@ Answer = TypeVar("Answer")
 log = Log("safelight.queue")
 
 
-def patiently(ask: Callable[[], Answer], stop: threading.Event | None = None) -> Answer:
-    """Return what `ask` answers, trying again for as long as the server is away.
+def patiently(ask: Callable[[], Answer], wait: Callable[[float], bool]) -> Answer:
+    """Return what `ask` answers, trying again for as long as the server is away and `wait` allows it.
+
+    Args:
+        wait: waits for so many seconds; True means that nobody may wait any longer.
 
     Raises:
-        QueueUnreachable: `stop` was set meanwhile.
+        QueueUnreachable: the server is still away and the wait is over.
     """
-    stop = stop or threading.Event()
     tries = 0
     while True:
         try:
@@ -31,6 +32,6 @@ def patiently(ask: Callable[[], Answer], stop: threading.Event | None = None) ->
         except AWAY as error:
             if tries == 0:
                 log.warning("queue.away", error=error)
-            if stop.wait(WAITS_S[min(tries, len(WAITS_S) - 1)]):
-                raise QueueUnreachable("The queue server is away and the worker was asked to stop.") from error
+            if wait(WAITS_S[min(tries, len(WAITS_S) - 1)]):
+                raise QueueUnreachable("The queue server is away, and nobody may wait for it.") from error
             tries += 1

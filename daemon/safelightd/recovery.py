@@ -2,37 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+from safelight.errors import LedgerDamaged
+from safelight.jobspec import JobSpec
+from safelight.ledger import Ledger
 from safelightd import gpulock
-from safelightd.execution import Place, conclude, settle_job
+from safelightd.execution import Place, conclude, give_back, rejected, settle_job, spec_of
 from safelightd.logs import Log
 
 log = Log("safelight.recovery")
 
 
 def own_orphans(place: Place) -> None:
-    """Settle the jobs that an earlier life of this worker had started, or had taken and not started."""
-    started = {found.id for found in place.ledger.interrupted() if found.worker == place.worker}
-    taken = {job for job, worker in place.queue.running().items() if worker == place.worker}
-    for job in sorted(started | taken):
-        settle_orphan(place, job, "the worker was killed")
+    """Settle the jobs that an earlier life of this worker had started, or had taken and not started.
+
+    It may have had another name: a machine's name changes. Whoever held our lock is dead, for we hold it.
+    """
+    ours = [found for found in place.ledger.interrupted() if place.worker == found.worker or place.lock == found.lock]
+    orphans = {found.id: found.worker for found in ours}
+    orphans |= {job: worker for job, worker in place.queue.running().items() if worker == place.worker}
+    for job in sorted(orphans):
+        settle_orphan(replace(place, worker=orphans[job]), job, "the worker was killed")
 
 
 def settle_orphan(place: Place, job: str, reason: str) -> None:
     """Bring a job whose process died to where the ledger says it is: ended, or back in the line."""
+    try:
+        _settle_orphan(place, job, reason)
+    except LedgerDamaged as damaged:
+        rejected(place, job, str(damaged))
+
+
+def _settle_orphan(place: Place, job: str, reason: str) -> None:
     if receipt := place.ledger.receipt(job):
         conclude(place, receipt)
         return
-    spec = place.queue.spec(job) or place.ledger.spec(job)
+    spec = spec_of(place, job)
     if spec is None:
-        log.error("job.unknown", id=job)
+        rejected(place, job, "neither the queue nor the ledger knows what was asked for")
         return
     attempts = place.ledger.attempts(job)
     if attempts.running:
         settle_job(place, spec, attempts, "return", reason)
     else:
-        place.queue.give_back(job, place.worker, attempts.attempts)
+        give_back(place, spec, attempts)
 
 
 def fill(place: Place) -> None:
@@ -40,12 +56,30 @@ def fill(place: Place) -> None:
     ledger, queue = place.ledger, place.queue
     ended = ledger.ended()
     elsewhere = {found.id for found in ledger.interrupted() if found.worker != place.worker and _lives(found.lock)}
-    new = queue.submit(spec for spec in ledger.accepted() if spec.id not in ended and spec.id not in elsewhere)
-    _restore_ended(place, [spec.id for spec in ledger.accepted() if spec.id in ended])
+    over: list[str] = []
+
+    def waiting() -> Iterator[JobSpec]:
+        for spec in _accepted(ledger):
+            if spec.id in ended:
+                over.append(spec.id)
+            elif spec.id not in elsewhere:
+                yield spec
+
+    new = queue.submit(waiting())
+    _restore_ended(place, over)
     queue.mark_filled()
     ledger.close_ended()
     if new:
         log.info("queue.filled", jobs=len(new))
+
+
+def _accepted(ledger: Ledger) -> Iterator[JobSpec]:
+    """Yield what was accepted and is not closed; one damaged file does not stop a night."""
+    for submission in ledger.open_submissions():
+        try:
+            yield from ledger.submission(submission)
+        except LedgerDamaged as damaged:
+            log.error("submission.damaged", error=damaged)
 
 
 def _lives(lock: str) -> bool:
@@ -56,6 +90,10 @@ def _restore_ended(place: Place, ids: list[str]) -> None:
     """A job with a receipt has ended, whatever the queue remembered: it may have died between the two."""
     remembered = {row.id: row.state for row in place.queue.rows(ids)}
     for job in ids:
-        receipt = place.ledger.receipt(job)
+        try:
+            receipt = place.ledger.receipt(job)
+        except LedgerDamaged as damaged:
+            log.error("receipt.damaged", error=damaged)
+            continue
         if receipt and remembered.get(job) != receipt.state:
             place.queue.restore(receipt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -16,10 +17,13 @@ from types import FrameType
 
 from safelight import durable, jobqueue
 from safelight.config import Config
-from safelight.errors import BadConfig, QueueUnreachable
+from safelight.errors import BadConfig, QueueUnreachable, SafelightError
 from safelightd import linux, systemd
 
 NAMES = ("valkey-server", "redis-server")
+
+DYING_S = 5.0
+"""A killed server frees its memory before it lets go of its data: that must not end its successor for good."""
 
 
 def find_binary() -> Path:
@@ -40,8 +44,15 @@ def find_binary() -> Path:
 
 
 def version_of(binary: Path) -> tuple[str, tuple[int, ...]]:
-    """Return a server's name and version, from `--version`: "Valkey server v=9.1.2 sha=..."."""
-    said = subprocess.run([str(binary), "--version"], capture_output=True, text=True, check=True, timeout=10).stdout
+    """Return a server's name and version, from `--version`: "Valkey server v=9.1.2 sha=...".
+
+    Raises:
+        BadConfig: it does not run here, or is another program.
+    """
+    try:
+        said = subprocess.run([str(binary), "--version"], capture_output=True, text=True, check=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BadConfig(f"{binary} does not run here: {error}. Install valkey-server, or set [queue] url.") from error
     match = re.search(r"(\w+) server v=(\d+)\.(\d+)\.(\d+)", said)
     if not match:
         raise BadConfig(f"{binary}: not a server safelight knows ({said.strip()!r}).")
@@ -76,53 +87,72 @@ def command(binary: Path, socket: Path, data: Path) -> list[str]:
 
 
 def serve(config: Config) -> int:
-    """Run the server until it ends or a signal asks it to; returns the exit status to give.
+    """Run the server until a signal asks it to end; returns the exit status to give.
 
     Raises:
-        BadConfig: another URL is configured, or there is no usable server.
+        BadConfig: another URL is configured, there is no usable server, or another one uses the data.
+        SafelightError: the server ended by itself; a restart may help.
     """
     if not config.embedded:
         raise BadConfig("[queue] url names a server of your own; there is no embedded one to run.")
     binary = find_binary()
+    version = version_of(binary)
     paths = config.paths
-    paths.redis.mkdir(parents=True, exist_ok=True)
+    paths.redis.mkdir(mode=0o700, parents=True, exist_ok=True)
     paths.socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    refuse_downgrade(paths.redis, *version_of(binary))
-    _refuse_second(config)
+    lock = _lock(paths.redis)
+    refuse_downgrade(paths.redis, *version)
     server = subprocess.Popen(
-        command(binary, paths.socket, paths.redis), stdout=sys.stderr, preexec_fn=linux.die_with_parent(os.getpid())
+        command(binary, paths.socket, paths.redis),
+        stdout=sys.stderr,
+        pass_fds=[lock],  # held for as long as the server lives, also when this process is killed before it
+        preexec_fn=linux.die_with_parent(os.getpid()),
     )
+    asked_to_stop = False
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
+        nonlocal asked_to_stop
+        asked_to_stop = True
         server.send_signal(number)
 
     signal.signal(signal.SIGTERM, pass_on)
     signal.signal(signal.SIGINT, pass_on)
-    _wait_ready(config, server)
-    systemd.notify("READY=1", f"STATUS=Serving on {paths.socket}")
+    if _answers(config, server):
+        systemd.notify("READY=1", f"STATUS=Serving on {paths.socket}")
     status = server.wait()
-    return 0 if status in (0, -signal.SIGTERM, -signal.SIGINT) else 1
+    if asked_to_stop:
+        return 0
+    raise SafelightError(f"The queue server ended with status {status}; its log says why.")
 
 
-def _refuse_second(config: Config) -> None:
-    """Two servers on one data folder would destroy it; the socket tells whether one is there."""
-    if not config.paths.socket.exists():
-        return
-    try:
-        jobqueue.connect(config.url, timeout_s=2.0, retries=0).close()
-    except QueueUnreachable:
-        config.paths.socket.unlink(missing_ok=True)
-        return
-    raise BadConfig(f"A server already answers on {config.paths.socket}. Stop it first: safelight doctor shows which.")
+def _lock(data: Path) -> int:
+    """Lock the data folder: two servers on one would destroy it, and they may listen on different sockets.
+
+    Raises:
+        BadConfig: another server uses it, and does not end within DYING_S.
+    """
+    descriptor = os.open(data, os.O_RDONLY | os.O_DIRECTORY)
+    until = time.monotonic() + DYING_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < until:
+                time.sleep(0.05)  # flock(2) has no timeout of its own
+                continue
+            os.close(descriptor)
+            raise BadConfig(f"Another queue server uses {data}. Stop it first: safelight doctor shows which.") from None
+        return descriptor
 
 
-def _wait_ready(config: Config, server: subprocess.Popen[bytes]) -> None:
-    """Wait until the server answers PING: loading 100,000 jobs took 2 s (Valkey 9.1, 2 cores, 2026-11-22)."""
+def _answers(config: Config, server: subprocess.Popen[bytes]) -> bool:
+    """Wait until the server answers PING, or has ended: loading 100,000 jobs took 2 s (Valkey 9.1, 2 cores,
+    2026-11-22)."""
     while server.poll() is None:
         try:
             jobqueue.connect(config.url, timeout_s=2.0, retries=0).close()
         except QueueUnreachable:
             time.sleep(0.02)  # the server has no way to tell us: PING until it answers
             continue
-        return
-    raise BadConfig(f"The queue server ended with status {server.returncode}; its log says why.")
+        return True
+    return False

@@ -11,10 +11,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from types import FrameType
 from typing import Any, ClassVar
@@ -45,6 +47,11 @@ RESULT_TTL_S = 2 * 86_400
 HEARTBEAT_S = 5
 WORKER_TTL_S = 30
 """RQ forgets a silent worker after this and a minute; `status` after FORGOTTEN_S."""
+
+AWAY_POLL_S = 1.0
+SERVER_TIMEOUT_S = 10.0
+"""For one answer; longer than the longest blocking read, or an idle wait would look like an outage. With its retries a
+call on a server that hangs takes 40 s, well within the watchdog's time."""
 
 FORGOTTEN_S = 90
 HOLD_POLL_S = 2.0
@@ -112,6 +119,7 @@ class GpuWorker(Worker):
         self.shared = Shared()
         self.requests = Requests()
         self.trouble = holds.GpuTrouble()
+        self.setback = holds.Setback()
         self.stopping = threading.Event()
         self._waiting = False
         self._unsure = False
@@ -125,13 +133,19 @@ class GpuWorker(Worker):
             lock=str(self.lock),
             kill_engine=self._kill_engine_from_horse,
             device_is_well=lambda: probe.gpu_is_well(config, machine),
+            wait=lambda _seconds: True,  # the worker itself waits in its loop alone, where a signal ends the wait
         )
         SafeJob.allowed = {JOB_FUNCTION: self._run_in_horse}
 
     # -- a life -----------------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Work until asked to stop; returns the exit status: 0 when asked, 1 when something ended it."""
+        """Work until asked to stop; returns the exit status: 0 when asked, 1 when something ended it.
+
+        Raises:
+            BadConfig: another worker has the device, or jobs are not safe on this server.
+            QueueUnreachable: the server went away while the worker started.
+        """
         held = gpulock.take(self.lock)
         self._install_signal_handlers()
         try:
@@ -140,6 +154,8 @@ class GpuWorker(Worker):
             self.recover()
             systemd.notify("READY=1", "STATUS=Waiting for jobs")
             self.work(logging_level="WARNING")
+        except AWAY as error:
+            raise QueueUnreachable(f"The queue server went away while the worker started: {error}") from error
         finally:
             self.engine.stop(timeout_s=10)
             with suppress(*AWAY):
@@ -157,8 +173,14 @@ class GpuWorker(Worker):
     def _clear_rq(self) -> None:
         """Empty this worker's own RQ queue and registries: the lock says that nobody else uses them."""
         queue = self.queues[0]
-        self.connection.delete(queue.key, queue.intermediate_queue_key, queue.started_job_registry.key)
+        started = queue.started_job_registry
+        taken = self.connection.lrange(queue.key, 0, -1)
+        taken += [entry.partition(b":")[0] for entry in self.connection.zrange(started.key, 0, -1)]
+        left = [SafeJob.key_for(entry.decode(errors="replace")) for entry in taken]  # RQ expires only what has ended
+        self.connection.delete(*left, queue.key, queue.intermediate_queue_key, started.key)
         self.connection.delete(self.key, self.executions_key)
+        queue.finished_job_registry.cleanup()
+        queue.failed_job_registry.cleanup()
 
     # -- taking jobs ------------------------------------------------------------------------------------------
 
@@ -174,10 +196,17 @@ class GpuWorker(Worker):
                 if taken := self._take():
                     return taken
             except (*AWAY, QueueUnreachable) as error:
-                self._unsure = True  # a reply may have been lost after the server had acted
                 log.warning("queue.away", error=error)
-                systemd.notify("STATUS=The queue server is away", "WATCHDOG=1")
-                self._wait(lambda: self.stopping.wait(1.0))
+                self._wait_a_while("The queue server is away")
+            except OSError as error:
+                log.error("ledger.unusable", error=error)
+                self._wait_a_while(f"The ledger cannot be used: {error}")
+
+    def _wait_a_while(self, status: str) -> None:
+        """Wait before trying again; what was under way may have been done, and is then found out."""
+        self._unsure = True
+        systemd.notify("WATCHDOG=1", f"STATUS={status}")
+        self._wait(lambda: time.sleep(AWAY_POLL_S))  # a signal ends it
 
     def _take(self) -> tuple[SafeJob, SafeQueue] | None:
         if self._unsure or not self.line.filled():
@@ -228,7 +257,8 @@ class GpuWorker(Worker):
     def _look_at_holds(self) -> dict[str, str]:
         if self.trouble.due():
             self._probe()
-        found = holds.read(self.config, user_hold=self.line.user_hold(), gpu=self.trouble.reason)
+        user, machine = self.line.user_hold(), self.setback.reason
+        found = holds.read(self.config, user_hold=user, gpu=self.trouble.reason, machine=machine)
         self.line.set_holds(self.name, found)
         return found
 
@@ -276,23 +306,33 @@ class GpuWorker(Worker):
         """Have the horse run the job, then make sure that the job is settled, however the horse ended."""
         self.engine.ensure()
         self.shared.set(busy=False)
-        self.requests.take()  # what came too late for the job before
-        execution = patiently(lambda: self.prepare_execution(job))
-        self.fork_work_horse(job, queue)
+        self.requests.forget()
         try:
+            execution = self.prepare_execution(job)
+            self.fork_work_horse(job, queue)
             self.monitor_work_horse(job, queue, execution)
         except AWAY as error:
+            self._unsure = True
             log.warning("queue.away", error=error)  # RQ's copy of the result is lost; ours is on disk
         self.executions.clear()
         self._idle_since = time.monotonic()
-        patiently(lambda: self._settle(str(job.args[0])))
+        self._settle(str(job.args[0]))
         if self.config.settings.worker.release == "process":
             self.engine.stop(timeout_s=10)
 
     def _settle(self, job: str) -> None:
-        """A horse that was killed concluded nothing: the job goes back to the line."""
-        if self.line.running().get(job) == self.name:
-            recovery.settle_orphan(self.place, job, "the process that ran it was killed")
+        """A horse that was killed concluded nothing: the job goes back to the line, now or when the server is back."""
+        try:
+            if self.line.running().get(job) == self.name:
+                recovery.settle_orphan(self.place, job, "the process that ran it was killed")
+        except (*AWAY, QueueUnreachable, OSError) as error:
+            self._unsure = True
+            log.warning("job.unsettled", id=job, error=error)
+        if reason := self.shared.take_setback():
+            log.error("machine.setback", reason=reason)
+            self.setback.failed(reason)
+        else:
+            self.setback.lifted()
         if self.trouble.reason is None and not self.engine.running():
             self._probe()
 
@@ -302,7 +342,8 @@ class GpuWorker(Worker):
         if link is None:
             raise RuntimeError("a horse without an engine")  # execute_job ensures one before it forks
         self.shared.set(busy=True, deadline=time.monotonic() + HEARTBEAT_S)
-        result = Execution(self.place, link, self.requests, self.shared, job, execution).run()
+        place = replace(self.place, wait=self.requests.wait_unless_stopped)
+        result = Execution(place, link, self.requests, self.shared, job, execution).run()
         self.shared.set(busy=False)
         return result
 
@@ -347,6 +388,7 @@ class GpuWorker(Worker):
                 engine=f"running, pid {self.engine.pid}",
             )  # fmt: skip
         except AWAY as error:
+            self._unsure = True  # a client may have had to leave its jobs to the ledger
             log.debug("queue.away", error=error)  # the job goes on without a server
 
     def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
@@ -355,7 +397,8 @@ class GpuWorker(Worker):
             super().heartbeat(timeout, pipeline)
 
     def _finalize_success(self, job: SafeJob, queue: SafeQueue, execution: Any, return_value: Any) -> None:
-        patiently(lambda: super(GpuWorker, self)._finalize_success(job, queue, execution, return_value))
+        wait = self.requests.wait_unless_stopped
+        patiently(lambda: super(GpuWorker, self)._finalize_success(job, queue, execution, return_value), wait)
 
     def register_birth(self) -> None:
         """Register, replacing what a killed earlier life left: the lock says that it is dead."""
@@ -368,6 +411,11 @@ class GpuWorker(Worker):
 
     def check_for_suspension(self, burst: bool) -> None:  # noqa: FBT001 - RQ's signature
         """Nothing: `rq suspend` is one key for all workers; our holds are named and each worker's own."""
+
+    @property
+    def connection_timeout(self) -> float:
+        """RQ's own least timeout, for its blocking reads, of which we use none."""
+        return SERVER_TIMEOUT_S
 
     @property
     def should_run_maintenance_tasks(self) -> bool:
@@ -399,30 +447,35 @@ class GpuWorker(Worker):
     request_force_stop = request_stop
 
 
-def serve(config: Config) -> int:
-    """Run the worker of the configured device until a signal; returns the exit status."""
+def serve(config: Config, engine: Sequence[str] = ENGINE) -> int:
+    """Run the worker of the configured device until a signal; returns the exit status.
+
+    Raises:
+        NoUsableGpu: there is no such device.
+        BadConfig: see GpuWorker.run; also a server that refuses the password.
+    """
+    signal.signal(signal.SIGTERM, _leave)  # until the worker takes signals itself, nothing is under way
     machine = _await_device(config)
     server = _await_server(config)
-    return GpuWorker(config, machine, server).run()
+    return GpuWorker(config, machine, server, engine).run()
+
+
+def _leave(_signum: int, _frame: FrameType | None) -> None:
+    sys.exit(0)
 
 
 def _await_server(config: Config) -> redis.Redis:
     """Wait for the server: it may be loading, or start after us."""
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
     systemd.notify("STATUS=Waiting for the queue server")
     while True:
         try:
-            # longer than the longest blocking read, or an idle wait would look like an outage
-            return jobqueue.connect(config.url, timeout_s=30.0)
+            return jobqueue.connect(config.url, timeout_s=SERVER_TIMEOUT_S)
         except QueueUnreachable:
-            if stop.wait(0.2):
-                raise
+            time.sleep(0.2)  # a signal ends it
 
 
 def _await_device(config: Config) -> Machine:
     """Read the device, waiting a minute for a driver that loads late: a headless boot may start us first."""
-    stop = threading.Event()
     until = time.monotonic() + 60
     while True:
         try:
@@ -430,4 +483,4 @@ def _await_device(config: Config) -> Machine:
         except NoUsableGpu:
             if time.monotonic() > until:
                 raise
-            stop.wait(2.0)
+            time.sleep(2.0)  # a signal ends it

@@ -1,7 +1,9 @@
 """An engine without torch: a real process on the real link that does what the prompt says.
 
 The prompt is a list of words, one an attempt (the last repeats): `ok`, `slow` (3 s of steps), `fail`, `crash`
-(SIGKILLs itself), `hang` (no progress), `machine`. What it did is appended to outbox/runs.log.
+(SIGKILLs itself), `hang` (no progress), `machine`, `torn` (dies while it publishes), `late` (dies when it has
+published). What an earlier attempt began to publish it finishes first. What it did is appended to outbox/runs.log, who did it to
+outbox/engines.log.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections import defaultdict
 from datetime import datetime
 
 from safelight import config as settings
@@ -25,7 +28,7 @@ def main() -> None:
     config = settings.load()
     link = Link(socket.socket(fileno=int(sys.argv[-1])))
     ledger = Ledger(config.paths)
-    cancelled = threading.Event()
+    cancelled: dict[str, threading.Event] = defaultdict(threading.Event)
     jobs: list[dict] = []
     came = threading.Event()
 
@@ -39,15 +42,14 @@ def main() -> None:
                 jobs.append(message)
                 came.set()
             elif message["type"] == "cancel":
-                cancelled.set()
+                cancelled[message["execution"]].set()
 
     threading.Thread(target=read, daemon=True).start()
     while True:
         came.wait()
         came.clear()
         message = jobs.pop()
-        cancelled.clear()
-        run(link, config, ledger, message, cancelled)
+        run(link, config, ledger, message, cancelled[message["execution"]])
 
 
 def note(config: settings.Config, line: str) -> None:
@@ -61,7 +63,13 @@ def run(link: Link, config: settings.Config, ledger: Ledger, message: dict, canc
     words = spec.prompt.split()
     word = words[min(message["attempt"], len(words)) - 1]
     note(config, f"start {spec.id}")
+    (config.paths.outbox / "engines.log").open("a").write(f"{os.getpid()}\n")
     link.send("phase", execution, phase="denoise")
+    waiting = config.paths.unfinished / spec.id / "output.png"
+    if found := ledger.intended(spec.id):
+        waiting.rename(config.paths.outbox / f"{spec.id}.png")
+        finish(link, config, ledger, execution, found)
+        return
     if word == "crash":
         os.kill(os.getpid(), signal.SIGKILL)
     if word == "hang":
@@ -83,9 +91,22 @@ def run(link: Link, config: settings.Config, ledger: Ledger, message: dict, canc
         attempts=message["attempt"],
         finished_at=datetime.now().astimezone().isoformat(),
     )
+    if word == "torn":
+        waiting.parent.mkdir(parents=True)
+        waiting.touch()
     ledger.intend(receipt)
-    note(config, f"done {spec.id}")
-    ledger.fulfil(spec.id)
+    if word == "torn":
+        os.kill(os.getpid(), signal.SIGKILL)
+    finish(link, config, ledger, execution, receipt, late=word == "late")
+
+
+def finish(
+    link: Link, config: settings.Config, ledger: Ledger, execution: str, receipt: Receipt, *, late: bool = False
+) -> None:
+    note(config, f"done {receipt.id}")
+    ledger.fulfil(receipt.id)
+    if late:
+        os.kill(os.getpid(), signal.SIGKILL)
     link.send("done", execution, receipt=receipt.model_dump(mode="json"))
 
 

@@ -1,0 +1,97 @@
+"""Files are whole or absent, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from safelight import durable
+
+
+def test_a_file_is_written_with_its_folders_and_replaced_whole(tmp_path: Path) -> None:
+    file = tmp_path / "a" / "b" / "file"
+    durable.write(file, b"one")
+    durable.write(file, b"two")
+
+    assert file.read_bytes() == b"two"
+    assert [file] == list(file.parent.iterdir())
+
+
+@pytest.mark.parametrize("count", [0, 1, durable.SYNC_ONE_BY_ONE_MAX, durable.SYNC_ONE_BY_ONE_MAX + 1, 300])
+def test_many_files_are_all_there(tmp_path: Path, count: int) -> None:
+    durable.write_all((tmp_path / f"{i:03d}", str(i).encode()) for i in range(count))
+
+    assert {f"{i:03d}": str(i) for i in range(count)} == {file.name: file.read_text() for file in tmp_path.iterdir()}
+
+
+def test_a_group_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "in the way").write_text("a file, not a folder")
+    with pytest.raises(NotADirectoryError):
+        durable.write_all([(tmp_path / "first", b"1"), (tmp_path / "in the way" / "second", b"2")])
+
+    assert os.listdir(tmp_path) == ["in the way"]
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_leftover(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE makes the write fail in the middle, as a full disk does."""
+    file = tmp_path / "file"
+    file.write_bytes(b"old")
+    program = (
+        "import resource, sys; from pathlib import Path; from safelight import durable\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "durable.write(Path(sys.argv[1]), b'x' * 2000)\n"
+    )
+    done = _python(program, str(file))
+
+    assert done.returncode != 0
+    assert "File too large" in done.stderr
+    assert file.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_reader_never_sees_half_a_file_while_its_writer_is_killed(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    contents = [letter * 300_000 for letter in (b"a", b"b")]
+    durable.write(file, contents[0])
+    program = (
+        "import sys, itertools; from pathlib import Path; from safelight import durable\n"
+        "print('started', flush=True)\n"
+        "for letter in itertools.cycle('ab'): durable.write(Path(sys.argv[1]), letter.encode() * 300_000)\n"
+    )
+    chance = random.Random(20261122)
+    for _ in range(6):
+        writer = subprocess.Popen([sys.executable, "-c", program, str(file)], env=_env(), stdout=subprocess.PIPE)
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        until = time.monotonic() + chance.uniform(0.0, 0.05)
+        while time.monotonic() < until:
+            assert file.read_bytes() in contents
+        writer.kill()
+        writer.wait()
+        writer.stdout.close()
+
+        assert file.read_bytes() in contents
+
+
+def test_what_is_unfinished_is_hidden_from_every_scan(tmp_path: Path) -> None:
+    """Leftovers of a killed process start with a dot; no glob of the ledger takes them for its own."""
+    staged = durable._stage(tmp_path / "20261122-210000-000abcd.jsonl", b"x")
+
+    assert staged.parent == tmp_path
+    assert list(tmp_path.glob("[!.]*")) == []
+
+
+def _env() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(durable.__file__).parents[1])}
+
+
+def _python(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments], env=_env(), capture_output=True, text=True, timeout=60, check=False
+    )

