@@ -228,8 +228,8 @@ def sync_claims(paths: Paths, claims: Iterable[Claim]) -> None:
     for folder in {taken.path.rpartition("/")[0] for taken in claims}:
         try:
             durable.sync_folder(paths.inbox / folder)
-        except FileNotFoundError:
-            durable.sync_filesystem(paths.claimed)  # a person has removed or renamed the folder meanwhile
+        except OSError:
+            durable.sync_filesystem(paths.claimed)  # a person has removed, renamed or closed the folder meanwhile
 
 
 def is_unchanged(paths: Paths, taken: Claim, reading: Reading) -> bool:

@@ -130,7 +130,7 @@ class _Service:
         self._check_folder()
         queue = self._connected()
         started = time.monotonic()
-        next_s = self._intake.turn(queue, lambda: self._wake.stopping)
+        next_s = self._intake.turn(queue, self._is_stopping)
         spent_s = time.monotonic() - started
         added = self._watch is not None and self._watch.follow(self._intake.folders)
         if added:
@@ -142,9 +142,13 @@ class _Service:
         # a look at 100,000 waiting files must not become all we do
         return min(next_s, max(BUSY_S, 3 * spent_s))
 
+    def _is_stopping(self) -> bool:
+        systemd.notify("WATCHDOG=1")  # a turn may take longer than the manager's patience
+        return self._wake.stopping
+
     def _hold(self, error: Exception) -> float:
         """Say why nothing is taken, and return for how long; what was claimed waits in claimed/."""
-        reason = str(error)
+        reason = " ".join(str(error).split())
         if reason != self._reason:
             log.warning("inbox.holds", reason=reason)
         self._reason = reason

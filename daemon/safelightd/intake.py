@@ -30,7 +30,7 @@ from safelightd.inbox_pictures import Pictures, Wait
 from safelightd.logs import Log
 
 GROUP_FILES = 200
-"""Files claimed together: the syncs of a group took 24 ms of its 0.3 s (ext4 on a virtual disk, 2 cores, 2026-11-22)."""
+"""Files claimed together: a group's syncs took 24 ms of its 0.3 s (ext4 on a virtual disk, 2 cores, 2026-11-22)."""
 
 GROUP_BYTES = 4 << 20
 """Text held at once, but for a single file that is larger."""
@@ -126,8 +126,11 @@ class Intake:
         """The folders in the inbox, as of the last look."""
         return self._scan.folders if self._scan else ()
 
-    def turn(self, queue: JobQueue, stopping: Callable[[], bool]) -> float | None:
+    def turn(self, queue: JobQueue, is_stopping: Callable[[], bool]) -> float | None:
         """Finish what was claimed, then take what is due.
+
+        Args:
+            is_stopping: asked after each group, the first moment at which stopping leaves nothing half done.
 
         Returns:
             In how many seconds the next turn is worthwhile; None when nothing is on its way.
@@ -146,7 +149,7 @@ class Intake:
             claimed = self._claim(group, scan)
             self._commit(queue, claimed)
             taken += len(claimed)
-            if stopping() or time.monotonic() - scan.started_at > TURN_S:
+            if is_stopping() or time.monotonic() - scan.started_at > TURN_S:
                 return 0.0
         if taken or more:
             return 0.0  # pictures may go now that their texts have gone

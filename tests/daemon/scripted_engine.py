@@ -2,8 +2,8 @@
 
 The prompt is a list of words, one an attempt (the last repeats): `ok`, `slow` (3 s of steps), `fail`, `crash`
 (SIGKILLs itself), `hang` (no progress), `machine`, `torn` (dies while it publishes), `late` (dies when it has
-published). What an earlier attempt began to publish it finishes first. What it did is appended to outbox/runs.log, who did it to
-outbox/engines.log.
+published). What an earlier attempt began to publish it finishes first. What it did is appended to outbox/runs.log,
+who did it to outbox/engines.log.
 """
 
 from __future__ import annotations

@@ -479,10 +479,13 @@ def test_an_engine_that_hangs_is_killed_at_its_phases_deadline_and_cancelled_whe
 
 
 def test_an_engine_that_dies_after_it_has_published_has_done_its_job(worker: Running) -> None:
-    (spec,) = worker.submit("late")
+    (spec,) = worker.submit("crash crash late")
     worker.all_in([spec], "done")
+    receipt = worker.installation.ledger.receipt(spec.id)
 
-    assert worker.log() == [f"start {spec.id}", f"done {spec.id}"]
+    assert receipt is not None
+    assert receipt.state == "done"
+    assert worker.log() == [f"start {spec.id}"] * 3 + [f"done {spec.id}"]
 
 
 def test_a_job_that_is_finished_but_for_its_publishing_is_never_set_aside(worker: Running) -> None:
