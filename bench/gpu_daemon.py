@@ -1,13 +1,19 @@
 """The whole daemon on a CUDA machine with the tiny picture models: what the GPU holds between jobs, and after a kill.
 
-Prints JSON lines as it goes and exits 1 when the GPU keeps what it should have given back. Needs no weights.
+    python -m bench.gpu_daemon                 # needs no weights
+    python -m bench.gpu_daemon --wan FOLDER    # also cancels a full-size clip in the middle of a step;
+                                               # bench.gpu_phases wan --folder FOLDER --keep makes one of random weights
+
+Prints JSON lines as it goes and exits 1 when the GPU keeps what it should have given back.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pynvml
@@ -73,15 +79,43 @@ def measure(place: Scratch, worker: int, before: int) -> bool:
     return good
 
 
+def cancel_a_clip(place: Scratch, before: int) -> bool:
+    """Cancel a full-size clip while it denoises; True when it stops soon and the GPU is given back."""
+    queue = place.connect()
+    job = place.client("add", "waves", "--model", "wan-ti2v-5b", "--steps", "20").stdout.strip()
+    deadline = time.monotonic() + 180
+    while json.loads(queue.fields(job).get("progress", "{}")).get("i", 0) < 2:
+        if time.monotonic() > deadline:
+            say(step="clip", fields=queue.fields(job))
+            return False
+        time.sleep(0.05)
+    say(step="clip denoises", progress=json.loads(queue.fields(job)["progress"]), gpu_bytes=used_bytes() - before)
+    asked_at = time.monotonic()
+    place.client("cancel", job)
+    place.client("wait", job, "--timeout", "60", check=False)
+    stopped_s = time.monotonic() - asked_at
+    while used_bytes() - before > CONTEXT_BYTES_MAX and time.monotonic() - asked_at < 10:
+        time.sleep(0.05)
+    idle = used_bytes() - before
+    say(step="clip cancelled", state=queue.state(job), seconds=round(stopped_s, 2), gpu_bytes_after=idle)
+    return queue.state(job) == "cancelled" and idle < CONTEXT_BYTES_MAX
+
+
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--wan", type=Path, help="a diffusers folder of Wan 2.2 TI2V-5B")
+    folder: Path | None = parser.parse_args().wan
+    own = f'[models.wan-ti2v-5b]\npath = "{folder.absolute()}"\n' if folder else ""
     pynvml.nvmlInit()
-    with scratch(device="cuda") as place:
+    with scratch(device="cuda", more=own) as place:
         before = used_bytes()
         server = place.start("redis")
         place.connect()
         worker = place.start("worker")
         try:
             good = measure(place, worker.pid, before)
+            if folder:
+                good = cancel_a_clip(place, before) and good
         finally:
             worker.terminate()
             worker.wait()

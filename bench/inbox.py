@@ -1,6 +1,6 @@
 """How soon a dropped file is queued, and what 10,000 files at once cost. Real server, real inbox process, real files.
 
-    python bench/inbox.py [--files 10000] [--singles 30] [--folder /tmp]
+    python -m bench.inbox [--files 10000] [--singles 30]
 
 Prints JSON and exits 1 when a bar is missed: median of single files <= 2 s from close to queued with settle_s 1.0;
 10,000 files queued once each within 120 s, the inbox process never above 200 MiB.
@@ -14,37 +14,17 @@ import os
 import platform
 import random
 import re
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "client"), str(ROOT / "daemon")]
-
-from safelight import config as settings  # noqa: E402 - works from a checkout that is not installed
-from safelight import jobqueue  # noqa: E402
-from safelight.config import Config  # noqa: E402
-from safelight.errors import QueueUnreachable  # noqa: E402
-from safelight.jobqueue import JobQueue  # noqa: E402
-from safelightd import redis_server  # noqa: E402
-
-SETTINGS = """\
-[paths]
-inbox = "inbox"
-outbox = "outbox"
-state = "state"
-models = "models"
-[worker]
-device = "cpu"
-[defaults]
-image_model = "tiny-flux-schnell"
-"""
+from bench.scratch import Scratch, scratch
+from safelight.config import Config
+from safelight.jobqueue import JobQueue
 
 MEDIAN_S_MAX = 2.0
 ALL_QUEUED_S_MAX = 120.0
@@ -54,30 +34,17 @@ WORKER = "bench"
 """The queue wakes the workers it knows at every submission: being one is how we learn of it at once."""
 
 
-def start(folder: Path) -> tuple[Config, JobQueue, list[subprocess.Popen[bytes]]]:
-    """Start a server and the inbox process in `folder`; return them, ready."""
-    (folder / "safelight.toml").write_text(SETTINGS, encoding="utf-8")
-    env = {**os.environ, "SAFELIGHT_CONFIG": str(folder / "safelight.toml"), "XDG_RUNTIME_DIR": str(folder),
-           "PYTHONPATH": os.pathsep.join(sys.path[:2])}  # fmt: skip
-    config = settings.load(env)
-    for needed in (config.paths.redis, config.paths.socket.parent):
-        needed.mkdir(parents=True)
-    binary = redis_server.find_binary()
-    server = subprocess.Popen(
-        redis_server.command(binary, config.paths.socket, config.paths.redis), stdout=subprocess.DEVNULL
-    )
-    while True:
-        try:
-            queue = JobQueue(jobqueue.connect(config.url, timeout_s=30.0, retries=0))
-            break
-        except QueueUnreachable:
-            time.sleep(0.02)  # it has no other way to tell
+def start(place: Scratch) -> tuple[JobQueue, list[subprocess.Popen[bytes]]]:
+    """Start a server and the inbox process; return the queue and both, ready."""
+    server = place.start("redis")
+    queue = place.connect()
     queue.publish_worker(WORKER, 3600)
-    config.paths.inbox.mkdir()
-    (config.paths.inbox / "warm-up.txt").write_text("the process is up when this is queued\n", encoding="utf-8")
-    inbox = subprocess.Popen([sys.executable, "-m", "safelightd.cli", "inbox"], env=env, stderr=subprocess.DEVNULL)
+    inbox = place.config.paths.inbox
+    inbox.mkdir()
+    (inbox / "warm-up.txt").write_text("the process is up when this is queued\n", encoding="utf-8")
+    process = place.start("inbox")
     await_queued(queue, 1, 60.0)
-    return config, queue, [server, inbox]
+    return queue, [server, process]
 
 
 def single_files(config: Config, queue: JobQueue, files: int) -> list[float]:
@@ -136,24 +103,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--singles", type=int, default=30)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the inbox is made")
     asked = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="sl-bench-", dir=asked.folder))
-    config, queue, processes = start(folder)
-    try:
-        waits = sorted(single_files(config, queue, asked.singles))
-        many = drop_at_once(config, queue, asked.files)
-        once = queued_once(queue, asked.files)
-        peak = peak_mib(processes[1].pid)
-        processes[1].send_signal(signal.SIGTERM)
-        stopped = time.monotonic()
-        status = processes[1].wait(60)
-        stop_s = time.monotonic() - stopped
-    finally:
-        for process in reversed(processes):
-            process.kill()
-            process.wait()
-        shutil.rmtree(folder)
+    with scratch() as place:
+        queue, processes = start(place)
+        try:
+            waits = sorted(single_files(place.config, queue, asked.singles))
+            many = drop_at_once(place.config, queue, asked.files)
+            once = queued_once(queue, asked.files)
+            peak = peak_mib(processes[1].pid)
+            processes[1].send_signal(signal.SIGTERM)
+            stopped = time.monotonic()
+            status = processes[1].wait(60)
+            stop_s = time.monotonic() - stopped
+        finally:
+            for process in reversed(processes):
+                process.terminate()
+                process.wait()
     figures = {
         "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "python": platform.python_version()},
         "single_files": {

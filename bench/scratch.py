@@ -46,10 +46,10 @@ class Scratch:
         """Start one of the daemon's processes."""
         return subprocess.Popen([sys.executable, "-m", "safelightd.cli", *words], env=self.env)
 
-    def client(self, *words: str) -> subprocess.CompletedProcess[str]:
+    def client(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run one client command to its end."""
         command = [sys.executable, "-m", "safelight.cli", *words]
-        return subprocess.run(command, env=self.env, check=True, capture_output=True, text=True)
+        return subprocess.run(command, env=self.env, check=check, capture_output=True, text=True)
 
     def connect(self) -> jobqueue.JobQueue:
         """Return the queue once its server answers."""
@@ -61,10 +61,10 @@ class Scratch:
 
 
 @contextmanager
-def scratch(device: str = "cpu") -> Iterator[Scratch]:
+def scratch(device: str = "cpu", more: str = "") -> Iterator[Scratch]:
     """Make an installation and remove it again; processes started in it are the caller's to stop."""
     root = Path(tempfile.mkdtemp(prefix="slb-"))
-    (root / "safelight.toml").write_text(SETTINGS.format(device=device), encoding="utf-8")
+    (root / "safelight.toml").write_text(SETTINGS.format(device=device) + more, encoding="utf-8")
     own = {"SAFELIGHT_CONFIG": str(root / "safelight.toml"), "XDG_RUNTIME_DIR": str(root / "run")}
     env = {**os.environ, **own}
     try:

@@ -22,10 +22,10 @@ from safelight.cli import main
 ROOT = Path(__file__).parents[1]
 
 PYTHON_LINES_MAX = 500
+TEST_LINES_MAX = 700
+"""A test file is a list of cases: it may be longer than what it tests."""
 
 FORBIDDEN = {
-    "a folder beside the repository": re.compile(r"\.\./" + "shared"),
-    "a path of one machine": re.compile(r"(?<![\w.~-])/(?:" + r"work/|root/\.)"),
     "the address of a package index": re.compile("index" + r"-url|pypi\.org/|/simp" + "le/"),
     "work put off": re.compile("TO" + "DO|FIX" + "ME"),
 }
@@ -88,7 +88,10 @@ def test_a_reason_is_recognised(source: str, lines: list[int]) -> None:
 def test_no_python_file_is_too_long_to_read_at_one_sitting() -> None:
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files("*.py")}
 
-    assert {name: length for name, length in lengths.items() if length > PYTHON_LINES_MAX} == {}
+    def longest(name: str) -> int:
+        return TEST_LINES_MAX if name.startswith("tests/") else PYTHON_LINES_MAX
+
+    assert {name: length for name, length in lengths.items() if length > longest(name)} == {}
 
 
 @needs_git

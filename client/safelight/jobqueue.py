@@ -158,7 +158,15 @@ def check_server(server: redis.Redis) -> None:
 def place(spec: JobSpec) -> str:
     """Return where a job stands in the line: priority, then not_before, then order of submission (its id)."""
     not_before = int(datetime.fromisoformat(spec.not_before).timestamp()) if spec.not_before else 0
-    return f"{PRIORITIES.index(spec.priority)}:{not_before:012d}:{spec.id}"
+    return f"{PRIORITIES.index(spec.priority)}:{max(not_before, 0):012d}:{spec.id}"
+
+
+_PLACE = re.compile(r"[0-3]:\d{12}:[A-Za-z0-9-]+")
+
+
+def is_place(written: str) -> bool:
+    """Whether this can stand in the line: an id becomes the name of files, and others may write to the server."""
+    return bool(_PLACE.fullmatch(written))
 
 
 BRIEF_SHAPE_END = ',"batch":'
@@ -230,7 +238,7 @@ class JobQueue:
     def waiting_ids(self) -> list[str]:
         """Return the ids of the line in order."""
         places = cast("list[bytes]", self.server.zrange("safelight:waiting", 0, -1))
-        return [item.decode().split(":", 2)[2] for item in places]
+        return [item.decode(errors="replace").split(":", 2)[-1] for item in places]
 
     def running(self) -> dict[str, str]:
         """Return what runs: id -> worker."""
@@ -344,8 +352,12 @@ class JobQueue:
     def next_due(self, classes: Sequence[int], now: float) -> tuple[str | None, float | None]:
         """Return the place of the next due job, or None and the seconds until one is due (None: none is)."""
         raw_place, due_in = self._run("next", int(now), *classes)
-        found = bytes(raw_place).decode()
+        found = bytes(raw_place).decode(errors="surrogateescape")
         return (found or None), (None if due_in < 0 else float(due_in))
+
+    def drop(self, where: str) -> None:
+        """Remove from the line what is no place of a job."""
+        self.server.zrem("safelight:waiting", where.encode(errors="surrogateescape"))
 
     def dispatch(
         self, worker: str, where: str, rq_queue_key: str, rq_queue_name: str, rq_job_id: str, rq_job_key: str,

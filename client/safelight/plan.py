@@ -16,12 +16,13 @@ BASELINE_BYTES = int(0.8 * GIB)
 """CUDA context, cuBLAS and cuDNN: an idle context holds 527 MiB (H100 80GB, torch 2.11, 2026-11-22), the libraries
 the rest."""
 
-ACTIVATION_BYTES_PER_TOKEN = {"flux": 106_000, "wan": 160_000}
-"""Peak of one bf16 forward, weights excluded, from full-size forwards on meta tensors (diffusers 0.42.1)."""
+ACTIVATION_BYTES_PER_TOKEN = {"flux": 114_000, "wan": 202_000}
+"""Peak of one bf16 forward above the weights: FLUX.1-schnell at 1024x1024 22.61 GiB, Wan 2.2 5B at 1280x704x121 with a
+timestep a token 14.54 GiB (bench/gpu_phases.py, H100 80GB, torch 2.11, 2026-11-22)."""
 
-DECODE_BYTES_PER_PIXEL = {"flux": 2_450, "wan": 8_200}
-"""Peak of a whole bf16 decode: FLUX 2.6 GiB at 1024x1024 and 9.7 at 2048x2048; Wan 2.2 11.9 GiB at 1280x704x121 with
-its weights (H100 80GB, 2026-11-22)."""
+DECODE_BYTES_PER_PIXEL = {"flux": 2_450, "wan": 9_020}
+"""Peak of a whole bf16 decode above the VAE: FLUX 2.57 GiB at 1024x1024, Wan 2.2 11.32 GiB at 1280x704x121 (the same
+run), less the frames below."""
 
 DECODE_BYTES_PER_PIXEL_AND_FRAME = 24
 """The decoded clip in float32, held twice while its parts are joined."""

@@ -54,13 +54,13 @@ PROMPTS = {
 }
 
 
-def run(folder: Path) -> int:
+def run(folder: Path, console: Console | None = None) -> int:
     """Show everything in `folder`; returns 0 when every job was done and verified.
 
     Raises:
         SafelightError: a job did not end well, with its reason.
     """
-    console = Console(highlight=False)
+    console = console or Console(highlight=False)
     folder = folder.absolute()
     runtime = tempfile.mkdtemp(prefix="safelight-demo-")  # a unix socket's path must be short
     os.environ["XDG_RUNTIME_DIR"] = runtime
@@ -119,7 +119,7 @@ class _Show:
         try:
             self._queue = self._queue or JobQueue(jobqueue.connect(self._config.url, timeout_s=2.0, retries=0))
             queue = self._queue
-            rows = list(queue.rows([job for job in (*queue.running(), *queue.ended_ids()) if job > self.since]))
+            rows = list(queue.rows([job for job in (*queue.ended_ids(), *queue.running()) if job > self.since]))
         except (QueueUnreachable, *jobqueue.AWAY):
             self._queue = None
             return False

@@ -107,6 +107,8 @@ class Engine:
                 log.exception("job.broke", execution=execution, phase=watch.current)
         done.set()
         device.release()
+        if kept := device.held_bytes():
+            log.warning("device.kept", execution=execution, bytes=kept)
         self._execution = ""
         self._cancelled_early.discard(execution)
         self._link.send("done" if verdict["kind"] == "done" else "failed", execution, **verdict)

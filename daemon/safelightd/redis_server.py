@@ -22,7 +22,7 @@ from safelightd import linux, systemd
 
 NAMES = ("valkey-server", "redis-server")
 
-DYING_S = 5.0
+DYING_S = 3.0
 """A killed server frees its memory before it lets go of its data: that must not end its successor for good."""
 
 

@@ -7,7 +7,8 @@ import socket
 
 
 def notify(*lines: str) -> None:
-    """Tell the service manager, e.g. `notify("READY=1", "STATUS=Waiting for jobs")`."""
+    """Tell the service manager, e.g. `notify("READY=1", "STATUS=Waiting for jobs")`; a reason of several lines becomes
+    one."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -15,7 +16,7 @@ def notify(*lines: str) -> None:
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
         channel.connect(address)
-        channel.sendall("\n".join(lines).encode())
+        channel.sendall("\n".join(" ".join(line.splitlines()) for line in lines).encode(errors="backslashreplace"))
 
 
 def watchdog_s() -> float | None:

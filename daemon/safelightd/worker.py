@@ -50,8 +50,8 @@ WORKER_TTL_S = 30
 
 AWAY_POLL_S = 1.0
 SERVER_TIMEOUT_S = 10.0
-"""For one answer; longer than the longest blocking read, or an idle wait would look like an outage. With its retries a
-call on a server that hangs takes 40 s, well within the watchdog's time."""
+"""For one answer; longer than the longest blocking read, or an idle wait would look like an outage. With its second try
+a call on a server that hangs takes 20 s, well within the watchdog's time."""
 
 FORGOTTEN_S = 90
 HOLD_POLL_S = 2.0
@@ -228,6 +228,10 @@ class GpuWorker(Worker):
 
     def _dispatch(self, where: str) -> tuple[SafeJob, SafeQueue] | None:
         """Move one job from the line into our own queue, as an RQ job of this one execution, and take it from there."""
+        if not jobqueue.is_place(where):
+            log.error("queue.malformed", place=where)
+            self.line.drop(where)
+            return None
         job = where.split(":", 2)[2]
         execution = f"{job}_{time.time_ns()}"
         queue = self.queues[0]
@@ -469,7 +473,7 @@ def _await_server(config: Config) -> redis.Redis:
     systemd.notify("STATUS=Waiting for the queue server")
     while True:
         try:
-            return jobqueue.connect(config.url, timeout_s=SERVER_TIMEOUT_S)
+            return jobqueue.connect(config.url, timeout_s=SERVER_TIMEOUT_S, retries=1)
         except QueueUnreachable:
             time.sleep(0.2)  # a signal ends it
 

@@ -122,6 +122,10 @@ def test_a_place_sorts_as_its_job_should(queue: JobQueue) -> None:
     assert jobqueue.place(spec) == f"1:000000000000:{spec.id}"
     assert len(jobqueue.place(dated)) == len(jobqueue.place(spec))
     assert [jobqueue.place(spec.model_copy(update={"priority": name}))[0] for name in PRIORITIES] == list("0123")
+    long_ago = spec.model_copy(update={"not_before": "1969-01-01T00:00:00+00:00"})
+    assert jobqueue.place(long_ago) == jobqueue.place(spec)
+    assert jobqueue.is_place(jobqueue.place(dated))
+    assert not jobqueue.is_place("1:000000000000:../../evil")
 
 
 def test_two_workers_never_take_the_same_job(queue: JobQueue, installation: Installation) -> None:

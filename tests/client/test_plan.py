@@ -65,7 +65,7 @@ def test_a_gpu_gets_bf16_with_one_component_at_a_time_and_the_cpu_float32() -> N
 def test_the_prediction_of_flux_is_its_weights_and_little_more() -> None:
     predicted = make_plan(job(), gpu(40), TABLE, {}).predicted
 
-    assert predicted["encode"].device_bytes == 2 * 4_762_310_656
+    assert 2 * 4_762_310_656 <= predicted["encode"].device_bytes < 2 * 4_762_310_656 + GIB
     assert 2 * 11_891_178_560 < predicted["denoise"].device_bytes < 2 * 11_891_178_560 + GIB
     assert 2.4 * GIB < predicted["decode"].device_bytes < 2.7 * GIB
 
@@ -113,7 +113,8 @@ def test_a_clip_that_is_too_long_is_refused_with_the_longest_that_fits() -> None
 def test_text_encoders_on_the_cpu_need_ram_and_no_gpu_memory() -> None:
     predicted = make_plan(job(text_encoder_device="cpu"), gpu(40), TABLE, {}).predicted["encode"]
 
-    assert (predicted.device_bytes, predicted.host_bytes) == (0, 2 * 4_762_310_656)
+    assert predicted.device_bytes == 0
+    assert 2 * 4_762_310_656 <= predicted.host_bytes < 2 * 4_762_310_656 + GIB
     with pytest.raises(DoesNotFit, match="GiB of RAM"):
         make_plan(job(text_encoder_device="cpu"), gpu(40, ram_gib=4), TABLE, {})
 

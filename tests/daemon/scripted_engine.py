@@ -1,6 +1,6 @@
 """An engine without torch: a real process on the real link that does what the prompt says.
 
-The prompt is a list of words, one an attempt (the last repeats): `ok`, `slow` (3 s of steps), `fail`, `crash`
+The prompt is a list of words, one an attempt (the last repeats): `ok`, `slow` (2 s of steps), `fail`, `crash`
 (SIGKILLs itself), `hang` (no progress), `machine`, `torn` (dies while it publishes), `late` (dies when it has
 published). What an earlier attempt began to publish it finishes first. What it did is appended to outbox/runs.log,
 who did it to outbox/engines.log.
@@ -78,7 +78,7 @@ def run(link: Link, config: settings.Config, ledger: Ledger, message: dict, canc
         kind = {"fail": "job"}.get(word, word)
         link.send("failed", execution, kind=kind, message=f"it was told to {word}", phase="denoise")
         return
-    steps = 30 if word == "slow" else 1
+    steps = 20 if word == "slow" else 1
     for i in range(1, steps + 1):
         link.send("step", execution, phase="denoise", i=i, n=steps, seconds_left=0.1 * (steps - i))
         if cancelled.wait(0.1 if word == "slow" else 0.01):

@@ -55,8 +55,20 @@ def answers(installation: Installation) -> bool:
 
 
 def server_of(process: subprocess.Popen[str]) -> psutil.Process:
-    eventually(lambda: psutil.Process(process.pid).children())
-    return psutil.Process(process.pid).children()[0]
+    """Return the server once it runs; before it, the parent asks the binary for its version."""
+
+    def serving() -> list[psutil.Process]:
+        return [child for child in psutil.Process(process.pid).children() if "unixsocket" in title_of(child)]
+
+    eventually(serving)
+    return serving()[0]
+
+
+def title_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def said(process: subprocess.Popen[str], status: int) -> str:

@@ -25,10 +25,10 @@ def test_one_call_is_one_datagram_of_lines(
     manager.bind(str(tmp_path / "notify"))
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
     systemd.notify("READY=1", "STATUS=Waiting for jobs: Füchse")
-    systemd.notify("WATCHDOG=1")
+    systemd.notify("WATCHDOG=1", "STATUS=Held: a\nSTOPPING=1 \udcff")
 
     assert manager.recv(1000).decode() == "READY=1\nSTATUS=Waiting for jobs: Füchse"
-    assert manager.recv(1000) == b"WATCHDOG=1"
+    assert manager.recv(1000) == b"WATCHDOG=1\nSTATUS=Held: a STOPPING=1 \\udcff"
 
 
 def test_an_abstract_address_is_understood(manager: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:

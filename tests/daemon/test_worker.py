@@ -543,7 +543,7 @@ def test_a_quarantined_job_that_is_retried_has_all_its_attempts_again(worker: Ru
 
 def test_night_jobs_wait_for_the_window_and_dated_jobs_for_their_time(launch: Launch) -> None:
     now = datetime.now().astimezone()
-    soon = (now + timedelta(seconds=5)).isoformat(timespec="seconds")
+    soon = (now + timedelta(seconds=3)).isoformat(timespec="seconds")
     opens, closes = ((now + timedelta(hours=hours)).strftime("%H:%M") for hours in (2, 3))
     worker = launch(rest=f'window = "{opens}-{closes}"\n')
     (night,) = worker.submit("ok", priority="night")
@@ -582,13 +582,16 @@ def test_the_engine_leaves_after_each_job_or_when_idle_as_the_settings_say(launc
 
 def test_a_job_of_a_client_that_cannot_write_the_ledger_gets_its_entry_here(worker: Running) -> None:
     ledger = worker.installation.ledger
-    (spec,) = specs_of(worker.installation, ["slow"], accepted=False)
+    (spec,) = specs_of(worker.installation, ["ok"], accepted=False)
     worker.queue.submit([spec])
-    eventually(lambda: worker.log() == [f"start {spec.id}"])
+    worker.all_in([spec], "done")
 
     assert ledger.spec(spec.id) == spec
 
+    worker.queue.server.flushall()
     worker.all_in([spec], "done")
+
+    assert worker.times_done(spec) == 1
 
 
 def test_a_job_in_the_queue_that_is_no_job_is_set_aside_and_the_rest_go_on(worker: Running) -> None:
@@ -603,11 +606,14 @@ def test_a_job_in_the_queue_that_is_no_job_is_set_aside_and_the_rest_go_on(worke
     write(f"safelight:job:{strange.id}", "spec", '{"prompt": 1}')
     write(f"safelight:job:{other.id}", "spec", other.model_copy(update={"id": "../../evil"}).model_dump_json())
     write(f"safelight:job:{known.id}", "spec", "not even JSON")
+    for place in ("1:000000000000:../../evil", "1:", "1:soon:x", b"1:\xff"):
+        worker.queue.server.zadd("safelight:waiting", {place: 0})
     worker.queue.lift_user_hold()
     worker.all_in([strange, other], "failed")
     worker.all_in([known, fine], "done")
 
     assert "nor the ledger knows" in worker.queue.fields(strange.id)["error"]
+    eventually(lambda: worker.queue.waiting_ids() == [])
     assert worker.process.poll() is None
     assert not list(worker.installation.root.rglob("*evil*"))
 

@@ -459,6 +459,7 @@ def is_finished(installation: Installation) -> bool:
 def check_nothing_lost_nothing_doubled(installation: Installation, queue: JobQueue) -> None:
     jobs = line(queue)
     assert Counter("fox" if job.prompt.endswith("fox") else job.prompt for job in jobs) == JOBS
+    assert [job.prompt for job in jobs if job.image] == ["a cat"]
     assert [job.model_dump() for job in installation.ledger.accepted()] == [
         job.model_dump() for job in sorted(jobs, key=lambda job: job.id)
     ]
