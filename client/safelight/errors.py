@@ -34,6 +34,19 @@ class InvalidJob(SafelightError):
         super().__init__("\n".join(str(fault) for fault in self.faults))
 
 
+def in_order(faults: Sequence[Fault]) -> list[Fault]:
+    """Return distinct faults as a reader meets them: file after file as first named, line after line."""
+    names: dict[str, int] = {}
+
+    def place(fault: Fault) -> tuple[int, int]:
+        name, _, line = fault.where.rpartition(":")
+        if not line.isdigit():
+            name, line = fault.where, "0"
+        return names.setdefault(name, len(names)), int(line)
+
+    return sorted(dict.fromkeys(faults), key=place)
+
+
 class BadConfig(SafelightError):
     """The settings or the installation are wrong; restarting will not help."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import TypeVar
 
@@ -60,6 +60,14 @@ def parse_file(path: Path) -> list[Draft]:
     return parse(content, str(path))
 
 
+class InvalidPromptFile(InvalidJob):
+    """A prompt file cannot be read as a whole; `drafts` are what could be read, for their own faults to be found."""
+
+    def __init__(self, faults: Sequence[Fault], drafts: Sequence[Draft] = ()) -> None:
+        super().__init__(faults)
+        self.drafts = tuple(drafts)
+
+
 def parse(content: bytes, name: str) -> list[Draft]:
     """Return the drafts of a prompt file, in its order.
 
@@ -67,21 +75,21 @@ def parse(content: bytes, name: str) -> list[Draft]:
         name: what messages show; its suffix decides the format.
 
     Raises:
-        InvalidJob: every fault of the file.
+        InvalidPromptFile: every fault of how the file is written.
     """
     faults = Faults(name)
     drafts: list[Draft] = []
     suffix = PurePath(name).suffix.lower()
     if suffix not in _READERS:
         faults.add(f"{suffix or 'a name without a suffix'} is no prompt file", f"Known: {', '.join(SUFFIXES)}.")
-        raise InvalidJob(faults.found)
+        raise InvalidPromptFile(faults.found)
     text = _decoded(content, TEXT_BYTES_MAX if suffix in (".txt", ".md") else TABLE_BYTES_MAX, faults)
     if text is not None:
         drafts = _READERS[suffix](text, faults)
     if not drafts and not faults.found:
         faults.add("there is no prompt in it", "Write what the picture should show.")
     if faults.found:
-        raise InvalidJob(faults.found)
+        raise InvalidPromptFile(faults.found, drafts)
     return drafts
 
 

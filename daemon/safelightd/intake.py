@@ -18,14 +18,15 @@ from typing import NamedTuple, TypeVar
 
 from safelight import drops, expand, inbox, pairing, promptfile
 from safelight.config import Config
+from safelight.draft import Draft
 from safelight.drops import Entry, Patience, Scan
-from safelight.errors import Fault, InvalidJob, LedgerDamaged, SafelightError
+from safelight.errors import Fault, InvalidJob, LedgerDamaged, SafelightError, in_order
 from safelight.inbox import Claim, Filing, Reading
 from safelight.jobqueue import JobQueue
 from safelight.jobspec import JobSpec
 from safelight.ledger import Ledger
 from safelight.models import Models
-from safelight.promptfile import Draft
+from safelight.promptfile import InvalidPromptFile
 from safelightd.inbox_pictures import Pictures, Wait
 from safelightd.logs import Log
 
@@ -56,7 +57,7 @@ REPEAT_S = 3600.0
 MACHINE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE})
 """Not this file's fault: everything waits."""
 
-Made = TypeVar("Made")
+Answer = TypeVar("Answer")
 log = Log("safelight.inbox")
 
 
@@ -77,6 +78,14 @@ class Text(NamedTuple):
     reading: Reading
     drafts: Sequence[Draft]
     faults: Sequence[Fault]
+
+
+class Made(NamedTuple):
+    """What a file came to."""
+
+    specs: list[JobSpec]
+    pictures: set[str]
+    """Paths in the inbox of the pictures its jobs use."""
 
 
 class Later(NamedTuple):
@@ -283,28 +292,29 @@ class Intake:
         self._queue(queue, lot)
 
     def _add(self, lot: Lot, taken: Taken) -> None:
-        """Add a file's jobs to the lot, or its refusal."""
-        faults, specs = taken.faults or (taken.text.faults if taken.text else ()), []
-        if not faults:
+        """Add a file's jobs to the lot, or its refusal with every fault: how it is written, and what it asks for."""
+        faults = list(taken.faults or (taken.text.faults if taken.text else ()))
+        made: Made | None = None
+        if not taken.faults:
             try:
-                specs = _or_refuse(taken.claim.path, lambda: self._expand(taken))
+                made = _or_refuse(taken.claim.path, lambda: self._expand(taken))
             except InvalidJob as error:
-                faults = error.faults
-        if faults:
-            lot.filings.append(inbox.rejection(self._paths, taken.claim, faults))
-            log.warning(
-                "inbox.rejected", file=inbox.shown(taken.claim.path), faults=len(faults), why=lot.filings[-1].note
-            )
+                faults += error.faults
+        if faults or made is None:
+            filing = inbox.rejection(self._paths, taken.claim, in_order(faults))
+            lot.filings.append(filing)
+            log.warning("inbox.rejected", file=inbox.shown(taken.claim.path), faults=len(faults), why=filing.note)
             return
-        lot.new[taken.claim.submission] = specs
-        lot.filings.append(self._acceptance(taken, specs))
+        self._pictures.note_used(made.pictures, taken.claim.submission)
+        lot.new[taken.claim.submission] = made.specs
+        lot.filings.append(self._acceptance(taken, made.specs))
 
     def _acceptance(self, taken: Taken, specs: Sequence[JobSpec]) -> Filing:
         sha256 = taken.text.reading.sha256 if taken.text else None
         return inbox.acceptance(self._paths, taken.claim, specs, sha256, datetime.now().astimezone())
 
-    def _expand(self, taken: Taken) -> list[JobSpec]:
-        """Return a file's jobs; its pictures are among the inputs then.
+    def _expand(self, taken: Taken) -> Made:
+        """Return a file's jobs and the pictures they use, which are among the inputs then.
 
         Raises:
             InvalidJob: every fault of the file.
@@ -330,8 +340,7 @@ class Intake:
             wildcards=self._paths.wildcards,
             max_jobs=self._config.settings.inbox.max_jobs_per_file,
         )
-        self._pictures.note_used(stored, claim.submission)
-        return specs
+        return Made(specs, stored)
 
     def _queue(self, queue: JobQueue, lot: Lot) -> None:
         """Claims, ledger, queue, files, in that order: a crash between any two is finished by the next turn."""
@@ -360,10 +369,11 @@ def _read_text(top: Path, entry: Entry, path: str) -> Text | None:
     try:
         return Text(reading, _or_refuse(path, lambda: promptfile.parse(reading.content, path)), ())
     except InvalidJob as error:
-        return Text(reading, (), error.faults)
+        drafts = error.drafts if isinstance(error, InvalidPromptFile) else ()
+        return Text(reading, drafts, error.faults)
 
 
-def _or_refuse(path: str, make: Callable[[], Made]) -> Made:
+def _or_refuse(path: str, make: Callable[[], Answer]) -> Answer:
     """Return what `make` makes of a file.
 
     A defect of ours that a file brings to light becomes the refusal of that file: it must not stop all the others,

@@ -181,8 +181,10 @@ def test_an_ended_job_is_listed_as_it_ended_and_leaves_after_its_days(queue: Job
     (spec,) = jobs(1)
     queue.submit([spec])
     take(queue, "w")
+    queue.server.zadd("safelight:ended", {"long-ago": NOW - 15 * 86_400, "lately": NOW - 13 * 86_400})
 
     assert queue.conclude(receipt(spec, state), "w")
+    assert queue.server.zrem("safelight:ended", "long-ago", "lately") == 1
 
     (row,) = queue.rows([spec.id])
     assert (row.state, row.attempts, row.batch, row.model) == (state, 2, "night", "tiny-flux-schnell")

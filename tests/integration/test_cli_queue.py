@@ -355,3 +355,17 @@ def test_doctor_refuses_a_server_that_evicts(safelight: Safelight, queue: JobQue
 
     assert result.exit_code == 3
     assert "allkeys-lru" in result.stdout
+
+
+def test_batch_names_what_is_miswritten_and_what_is_illegal_in_one_answer(
+    safelight: Safelight, queue: JobQueue, tmp_path: Path
+) -> None:
+    """A spelling fault on one line must not hide a value fault on another."""
+    file = tmp_path / "night.txt"
+    file.write_text("a {fox\na boat\n--prompt two --stpes 3\n--prompt three --width 1030\n")
+
+    result = safelight("batch", str(file))
+
+    assert result.exit_code == 2
+    assert [line.split(": ")[0].rsplit(":", 1)[1] for line in result.stderr.splitlines()] == ["1", "3", "4"]
+    assert queue.counts()["queued"] == 0

@@ -36,6 +36,8 @@ class Source:
     """Of the jobs that name none."""
     trusted: bool = False
     """Typed by the person at the keyboard, who may name any picture; a file may only name those beside it."""
+    faults: tuple[Fault, ...] = ()
+    """Of what could not be read as a draft; the drafts may have faults of their own."""
 
 
 BATCH = click.option("--batch", metavar="NAME", help="The folder of the outputs, and a name for all these jobs.")
@@ -115,36 +117,34 @@ def batch(
 def sources_of_files(
     files: Sequence[Path], fields: Mapping[str, str | None], sweeps: tuple[str, ...], *, suffix: str | None = None
 ) -> list[Source]:
-    """Return what prompt files say.
+    """Return what prompt files say, and what is wrong with how it is written.
 
     Args:
         fields: what the command line says of every job, over the file; so does `sweeps`.
         suffix: the format of stdin, which `-` names.
-
-    Raises:
-        InvalidJob: every fault of every file.
     """
     from safelight import promptfile
     from safelight.draft import sweep
-    from safelight.errors import InvalidJob
+    from safelight.promptfile import InvalidPromptFile
 
     axes = dict(sweep(text) for text in sweeps)
     sources: list[Source] = []
-    faults: list[Fault] = []
     for file in files:
+        path = file.expanduser()
+        stdin = str(file) == "-"
+        base, batch = (Path.cwd(), "stdin") if stdin else (path.parent, path.stem)
         try:
-            if str(file) == "-":
-                content = sys.stdin.buffer.read(promptfile.TABLE_BYTES_MAX + 1)
-                drafts = promptfile.parse(content, f"stdin.{_stdin_format(suffix)}")
-                sources.append(Source(_over(drafts, fields, axes), Path.cwd(), "stdin"))
-            else:
-                path = file.expanduser()
-                sources.append(Source(_over(promptfile.parse_file(path), fields, axes), path.parent, path.stem))
-        except InvalidJob as error:
-            faults += error.faults
-    if faults:
-        raise InvalidJob(faults)
+            drafts = promptfile.parse(*_stdin(suffix)) if stdin else promptfile.parse_file(path)
+            sources.append(Source(_over(drafts, fields, axes), base, batch))
+        except InvalidPromptFile as error:
+            sources.append(Source(_over(error.drafts, fields, axes), base, batch, faults=error.faults))
     return sources
+
+
+def _stdin(suffix: str | None) -> tuple[bytes, str]:
+    from safelight import promptfile
+
+    return sys.stdin.buffer.read(promptfile.TABLE_BYTES_MAX + 1), f"stdin.{_stdin_format(suffix)}"
 
 
 def _stdin_format(suffix: str | None) -> str:
@@ -153,7 +153,9 @@ def _stdin_format(suffix: str | None) -> str:
     return suffix
 
 
-def _over(drafts: list[Draft], fields: Mapping[str, str | None], axes: Mapping[str, tuple[object, ...]]) -> list[Draft]:
+def _over(
+    drafts: Sequence[Draft], fields: Mapping[str, str | None], axes: Mapping[str, tuple[object, ...]]
+) -> list[Draft]:
     """Return the drafts with what the command line says, which wins over the file."""
     given = {name: value for name, value in fields.items() if value is not None}
     replaced = (*given, *axes)
@@ -179,7 +181,7 @@ def expand_all(
         InvalidJob: every fault of every source.
     """
     from safelight import ledger
-    from safelight.errors import InvalidJob
+    from safelight.errors import InvalidJob, in_order
     from safelight.expand import expand
 
     now = datetime.now().astimezone()
@@ -188,6 +190,7 @@ def expand_all(
     with TemporaryDirectory() as nowhere:
         inputs = client.config.paths.inputs if keep_images else Path(nowhere)
         for source in sources:
+            faults += source.faults
             submission = ledger.submission_id(now)
             try:
                 submissions[submission] = expand(
@@ -204,7 +207,7 @@ def expand_all(
             except InvalidJob as error:
                 faults += error.faults
     if faults:
-        raise InvalidJob(faults)
+        raise InvalidJob(in_order(faults))
     return submissions
 
 

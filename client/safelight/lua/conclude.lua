@@ -17,6 +17,7 @@ if #ARGV > 5 then redis.call('HSET', job, unpack(ARGV, 6)) end
 if state == 'queued' then
   redis.call('ZADD', 'safelight:waiting', 0, place)
 else
+  redis.call('ZREMRANGEBYSCORE', 'safelight:ended', '-inf', ARGV[4] - ARGV[5])
   redis.call('ZADD', 'safelight:ended', ARGV[4], id)
   redis.call('EXPIRE', job, ARGV[5])
 end
