@@ -28,6 +28,8 @@ _WINDOW = re.compile(r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")
 def _window(value: str) -> str:
     if value and not _WINDOW.match(value):
         raise ValueError('write it as "23:00-07:00", or "" for none')
+    if value and value[:5] == value[6:]:
+        raise ValueError('it begins when it ends and would never open; "" opens it at every hour')
     return value
 
 

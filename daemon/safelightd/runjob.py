@@ -42,7 +42,7 @@ def run_job(spec: JobSpec, attempt: int, setting: Setting, watch: Watch) -> Rece
         Cancelled: it was asked to stop; no file is left.
         SafelightError: the job's own fault, said for a person.
     """
-    paths, ledger, facts = setting.config.paths, setting.ledger, setting.models[spec.model]
+    paths, ledger = setting.config.paths, setting.ledger
     if receipt := outputs.finish(spec.id, ledger, paths):
         return receipt  # rendered by an attempt that died before it could say so
     outputs.discard(spec.id, paths)
@@ -52,6 +52,7 @@ def run_job(spec: JobSpec, attempt: int, setting: Setting, watch: Watch) -> Rece
         machine = probe.read_machine(setting.config)
         plan = make_plan(spec, machine, setting.models, calibration.load(paths.state))
     with watch.phase("load"):
+        facts = setting.models[spec.model]
         loader = Loader(model_folder(facts, paths.models), plan, facts.component_paths)
         image, last_image = _input(spec.image, paths.inputs), _input(spec.last_image, paths.inputs)
         family = pipelines.family(facts.family)

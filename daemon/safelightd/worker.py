@@ -8,6 +8,7 @@ Never imports torch: a fork after torch has run hangs.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -19,12 +20,11 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any
 
 import redis
-from rq import Queue, Worker
+from rq import Worker
 from rq.exceptions import StopRequested
-from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from safelight import jobqueue, models
@@ -39,6 +39,7 @@ from safelightd.horse import Requests, Shared
 from safelightd.link import ENGINE, EngineProcess
 from safelightd.logs import Log
 from safelightd.patience import patiently
+from safelightd.safejob import SafeJob, SafeQueue
 
 JOB_FUNCTION = "safelight.job"
 RESULT_TTL_S = 2 * 86_400
@@ -54,43 +55,13 @@ SERVER_TIMEOUT_S = 10.0
 a call on a server that hangs takes 20 s, well within the watchdog's time."""
 
 FORGOTTEN_S = 90
+MISSING_GPU_S = (2.0, 5.0, 15.0)
+"""Waits between looks for a GPU that is not there; the last repeats. Less than half of the units' WatchdogSec."""
+
 HOLD_POLL_S = 2.0
 """How often holds are looked at while one is in force or nothing waits; a submission wakes the worker at once."""
 
 log = Log("safelight.worker")
-
-
-class SafeJob(Job):
-    """A job that can call one function and nothing else, whatever Redis holds (RQ imports any dotted name)."""
-
-    allowed: ClassVar[dict[str, Callable[..., Any]]] = {}
-
-    @property
-    def func(self) -> Callable[..., Any]:
-        if self.func_name not in self.allowed or self.instance is not None:
-            raise PermissionError(f"{self.func_name!r} is no job of safelight")
-        return self.allowed[self.func_name]
-
-    @property
-    def success_callback(self) -> None:
-        return None
-
-    @property
-    def failure_callback(self) -> None:
-        return None
-
-    @property
-    def stopped_callback(self) -> None:
-        return None
-
-    def send_webhooks(self, *_status: Any, **_details: Any) -> None:
-        """Call nobody: a URL in a job is a stranger's."""
-
-
-class SafeQueue(Queue):
-    """A queue of SafeJobs."""
-
-    job_class = SafeJob
 
 
 class GpuWorker(Worker):
@@ -455,7 +426,6 @@ def serve(config: Config, engine: Sequence[str] = ENGINE) -> int:
     """Run the worker of the configured device until a signal; returns the exit status.
 
     Raises:
-        NoUsableGpu: there is no such device.
         BadConfig: see GpuWorker.run; also a server that refuses the password.
     """
     signal.signal(signal.SIGTERM, _leave)  # until the worker takes signals itself, nothing is under way
@@ -479,12 +449,29 @@ def _await_server(config: Config) -> redis.Redis:
 
 
 def _await_device(config: Config) -> Machine:
-    """Read the device, waiting a minute for a driver that loads late: a headless boot may start us first."""
-    until = time.monotonic() + 60
-    while True:
+    """Read the device, and hold for as long as it is not there: a headless boot may start us before its driver, and a
+    lost GPU may be back in the morning. Never the CPU instead."""
+    name = f"{socket.gethostname()}-gpu-{config.settings.worker.gpu}"
+    for wait_s in itertools.chain(MISSING_GPU_S, itertools.repeat(MISSING_GPU_S[-1])):
         try:
-            return probe.read_machine(config)
-        except NoUsableGpu:
-            if time.monotonic() > until:
-                raise
-            time.sleep(2.0)  # a signal ends it
+            machine = probe.read_machine(config)
+        except NoUsableGpu as error:
+            log.error("gpu.missing", reason=error)
+            systemd.notify("READY=1", "WATCHDOG=1", f"STATUS=Held: gpu: {error}")
+            _tell_of_missing(config, name, str(error))
+            time.sleep(wait_s)  # a signal ends it
+            continue
+        _tell_of_missing(config, name, None)
+        return machine
+    raise AssertionError("the waits repeat for ever")
+
+
+def _tell_of_missing(config: Config, name: str, reason: str | None) -> None:
+    """Let `status` name the hold of a worker that has no device yet; without a queue nobody could ask."""
+    with suppress(QueueUnreachable, *AWAY):
+        queue = JobQueue(jobqueue.connect(config.url, timeout_s=2.0, retries=0))
+        if reason is None:
+            queue.forget_worker(name)
+            return
+        queue.publish_worker(name, FORGOTTEN_S, device="cuda")
+        queue.set_holds(name, {"gpu": reason})

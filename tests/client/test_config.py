@@ -87,6 +87,7 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        "[policy]\nwindow = '08:00-08:00'",
         "[worker]\nvram_gib = -1",
         "[worker]\nvram_gib = inf",
         "[worker]\nram_gib = true",

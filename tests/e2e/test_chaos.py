@@ -54,9 +54,9 @@ def prompts(number: int) -> str:
 class Daemon:
     """`safelight up` as a person starts it, and its family."""
 
-    def __init__(self, installation: Installation) -> None:
+    def __init__(self, installation: Installation, env: dict[str, str] | None = None) -> None:
         folders = (REPOSITORY / "client", REPOSITORY / "daemon")
-        env = {**installation.env, "PYTHONPATH": ":".join(map(str, folders))}
+        env = {**(env or installation.env), "PYTHONPATH": ":".join(map(str, folders))}
         self.log = (installation.root / "up.log").open("wb")
         self.process = subprocess.Popen([sys.executable, "-m", "safelightd.cli", "up"], env=env, stderr=self.log)
 
