@@ -106,6 +106,16 @@ class Ledger:
         """Return the submissions that are not closed, in order."""
         return [file.stem for file in sorted(self.paths.jobs.glob("[!.]*.jsonl"))]
 
+    def written_between(self, after: float, before: float) -> list[str]:
+        """Return the open submissions that were written down from `after` until before `before` (epoch seconds)."""
+        if not self.paths.jobs.is_dir():
+            return []
+        with os.scandir(self.paths.jobs) as files:
+            written = [(file.name, file.stat().st_mtime) for file in files if file.name.endswith(".jsonl")]
+        return sorted(
+            name.removesuffix(".jsonl") for name, moment in written if name[0] != "." and after <= moment < before
+        )
+
     def submission(self, submission: str) -> list[JobSpec]:
         """Return the specs of one submission, closed or not; [] when there is none.
 

@@ -135,6 +135,7 @@ def submit(
     """
     specs = [spec for group in submissions.values() for spec in group]
     if ledger is None:
+        _refuse_pictures(specs)
         return _queue_alone(specs, queue, patience_s)
     try:
         ledger.accept(submissions)
@@ -146,6 +147,14 @@ def submit(
         "The queue stopped answering. The jobs are in the ledger and will be queued when the worker starts next: "
         "do not submit them again."
     ]
+
+
+def _refuse_pictures(specs: Sequence[JobSpec]) -> None:
+    """The queue carries words alone: a picture kept on this host would not be found by the worker of another."""
+    remedy = "Put it into the inbox of the worker's host, beside its text."
+    faults = [Fault(spec.id, "its picture cannot be sent to another host", remedy) for spec in specs if spec.image]
+    if faults:
+        raise InvalidJob(faults)
 
 
 def _queue_alone(specs: Sequence[JobSpec], queue: JobQueue, patience_s: float) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,13 +53,20 @@ def _settle_orphan(place: Place, job: str, reason: str) -> None:
 
 def fill(place: Place) -> None:
     """Have every accepted job without a receipt in the line, in its order: also after the server lost everything."""
+    queue_submissions(place, place.ledger.open_submissions())
+    place.queue.mark_filled()
+    place.ledger.close_ended()
+
+
+def queue_submissions(place: Place, submissions: Sequence[str]) -> None:
+    """Have the jobs of these submissions in the line unless they have ended or run elsewhere; each at most once."""
     ledger, queue = place.ledger, place.queue
     ended = ledger.ended()
     elsewhere = {found.id for found in ledger.interrupted() if found.worker != place.worker and _lives(found.lock)}
     over: list[str] = []
 
     def waiting() -> Iterator[JobSpec]:
-        for spec in _accepted(ledger):
+        for spec in _accepted(ledger, submissions):
             if spec.id in ended:
                 over.append(spec.id)
             elif spec.id not in elsewhere:
@@ -67,15 +74,13 @@ def fill(place: Place) -> None:
 
     new = queue.submit(waiting())
     _restore_ended(place, over)
-    queue.mark_filled()
-    ledger.close_ended()
     if new:
         log.info("queue.filled", jobs=len(new))
 
 
-def _accepted(ledger: Ledger) -> Iterator[JobSpec]:
-    """Yield what was accepted and is not closed; one damaged file does not stop a night."""
-    for submission in ledger.open_submissions():
+def _accepted(ledger: Ledger, submissions: Sequence[str]) -> Iterator[JobSpec]:
+    """Yield what was accepted; one damaged file does not stop a night."""
+    for submission in submissions:
         try:
             yield from ledger.submission(submission)
         except LedgerDamaged as damaged:

@@ -58,6 +58,10 @@ FORGOTTEN_S = 90
 MISSING_GPU_S = (2.0, 5.0, 15.0)
 """Waits between looks for a GPU that is not there; the last repeats. Less than half of the units' WatchdogSec."""
 
+LATE_S = 5.0
+"""A client hands its jobs over at once after writing them down; the idle worker looks after this long whether it did.
+Sending them twice does no harm: each is queued at most once."""
+
 HOLD_POLL_S = 2.0
 """How often holds are looked at while one is in force or nothing waits; a submission wakes the worker at once."""
 
@@ -94,6 +98,7 @@ class GpuWorker(Worker):
         self.stopping = threading.Event()
         self._waiting = False
         self._unsure = False
+        self._looked_until = 0.0
         self._idle_since = time.monotonic()
         self.place = Place(
             config=config,
@@ -136,6 +141,7 @@ class GpuWorker(Worker):
 
     def recover(self) -> None:
         """Take up what an earlier life of this worker left: from the ledger, whatever RQ's registries say."""
+        self._looked_until = time.time()
         self._clear_rq()
         recovery.own_orphans(self.place)
         recovery.fill(self.place)
@@ -192,6 +198,7 @@ class GpuWorker(Worker):
             where, due_in = self.line.next_due(classes, time.time())
             if where and (taken := self._dispatch(where)):
                 return taken
+        self._look_for_late()
         self._retire_idle_engine()
         wait_s = HOLD_POLL_S if due_in is None else min(due_in, HOLD_POLL_S)
         self._wait(lambda: self.line.wait_for_wake(self.name, wait_s))
@@ -259,6 +266,16 @@ class GpuWorker(Worker):
         )
         reasons = "; ".join(f"{name}: {reason}" for name, reason in in_force.items())
         systemd.notify("WATCHDOG=1", f"STATUS={'Held: ' + reasons if reasons else 'Waiting for jobs'}")
+
+    def _look_for_late(self) -> None:
+        """Queue what a client wrote down and did not live to hand over."""
+        until = time.time() - LATE_S
+        if until - self._looked_until < LATE_S:
+            return
+        late = self.place.ledger.written_between(self._looked_until, until)
+        self._looked_until = until
+        if late:
+            recovery.queue_submissions(self.place, late)
 
     def _retire_idle_engine(self) -> None:
         """A warm engine keeps its imports and compiled code; after idle_exit_s nobody needs them."""

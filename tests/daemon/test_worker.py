@@ -652,3 +652,12 @@ def test_an_orphan_is_found_although_the_machine_has_another_name_now(
     worker = Running(installation, queue)
     worker.all_in([spec], "done")
     worker.kill()
+
+
+def test_a_job_whose_client_died_before_it_was_queued_is_found_in_the_ledger(worker: Running) -> None:
+    """Accepted means accepted, also when the client was killed between the ledger and the queue."""
+    (spec,) = specs_of(worker.installation, ["ok"])
+
+    worker.all_in([spec], "done", timeout_s=30)
+
+    assert worker.times_done(spec) == 1

@@ -163,3 +163,11 @@ def test_the_users_limit_of_gpu_memory_counts(installation: Installation) -> Non
 
     with pytest.raises(InvalidJob):
         submit.refuse_hopeless(jobs, [_machine(40, 39)], installation.models, vram_gib=8)
+
+
+def test_a_picture_is_not_sent_to_a_worker_that_cannot_see_it(installation: Installation, queue: JobQueue) -> None:
+    jobs = [job.model_copy(update={"image": "0" * 64}) for job in specs(installation, 1)]
+
+    with pytest.raises(InvalidJob, match="inbox of the worker's host"):
+        submit.submit({"s": jobs}, queue, None)
+    assert queue.waiting_ids() == []
