@@ -371,7 +371,7 @@ def test_wrong_yaml_names_its_line(text: str, fault: str) -> None:
     [
         ('{"prompt": "a",\n "seed": 1,\n "seed": 2}', "n.json:1: 'seed' is written twice."),
         ('{"jobs": [\n{"prompt": "}{"},\n{"promt": "b"}]}', "n.json:3: unknown key 'promt'. Did you mean prompt?"),
-        ('{"prompt": "a",\n}', "n.json:2: not JSON: "),
+        ('{"prompt": "a",\n "seed" 7}', "n.json:2: not JSON: "),
         ('{"seed": Infinity}', "n.json: not JSON: Infinity is no number."),
         ('{"seed": ' + "1" * 5000 + "}", "n.json: not JSON: Exceeds the limit"),
         ("[" * 200_000, "n.json: nested far too deep."),
