@@ -20,8 +20,9 @@ from safelight.machine import GIB, Machine
 from safelightd.link import engine_env
 
 PROBE_BYTES = 64 * 2**20
-PROBE_TIMEOUT_S = 120
-"""cuInit and a context take 0.2 s and importing torch up to 10 s (H100, 2026-11-22); a lost GPU can hang the first."""
+PROBE_TIMEOUT_S = 50
+"""Driver, torch and a product of matrices took 6.2 s (H100, 2026-11-22); a lost GPU can hang. Less than the units'
+WatchdogSec, for nothing else is said meanwhile."""
 
 RESERVE_BYTES = 2 * GIB
 """RAM left to the desktop and the kernel; not promised to a job."""

@@ -246,6 +246,7 @@ class GpuWorker(Worker):
 
     def _probe(self) -> None:
         """Ask a fresh process whether the device works, and read the machine again."""
+        systemd.notify("WATCHDOG=1", "STATUS=Probing the device")
         trouble = probe.gpu_is_well(self.config, self.machine)
         if trouble:
             self.trouble.failed(trouble)
