@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safelight import config as settings
-from safelight import jobqueue
+from safelight import jobqueue, queueserver
 from safelight.config import Config
 from safelight.errors import QueueUnreachable
 
@@ -55,7 +55,7 @@ class Scratch:
         """Return the queue once its server answers."""
         while True:
             try:
-                return jobqueue.JobQueue(jobqueue.connect(self.config.url, retries=0))
+                return jobqueue.JobQueue(queueserver.connect(self.config.url, retries=0))
             except QueueUnreachable:
                 time.sleep(0.02)
 

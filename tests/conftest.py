@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from safelight import config as settings
-from safelight import jobqueue, ledger, models
+from safelight import ledger, models, queueserver
 from safelight.config import Config
 from safelight.jobqueue import JobQueue
 from safelight.ledger import Ledger
@@ -87,7 +87,7 @@ def queue(installation: Installation) -> Iterator[JobQueue]:
     deadline = time.monotonic() + 20
     while not paths.socket.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    connection = jobqueue.connect(installation.config.url)
+    connection = queueserver.connect(installation.config.url)
     yield JobQueue(connection)
     connection.close()
     server.kill()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from safelight import config as settings
-from safelight import jobqueue, models
+from safelight import models, queueserver
 from safelight.config import Config
 from safelight.errors import BadConfig, NoUsableGpu, QueueUnreachable
 from safelight.jobqueue import JobQueue, WorkerRow
@@ -81,7 +81,7 @@ def examine(file: Path | None) -> list[Finding]:
     found += [_daemon(), _units(), *_lingering()]
     workers: list[WorkerRow] = []
     try:
-        server = jobqueue.connect(config.url)
+        server = queueserver.connect(config.url)
     except QueueUnreachable as error:
         found.append(_no_server(config, str(error)))
     except BadConfig as error:
@@ -91,7 +91,7 @@ def examine(file: Path | None) -> list[Finding]:
         try:
             workers = queue.workers()
             found += [_server(config, queue), _workers(workers)]
-        except jobqueue.AWAY as error:
+        except queueserver.AWAY as error:
             found.append(_no_server(config, f"The queue stopped answering: {error}"))
         finally:
             server.close()
@@ -246,7 +246,7 @@ def _no_server(config: Config, says: str) -> Finding:
 
 def _server(config: Config, queue: JobQueue) -> Finding:
     try:
-        jobqueue.check_server(queue.server)
+        queueserver.check_server(queue.server)
     except BadConfig as error:
         return fail("queue", str(error), "Use the embedded server, or change the settings of yours.")
     facts = queue.server.info()

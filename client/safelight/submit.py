@@ -14,12 +14,13 @@ from typing import Any
 
 from safelight import plan
 from safelight.errors import Fault, InvalidJob, QueueUnreachable, SafelightError
-from safelight.jobqueue import AWAY, JobQueue
+from safelight.jobqueue import JobQueue
 from safelight.jobspec import JobSpec
 from safelight.ledger import Ledger
 from safelight.machine import GIB, Machine
 from safelight.models import Models
 from safelight.plan import Calibration, Plan
+from safelight.queueserver import AWAY
 
 PATIENCE_S = 10.0
 """How long a server may be away once the ledger is written: systemd has one back in 0.7 s, and one with 100,000 jobs

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from safelight import config as settings
-from safelight import jobqueue
+from safelight import queueserver
 from safelight.config import Config
 from safelight.errors import QueueUnreachable, SafelightError
 from safelight.jobqueue import JobQueue, Row
@@ -117,10 +117,10 @@ class _Show:
 
     def ended(self) -> bool:
         try:
-            self._queue = self._queue or JobQueue(jobqueue.connect(self._config.url, timeout_s=2.0, retries=0))
+            self._queue = self._queue or JobQueue(queueserver.connect(self._config.url, timeout_s=2.0, retries=0))
             queue = self._queue
             rows = list(queue.rows([job for job in (*queue.ended_ids(), *queue.running()) if job > self.since]))
-        except (QueueUnreachable, *jobqueue.AWAY):
+        except (QueueUnreachable, *queueserver.AWAY):
             self._queue = None
             return False
         for row in rows:

@@ -17,11 +17,12 @@ from typing import Any
 
 from safelight.config import Config
 from safelight.errors import InvalidJob, LedgerDamaged, QueueUnreachable
-from safelight.jobqueue import AWAY, JobQueue
+from safelight.jobqueue import JobQueue
 from safelight.jobspec import JobSpec
 from safelight.ledger import Attempts, Ledger
 from safelight.models import Models
 from safelight.paths import Paths
+from safelight.queueserver import AWAY
 from safelight.receipt import EndState, Receipt
 from safelightd import calibration, settle
 from safelightd.horse import Request, Requests, Shared

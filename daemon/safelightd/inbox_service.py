@@ -13,12 +13,13 @@ import signal
 import time
 from types import FrameType
 
-from safelight import inbox, jobqueue, models
+from safelight import inbox, models, queueserver
 from safelight.config import Config
 from safelight.drops import Patience
 from safelight.errors import BadConfig, QueueUnreachable
-from safelight.jobqueue import AWAY, JobQueue
+from safelight.jobqueue import JobQueue
 from safelight.ledger import Ledger
+from safelight.queueserver import AWAY
 from safelightd import systemd
 from safelightd.inbox_watch import Watch, remote_name
 from safelightd.intake import Intake
@@ -185,8 +186,8 @@ class _Service:
 
     def _connected(self) -> JobQueue:
         if self._queue is None:
-            server = jobqueue.connect(self._config.url, timeout_s=QUEUE_TIMEOUT_S, retries=1)
-            jobqueue.check_server(server)
+            server = queueserver.connect(self._config.url, timeout_s=QUEUE_TIMEOUT_S, retries=1)
+            queueserver.check_server(server)
             self._queue = JobQueue(server, keep_days=self._config.settings.queue.keep_days)
         self._queue.server.ping()  # before anything is claimed
         return self._queue

@@ -146,7 +146,7 @@ class Intake:
 
         Raises:
             OSError: a folder is gone or the disk is full; claimed files stay claimed.
-            jobqueue.AWAY: the server is away; likewise.
+            queueserver.AWAY: the server is away; likewise.
         """
         unfinished_at = self._finish(queue)
         self._scan = scan = drops.scan(self._paths.inbox, self._scan, time.monotonic)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from safelight.errors import QueueUnreachable
-from safelight.jobqueue import AWAY
+from safelight.queueserver import AWAY
 from safelightd.logs import Log
 
 WAITS_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)

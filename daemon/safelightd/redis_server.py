@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
-from safelight import durable, jobqueue
+from safelight import durable, queueserver
 from safelight.config import Config
 from safelight.errors import BadConfig, QueueUnreachable, SafelightError
 from safelightd import linux, systemd
@@ -150,7 +150,7 @@ def _answers(config: Config, server: subprocess.Popen[bytes]) -> bool:
     2026-11-22)."""
     while server.poll() is None:
         try:
-            jobqueue.connect(config.url, timeout_s=2.0, retries=0).close()
+            queueserver.connect(config.url, timeout_s=2.0, retries=0).close()
         except QueueUnreachable:
             time.sleep(0.02)  # the server has no way to tell us: PING until it answers
             continue

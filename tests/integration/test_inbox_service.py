@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from safelight import drops, inbox, jobqueue
+from safelight import drops, inbox, queueserver
 from safelight.config import Config
 from safelight.errors import BadConfig
 from safelight.jobqueue import JobQueue
@@ -281,7 +281,7 @@ def server(installation: Installation) -> Iterator[JobQueue]:
     command = redis_server.command(redis_server.find_binary(), paths.socket, paths.redis)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         until(paths.socket.exists)
-        connection = jobqueue.connect(installation.config.url)
+        connection = queueserver.connect(installation.config.url)
         yield JobQueue(connection)
         connection.close()
         process.kill()

@@ -10,7 +10,7 @@ from datetime import datetime
 
 import pytest
 
-from safelight import jobqueue, ledger, submit
+from safelight import ledger, queueserver, submit
 from safelight.errors import InvalidJob, QueueUnreachable
 from safelight.jobqueue import JobQueue
 from safelight.jobspec import JobSpec, check
@@ -40,7 +40,7 @@ class Server:
     def queue(self) -> JobQueue:
         while True:
             try:
-                return JobQueue(jobqueue.connect(self._url, retries=0))
+                return JobQueue(queueserver.connect(self._url, retries=0))
             except QueueUnreachable:
                 assert self._process.poll() is None
 

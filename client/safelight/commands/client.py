@@ -62,13 +62,13 @@ class Client:
         Raises:
             QueueUnreachable: it does not answer, or stopped answering inside the block.
         """
-        from safelight import jobqueue
+        from safelight import jobqueue, queueserver
         from safelight.errors import QueueUnreachable
 
-        server = jobqueue.connect(self.config.url, retries=retries)
+        server = queueserver.connect(self.config.url, retries=retries)
         try:
             yield jobqueue.JobQueue(server, keep_days=self.config.settings.queue.keep_days)
-        except jobqueue.AWAY as error:
+        except queueserver.AWAY as error:
             raise QueueUnreachable(f"The queue stopped answering ({error}). See: safelight doctor.") from error
         finally:
             server.close()
