@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import Installation
@@ -83,5 +84,8 @@ def test_demo_shows_nine_verified_outputs_and_leaves_no_process(installation: In
     assert done.stdout.splitlines()[-1] == str(folder / "outbox")
     outputs = [file.suffix for file in (folder / "outbox").rglob("*") if file.suffix in (".png", ".mp4")]
     assert sorted(outputs) == [".mp4"] * 3 + [".png"] * 6
-    left = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True, check=False)
-    assert left.stdout == ""
+    assert [each.info["cmdline"] for each in psutil.process_iter(["cmdline"]) if _mentions(each, folder)] == []
+
+
+def _mentions(process: psutil.Process, folder: Path) -> bool:
+    return any(str(folder) in word for word in process.info["cmdline"] or ())
