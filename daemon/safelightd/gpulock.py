@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-import time
 from pathlib import Path
 
 from safelight.config import Config
 from safelight.errors import BadConfig
 from safelight.machine import Machine
+from safelightd import linux
 
 SHARED = Path("/dev/shm")  # noqa: S108 - the one world-writable folder that is there on every Linux with glibc and
 # that PrivateTmp does not replace; the file carries no content, only the lock
@@ -34,19 +34,10 @@ def take(path: Path, patience_s: float = DYING_S) -> int:
         BadConfig: another worker has it, and still has it after `patience_s`.
     """
     descriptor = _open(path)
-    until = time.monotonic() + patience_s
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() < until:
-                time.sleep(0.05)  # flock(2) has no timeout of its own
-                continue
-            os.close(descriptor)
-            raise BadConfig(
-                f"Another worker uses this device ({path}). One worker a GPU: stop the other first."
-            ) from None
-        return descriptor
+    if not linux.lock(descriptor, patience_s):
+        os.close(descriptor)
+        raise BadConfig(f"Another worker uses this device ({path}). One worker a GPU: stop the other first.")
+    return descriptor
 
 
 def is_taken(path: Path) -> bool:

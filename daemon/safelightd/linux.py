@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import select
 import signal
+import time
 from collections.abc import Callable
 
 PR_SET_PDEATHSIG = 1
@@ -44,3 +46,20 @@ def kill_and_await(pid: int) -> None:
         select.select([watched], [], [])
     finally:
         os.close(watched)
+
+
+def lock(descriptor: int, patience_s: float) -> bool:
+    """Take the exclusive lock of an open file or folder; False when somebody else has it for all of `patience_s`.
+
+    It is held for as long as the descriptor is open (flock(2), which has no timeout of its own).
+    """
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.05)
+            continue
+        return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -132,17 +131,10 @@ def _lock(data: Path) -> int:
         BadConfig: another server uses it, and does not end within DYING_S.
     """
     descriptor = os.open(data, os.O_RDONLY | os.O_DIRECTORY)
-    until = time.monotonic() + DYING_S
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() < until:
-                time.sleep(0.05)  # flock(2) has no timeout of its own
-                continue
-            os.close(descriptor)
-            raise BadConfig(f"Another queue server uses {data}. Stop it first: safelight doctor shows which.") from None
-        return descriptor
+    if not linux.lock(descriptor, DYING_S):
+        os.close(descriptor)
+        raise BadConfig(f"Another queue server uses {data}. Stop it first: safelight doctor shows which.")
+    return descriptor
 
 
 def _answers(config: Config, server: subprocess.Popen[bytes]) -> bool:
