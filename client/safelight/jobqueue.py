@@ -20,10 +20,10 @@ from typing import Any, NamedTuple, cast
 
 import redis
 
+from safelight.calibration import NOTHING_LEARNED, Calibration
 from safelight.errors import Fault, InvalidJob
 from safelight.jobspec import PRIORITIES, JobSpec
 from safelight.machine import Machine
-from safelight.plan import Calibration, Pace
 from safelight.receipt import Receipt
 
 SUBMIT_CHUNK = 500
@@ -146,9 +146,9 @@ class JobQueue:
 
     # -- looking ----------------------------------------------------------------------------------------------
 
-    def waiting_ids(self) -> list[str]:
-        """Return the ids of the line in order."""
-        places = cast("list[bytes]", self.server.zrange("safelight:waiting", 0, -1))
+    def waiting_ids(self, first: int = 0) -> list[str]:
+        """Return the ids of the line in order: so many of the first, or all for 0."""
+        places = cast("list[bytes]", self.server.zrange("safelight:waiting", 0, first - 1))
         return [item.decode(errors="replace").split(":", 2)[-1] for item in places]
 
     def running(self) -> dict[str, str]:
@@ -204,6 +204,12 @@ class JobQueue:
                 before, first = found.get(shape.decode(), (0, job.decode()))
                 found[shape.decode()] = (before + jobs, first)
         return found
+
+    def alike(self, spec: JobSpec, among: int) -> int:
+        """Return how many of the next `among` jobs of the line are of the model, size and frames of `spec`."""
+        wanted = {"model": spec.model, "width": spec.width, "height": spec.height, "num_frames": spec.num_frames}
+        found = self.shapes(self.waiting_ids(among)).items()
+        return sum(jobs for shape, (jobs, _) in found if json.loads(shape + "}").items() >= wanted.items())
 
     def _briefs(self, ids: Sequence[str]) -> Iterator[list[str]]:
         for start in range(0, len(ids), LIST_CHUNK):
@@ -398,10 +404,8 @@ class JobQueue:
         self.server.set("safelight:ledger", int(time.time()))
 
     def set_calibration(self, calibration: Calibration) -> None:
-        if calibration:
-            paces = {key: pace.model_dump_json() for key, pace in calibration.items()}
-            self.server.hset("safelight:pace", items=_flat(paces))
+        self.server.set("safelight:calibration", calibration.model_dump_json())
 
     def calibration(self) -> Calibration:
-        raw = cast("dict[bytes, bytes]", self.server.hgetall("safelight:pace"))
-        return {key.decode(): Pace.model_validate_json(value) for key, value in raw.items()}
+        raw = cast("bytes | None", self.server.get("safelight:calibration"))
+        return Calibration.model_validate_json(raw) if raw else NOTHING_LEARNED

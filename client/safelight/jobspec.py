@@ -11,7 +11,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,8 +24,12 @@ PROMPT_CHARACTERS_MAX = 20_000
 
 Kind = Literal["image", "video"]
 Priority = Literal["high", "normal", "low", "night"]
-Precision = Literal["auto", "bf16", "fp16", "fp8", "int8", "nf4"]
-Offload = Literal["auto", "none", "model", "block", "leaf", "sequential"]
+Precision = Literal[
+    "auto", "bf16", "fp16", "fp8", "fp8-dynamic", "fp8-weight-only", "fp8-quanto", "int8", "int8-dynamic",
+    "int8-weight-only", "int8-bnb", "nf4",
+]  # fmt: skip
+"""fp8 and int8 leave it to the planner which of their kinds."""
+Offload = Literal["auto", "none", "model", "partial", "block", "leaf", "sequential"]
 OutputFormat = Literal["png", "jpg", "webp", "mp4"]
 
 
@@ -70,6 +74,11 @@ class JobSpec(BaseModel):
     offload: Offload = "auto"
     vae_tiling: Literal["auto", "on", "off"] = "auto"
     text_encoder_device: Literal["auto", "gpu", "cpu"] = "auto"
+    text_encoder_precision: Precision = "auto"
+    """Of the large text encoder."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    low_cpu_mem_usage: Literal["auto", "on", "off"] = "auto"
+    """Of offload leaf."""
     output_format: OutputFormat
     priority: Priority = "normal"
     not_before: str | None = None
@@ -108,6 +117,11 @@ def _to_text(value: object) -> str:
     return text
 
 
+def _to_switch(value: object) -> str:
+    """on and off, which YAML reads as true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else _to_text(value)
+
+
 def _to_tags(value: object) -> tuple[str, ...]:
     tags = value.split(",") if isinstance(value, str) else value
     if not isinstance(tags, list | tuple):
@@ -144,10 +158,13 @@ FIELDS: dict[str, tuple[Callable[[object], Any], str]] = {
     "image": (_to_text, "the name of a picture"),
     "last_image": (_to_text, "the name of a picture"),
     "seed": (_to_int, _WHOLE),
-    "precision": (_to_text, "auto, bf16, fp16, fp8, int8 or nf4"),
-    "offload": (_to_text, "auto, none, model, block, leaf or sequential"),
+    "precision": (_to_text, "auto or one of " + ", ".join(get_args(Precision)[1:])),
+    "offload": (_to_text, "auto or one of " + ", ".join(get_args(Offload)[1:])),
     "vae_tiling": (_to_text, "auto, on or off"),
     "text_encoder_device": (_to_text, "auto, gpu or cpu"),
+    "text_encoder_precision": (_to_text, "auto or one of " + ", ".join(get_args(Precision)[1:])),
+    "compile": (_to_switch, "auto, on or off"),
+    "low_cpu_mem_usage": (_to_switch, "auto, on or off"),
     "output_format": (_to_text, "png, jpg, webp or mp4"),
     "priority": (_to_text, "high, normal, low or night"),
     "not_before": (_to_moment, "a date and time such as 2026-11-23T06:00"),
@@ -158,10 +175,13 @@ FIELDS: dict[str, tuple[Callable[[object], Any], str]] = {
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "kind": ("image", "video"),
-    "precision": ("auto", "bf16", "fp16", "fp8", "int8", "nf4"),
-    "offload": ("auto", "none", "model", "block", "leaf", "sequential"),
+    "precision": get_args(Precision),
+    "offload": get_args(Offload),
     "vae_tiling": ("auto", "on", "off"),
     "text_encoder_device": ("auto", "gpu", "cpu"),
+    "text_encoder_precision": get_args(Precision),
+    "compile": ("auto", "on", "off"),
+    "low_cpu_mem_usage": ("auto", "on", "off"),
     "priority": PRIORITIES,
 }
 

@@ -24,6 +24,7 @@ from safelight import durable
 from safelight.errors import LedgerDamaged
 from safelight.jobspec import JobSpec
 from safelight.paths import Paths
+from safelight.plan import Overrun
 from safelight.receipt import Receipt
 
 _last_submission_ms = 0
@@ -61,6 +62,10 @@ class Attempts(BaseModel):
     """Times it broke the engine: counted towards quarantine."""
     returns: int = 0
     """Times the machine took it back: not counted, but capped."""
+    overruns: tuple[Overrun, ...] = ()
+    """Plans of this job that ran out of memory: not counted, since each moves it to a smaller one."""
+    refused: tuple[str, ...] = ()
+    """Precisions whose result `verify` refused."""
     running: bool = False
     """Started, and neither ended nor given back since."""
     worker: str = ""

@@ -27,3 +27,14 @@ class Machine(BaseModel):
     ram_available_bytes: int
     """The smaller of MemAvailable and what the cgroup still allows."""
     cpus: int
+    multiprocessors: int = 0
+    clock_mhz: int = 0
+    """Of a multiprocessor, at most; with `capability` it gives the card's arithmetic."""
+    link_bytes_per_second: int = 0
+    """From pinned host memory to the GPU; 0 where it is not known."""
+    compiler: bool = False
+    """A C compiler and Python's headers are there: torch.compile needs both."""
+    pinned_rounds_up: bool = True
+    """torch's own pinned blocks take the next power of two (torch before 2.13). Ours never do."""
+    prepared: tuple[str, ...] = ()
+    """KEY/PRECISION/COMPONENT for each folder that `safelight models prepare` has finished."""

@@ -35,6 +35,27 @@ class Defaults(BaseModel):
     flow_shift: float | None = None
 
 
+class Blocks(BaseModel):
+    """Repeated blocks of a component that are alike. In parameters, of one block."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    """The ModuleList that holds them."""
+    count: int
+    parameters: int
+    linear: int
+    """Of them, in the weights of Linear layers: what is quantised."""
+    linear_rows: int
+    """Output features of those layers together: what is scaled by row."""
+    per_token: int
+    """Of `linear`, those that every token passes through; the others see one vector a step, or the prompt alone."""
+    width: int
+    """Of a token."""
+    spared: int = 0
+    """Of `linear`, T5's `wo`: bitsandbytes leaves it in 16 bit, and float16 plans hold it in 32."""
+
+
 class Files(BaseModel):
     """What a download needs, as patterns below the repository."""
 
@@ -78,6 +99,8 @@ class ModelFacts(BaseModel):
     defaults: Defaults
     components: dict[str, int]
     component_paths: dict[str, str] = Field(default_factory=dict)
+    blocks: dict[str, tuple[Blocks, ...]] = Field(default_factory=dict)
+    """By component, in the order they run in. A component without any is loaded whole."""
     files: Files = Files()
     path: str = ""
 
@@ -88,6 +111,11 @@ class ModelFacts(BaseModel):
             raise ValueError(f"the family {self.family} makes no {self.kind}s")
         if self.kind == "video" and not (self.frames_multiple and self.defaults.num_frames and self.defaults.fps):
             raise ValueError("a video model needs frames_multiple, defaults.num_frames and defaults.fps")
+        for name, blocks in self.blocks.items():
+            if sum(block.parameters * block.count for block in blocks) > self.components.get(name, 0):
+                raise ValueError(f"blocks.{name} have more parameters than components.{name} says")
+        if not self.blocks.get("transformer"):
+            raise ValueError("blocks.transformer is missing: the planner counts with them")
         if self.size_min % self.size_multiple or self.size_max % self.size_multiple:
             raise ValueError(f"size_min and size_max must be multiples of {self.size_multiple}")
         for name, side in (("width", self.defaults.width), ("height", self.defaults.height)):

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from safelight.jobspec import JobSpec
 from safelight.machine import Machine
-from safelight.plan import Plan
+from safelight.plan import Overrun, Plan
 
 EndState = Literal["done", "failed", "quarantined", "cancelled"]
 Phase = Literal["plan", "load", "encode", "denoise", "decode", "verify", "publish"]
@@ -53,6 +53,8 @@ class Receipt(BaseModel):
     phase: Phase | None = None
     """Where it failed."""
     attempts: int = 0
+    overruns: tuple[Overrun, ...] = ()
+    """Rungs that ran out of memory before `plan` did not."""
     started_at: str | None = None
     finished_at: str
     phases: dict[str, PhaseRecord] = Field(default_factory=dict)

@@ -12,14 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from safelight import plan
+from safelight import ladder, planner
+from safelight.calibration import NOTHING_LEARNED, Calibration
 from safelight.errors import Fault, InvalidJob, QueueUnreachable, SafelightError
 from safelight.jobqueue import JobQueue
 from safelight.jobspec import JobSpec
 from safelight.ledger import Ledger
 from safelight.machine import GIB, Machine
 from safelight.models import Models
-from safelight.plan import Calibration, Plan
+from safelight.plan import Plan
 from safelight.queueserver import AWAY
 
 PATIENCE_S = 10.0
@@ -53,7 +54,8 @@ def forecast(specs: Iterable[JobSpec], machine: Machine, models: Models, calibra
 def _shape(spec: JobSpec) -> tuple[Any, ...]:
     return (
         spec.model, spec.width, spec.height, spec.num_frames, spec.num_inference_steps, spec.max_sequence_length,
-        spec.precision, spec.offload, spec.vae_tiling, spec.text_encoder_device,
+        spec.precision, spec.offload, spec.vae_tiling, spec.text_encoder_device, spec.text_encoder_precision,
+        spec.compile, spec.low_cpu_mem_usage,
         spec.image is None, spec.last_image is None, (spec.true_cfg_scale or 1) > 1, (spec.guidance_scale or 1) > 1,
     )  # fmt: skip
 
@@ -61,8 +63,9 @@ def _shape(spec: JobSpec) -> tuple[Any, ...]:
 def _forecast(alike: Sequence[JobSpec], machine: Machine, models: Models, calibration: Calibration) -> Forecast:
     # Without its id a fault names the model: what is wrong is the shape, not this one job of it.
     spec = alike[0].model_copy(update={"id": ""})
+    around = ladder.Circumstances(waiting=len(alike))
     try:
-        return Forecast(alike[0], len(alike), plan.make_plan(spec, machine, models, calibration))
+        return Forecast(alike[0], len(alike), planner.make_plan(spec, machine, models, calibration, around))
     except InvalidJob as error:
         return Forecast(alike[0], len(alike), None, error.faults)
 
@@ -84,14 +87,18 @@ def refuse_hopeless(
         return []
     hopeless: list[Fault] = []
     tight: list[str] = []
-    for shape in forecast(specs, _idle(machines[0], vram_gib), models, {}):
-        others = [_forecast([shape.spec], _idle(machine, vram_gib), models, {}) for machine in machines[1:]]
+    for shape in forecast(specs, _idle(machines[0], vram_gib), models, NOTHING_LEARNED):
+        others = [
+            _forecast([shape.spec], _idle(machine, vram_gib), models, NOTHING_LEARNED) for machine in machines[1:]
+        ]
         if not any(found.plan for found in (shape, *others)):
             hopeless += shape.faults
             continue
-        now = [_forecast([shape.spec], machine, models, {}) for machine in machines]
+        now = [_forecast([shape.spec], machine, models, NOTHING_LEARNED) for machine in machines]
         if not any(found.plan for found in now):
             tight += [f"Tight: {fault}" for fault in now[0].faults]
+        elif all(found.plan and found.plan.warnings for found in now) and now[0].plan:
+            tight += [f"Slow: {warning}" for warning in now[0].plan.warnings]
     if hopeless:
         raise InvalidJob(hopeless)
     return tight

@@ -1,59 +1,83 @@
-"""How fast each model has been here: learned from receipts, kept beside the ledger; planner and `status` use it."""
+"""What this machine's receipts teach: kept beside the ledger; planner and `status` use it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from safelight import durable
-from safelight.models import ModelFacts
-from safelight.plan import Calibration, Pace
+from safelight.calibration import NOTHING_LEARNED, Calibration, key
+from safelight.plan import Overrun, Plan
+from safelight.planner import PHASES
 from safelight.receipt import Receipt
 from safelightd.logs import Log
 
 WEIGHT_OF_LAST = 0.5
-"""Half of the estimate is the last job: a night's jobs are alike, and yesterday's machine was not."""
+"""Half of a known ratio is the last job: a night's jobs are alike, and yesterday's machine was not."""
 
-_FILE = TypeAdapter(Calibration)
+DEVICE_MARGIN = 1.02
+"""A ratio of device memory is never learned below what was seen, and this much above."""
+
 log = Log("safelight.calibration")
 
 
 def load(state: Path) -> Calibration:
-    """Return what was learned; {} on a fresh machine, or where the file cannot be read back: it is learned again."""
+    """Return what was learned; nothing on a fresh machine, or where the file cannot be read: it is learned again."""
     file = state / "calibration.json"
     try:
-        return _FILE.validate_json(file.read_bytes())
+        return Calibration.model_validate_json(file.read_bytes())
     except FileNotFoundError:
-        return {}
+        return NOTHING_LEARNED
     except ValidationError as error:
         log.warning("calibration.damaged", file=file, error=error)  # no reason to fail a night of jobs
-        return {}
+        return NOTHING_LEARNED
 
 
 def save(state: Path, calibration: Calibration) -> None:
-    durable.write(state / "calibration.json", _FILE.dump_json(calibration, indent=1))
+    durable.write(state / "calibration.json", calibration.model_dump_json(indent=1).encode())
 
 
-def learned(calibration: Calibration, receipt: Receipt, facts: ModelFacts) -> Calibration:
-    """Return the calibration with what one finished job showed."""
-    denoise = receipt.phases.get("denoise")
-    if receipt.state != "done" or denoise is None or receipt.seconds_per_step is None:
+def learned(calibration: Calibration, receipt: Receipt) -> Calibration:
+    """Return the calibration with what one finished job showed; what others took in a job's middle counts half."""
+    plan = receipt.plan
+    if receipt.state != "done" or plan is None:
         return calibration
-    spec = receipt.spec
-    tokens = facts.tokens(spec.width, spec.height, spec.num_frames)
-    steps_seconds = receipt.seconds_per_step * spec.num_inference_steps
-    seen = Pace(
-        seconds_per_token_step=receipt.seconds_per_step / tokens,
-        other_seconds=max(sum(phase.seconds for phase in receipt.phases.values()) - steps_seconds, 0.0),
-    )
-    before = calibration.get(spec.model, seen)
-    mixed = Pace(
-        seconds_per_token_step=_mix(before.seconds_per_token_step, seen.seconds_per_token_step),
-        other_seconds=_mix(before.other_seconds, seen.other_seconds),
-    )
-    return {**calibration, spec.model: mixed}
+    seconds, steps, device = dict(calibration.seconds), dict(calibration.step_seconds), dict(calibration.device)
+    for phase in PHASES:
+        record, predicted = receipt.phases.get(phase), plan.predicted.get(phase)
+        if record is None or predicted is None or not predicted.seconds:
+            continue
+        name = key(plan, phase)
+        found, expected = record.seconds, predicted.seconds
+        if phase == "denoise" and receipt.seconds_per_step and plan.seconds_per_step:
+            count = receipt.spec.num_inference_steps
+            _mix(steps, name, receipt.seconds_per_step / plan.seconds_per_step)
+            found, expected = found - count * receipt.seconds_per_step, expected - count * plan.seconds_per_step
+        if expected > 0 and found > 0:
+            _mix(seconds, name, found / expected)
+        if plan.device == "cuda" and record.device_peak_bytes > predicted.device_bytes > 0:
+            short = record.device_peak_bytes / predicted.device_bytes
+            device[name] = device.get(name, 1.0) * short * DEVICE_MARGIN
+    return Calibration(seconds=seconds, step_seconds=steps, device=device, taken_bytes=calibration.taken_bytes // 2)
 
 
-def _mix(before: float, last: float) -> float:
-    return before * (1 - WEIGHT_OF_LAST) + last * WEIGHT_OF_LAST
+def overran(calibration: Calibration, overrun: Overrun, plan: Plan | None) -> Calibration:
+    """Return the calibration after a plan that ran out of GPU memory: the next such job begins on a smaller rung.
+
+    Where it held more than predicted the prediction was wrong; else others took what had been free.
+    """
+    if overrun.memory != "device" or plan is None or not overrun.predicted_bytes:
+        return calibration
+    name = key(plan, overrun.phase)
+    if overrun.reached_bytes > overrun.predicted_bytes:
+        ratio = calibration.device.get(name, 1.0) * overrun.reached_bytes / overrun.predicted_bytes * DEVICE_MARGIN
+        return calibration.model_copy(update={"device": {**calibration.device, name: ratio}})
+    taken = overrun.predicted_bytes - overrun.reached_bytes if overrun.reached_bytes else overrun.predicted_bytes // 10
+    return calibration.model_copy(update={"taken_bytes": max(calibration.taken_bytes, taken)})
+
+
+def _mix(ratios: dict[str, float], name: str, last: float) -> None:
+    """Correct a ratio by what is left of the error after it; the first job's is taken whole."""
+    before = ratios.get(name)
+    ratios[name] = last if before is None else before * (1 - WEIGHT_OF_LAST + WEIGHT_OF_LAST * last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -93,6 +94,44 @@ def probe(config: Config) -> int:
     if trouble:
         click.echo(trouble, err=True)
     return 5 if trouble else 0
+
+
+@group.command()
+@click.argument("key")
+@click.option("--precision", required=True, help="How the weights are held.")
+@click.option("--component", "components", multiple=True, help="Which; else those that a job's time goes into.")
+@click.option("--models", "folder", type=click.Path(path_type=Path), help="Models folder; else [paths] models.")
+@click.option("--force", is_flag=True, help="Make anew what is ready.")
+@click.pass_obj
+def prepare(
+    config: Config, key: str, precision: str, components: tuple[str, ...], folder: Path | None, *, force: bool
+) -> None:
+    """Store components of a model in the precision they run in; prints KEY/PRECISION/COMPONENT of each that is."""
+    import json
+
+    from safelight import models, prepared
+    from safelight.errors import Fault, InvalidJob
+    from safelightd.link import engine_env
+    from safelightd.probe import read_machine
+
+    table = models.load(config)
+    faults = []
+    if key not in table:
+        faults.append(Fault(key, "is not a model", f"Known: {', '.join(table.near(key))} (safelight models list)."))
+    if precision not in prepared.PRECISIONS:
+        faults.append(Fault(f"--precision {precision}", "cannot be prepared", f"Use {', '.join(prepared.PRECISIONS)}."))
+    if faults:
+        raise InvalidJob(faults)
+    request = {
+        "key": key,
+        "precision": precision,
+        "components": components,
+        "models_folder": str(folder or config.paths.models),
+        "force": force,
+    }
+    # A process of its own: torch, OpenMP and malloc read the environment when they start.
+    program = [sys.executable, "-m", "safelightd.prepare", json.dumps(request)]
+    os.execve(program[0], program, engine_env(config, read_machine(config)))
 
 
 def main() -> None:

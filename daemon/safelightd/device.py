@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ _libc = ctypes.CDLL(None)
 
 
 class ProcessMeter:
-    """Peaks of this process: what torch allocated on the GPU, and resident memory.
+    """Peaks of this process: what it held of the GPU, the context included, and of RAM.
 
     The resident peak is the kernel's VmHWM; writing 5 to clear_refs resets it (proc_pid_clear_refs(5)).
     """
@@ -30,8 +31,38 @@ class ProcessMeter:
 
     def peaks(self) -> tuple[int, int]:
         """Return peak bytes on the device and in RAM since `reset`."""
-        device = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+        device = torch.cuda.max_memory_reserved() + context_bytes() if torch.cuda.is_available() else 0
         return device, _resident_peak_bytes()
+
+
+def context_bytes() -> int:
+    """Return what this process holds of the GPU outside of what torch allocates: context, libraries, kernels.
+
+    By the driver's word on this process; where it cannot tell processes apart (in a container), the card's whole use,
+    so that another program's memory counts as ours.
+    """
+    free, total = torch.cuda.mem_get_info()
+    own = _used_by_this_process()
+    return max((total - free if own is None else own) - torch.cuda.memory_reserved(), 0)
+
+
+def _used_by_this_process() -> int | None:
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+        card = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        found = [
+            process.usedGpuMemory
+            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(card)
+            if process.pid == os.getpid()
+        ]
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+    return int(found[0]) if found and found[0] else None
 
 
 def _resident_peak_bytes() -> int:

@@ -7,30 +7,36 @@ Knows no queue and no RQ. It ends when the link closes, and with the worker.
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import queue
 import signal
 import socket
 import sys
 import threading
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from safelight import config as settings
 from safelight import models
 from safelight.config import Config
-from safelight.errors import SafelightError
+from safelight.errors import InvalidJob, SafelightError
 from safelight.jobspec import JobSpec
+from safelight.ladder import Circumstances
 from safelight.ledger import Ledger
-from safelightd import logs
+from safelight.machine import GIB
+from safelight.plan import Overrun
+from safelight.planner import make_plan
+from safelightd import calibration, logs, probe
 from safelightd.link import EngineGone, Link
 from safelightd.logs import Log
 from safelightd.progress import Cancelled, Watch
 
 ALIVE_EVERY_S = 1.0
 
-MACHINE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOTCONN, errno.ESTALE)
-"""What a full, read-only, broken or unmounted disk says: the machine's fault, not the job's."""
+OOM_SCORE_ADJ = 800
+"""Of -1000 to 1000: the kernel ends this process before the worker, which can tell and try again, and before a person's
+own programs."""
 
 log = Log("safelight.engine")
 
@@ -49,11 +55,13 @@ class Engine:
         self._cancelled_early: set[str] = set()
 
     def serve(self) -> int:
-        """Answer jobs one after another; returns when the worker closes the link, or after a job that broke CUDA."""
+        """Answer jobs one after another; returns when the worker closes the link, or after a job that broke CUDA or ran
+        out of memory: the next one gets a fresh process."""
         threading.Thread(target=self._read, daemon=True).start()
         from safelightd import runjob  # torch and diffusers: seconds, once
+        from safelightd.assembly import PinnedSet
 
-        setting = runjob.Setting(self._config, self._models, self._ledger)
+        setting = runjob.Setting(self._config, self._models, self._ledger, PinnedSet(_pinned_limit(self._config)))
         while (message := self._jobs.get()) is not None:
             if not self._answer(message, setting):
                 return 1
@@ -85,6 +93,7 @@ class Engine:
     def _answer(self, message: dict[str, Any], setting: Any) -> bool:
         """Run one job and send its verdict; False when this process must not run another."""
         from safelightd import device, runjob
+        from safelightd.failure import failure
 
         self._execution = execution = str(message["execution"])
         self._stop.clear()
@@ -97,22 +106,36 @@ class Engine:
         )
         usable = True
         try:
-            spec = JobSpec.model_validate(message["spec"], strict=False)
-            receipt = runjob.run_job(spec, int(message["attempt"]), setting, watch)
+            receipt = runjob.run_job(
+                spec_of(message), int(message["attempt"]), setting, watch, circumstances_of(message)
+            )
             verdict: dict[str, Any] = {"kind": "done", "receipt": receipt.model_dump(mode="json", exclude_none=True)}
         except (Exception, Cancelled) as error:
-            verdict = failure(error) | {"phase": watch.current}
-            usable = verdict["kind"] in ("job", "cancelled", "machine")
+            verdict = failure(error, watch)
+            usable = verdict["kind"] in ("job", "cancelled", "machine", "refused")
             if not isinstance(error, (SafelightError, Cancelled)):
                 log.exception("job.broke", execution=execution, phase=watch.current)
         done.set()
         device.release()
         if kept := device.held_bytes():
             log.warning("device.kept", execution=execution, bytes=kept)
+        if verdict["kind"] == "refused" and not self._has_another(message, verdict["precision"]):
+            verdict["kind"] = "job"
         self._execution = ""
         self._cancelled_early.discard(execution)
         self._link.send("done" if verdict["kind"] == "done" else "failed", execution, **verdict)
         return usable
+
+    def _has_another(self, message: dict[str, Any], precision: str) -> bool:
+        """Whether the job could run in a precision whose result has not been refused; a person's own word stands."""
+        known = circumstances_of(message)
+        around = replace(known, refused=(*known.refused, precision))
+        learned = calibration.load(self._config.paths.state)
+        try:
+            plan = make_plan(spec_of(message), probe.read_machine(self._config), self._models, learned, around)
+        except InvalidJob:
+            return False
+        return plan.precision not in around.refused
 
     def _say_alive(self, execution: str, done: threading.Event) -> None:
         while not done.wait(ALIVE_EVERY_S):
@@ -122,22 +145,27 @@ class Engine:
                 return
 
 
-def failure(error: BaseException) -> dict[str, Any]:
-    """Return whose fault an error is: the job's own, the machine's, or one after which this process is not trusted."""
-    import torch
+def _pinned_limit(config: Config) -> int:
+    """Return how much pinned memory may wait for the next job; the plan has found room for all it asks for."""
+    limit = config.settings.worker.host_cache_gib
+    return sys.maxsize if limit == "auto" else int(float(limit) * GIB)
 
-    from safelightd.outputs import OutboxUnwritable
 
-    if isinstance(error, Cancelled):
-        return {"kind": "cancelled", "message": "cancelled", "oom": False}
-    if isinstance(error, OutboxUnwritable) or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS):
-        return {"kind": "machine", "message": f"{error}", "oom": False}
-    if isinstance(error, SafelightError):
-        return {"kind": "job", "message": str(error), "oom": False}
-    oom = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    if oom or isinstance(error, torch.AcceleratorError) or "CUDA" in str(error):
-        return {"kind": "engine", "message": f"{type(error).__name__}: {error}", "oom": oom}
-    return {"kind": "job", "message": f"{type(error).__name__}: {error}", "oom": False}
+def spec_of(message: dict[str, Any]) -> JobSpec:
+    return JobSpec.model_validate(message["spec"], strict=False)
+
+
+def circumstances_of(message: dict[str, Any]) -> Circumstances:
+    """Return what the worker knows of the job and a plan has to heed."""
+    return Circumstances(
+        waiting=int(message["waiting"]),
+        overruns=tuple(Overrun.model_validate(overrun) for overrun in message["overruns"]),
+        refused=tuple(message["refused"]),
+    )
+
+
+def _offer_to_the_oom_killer(own: Path = Path("/proc/self/oom_score_adj")) -> None:
+    own.write_text(str(max(int(own.read_text()), OOM_SCORE_ADJ)))
 
 
 def main() -> int:
@@ -147,6 +175,7 @@ def main() -> int:
     parser.add_argument("--gpu", default="", help="the worker's, which need not be that of the settings")
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is the worker's business
+    _offer_to_the_oom_killer()
     logs.set_up()
     link = Link(socket.socket(fileno=arguments.link))
     config = settings.load()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from safelight.calibration import Calibration
 from safelight.config import Config
 from safelight.errors import InvalidJob, LedgerDamaged, QueueUnreachable
 from safelight.jobqueue import JobQueue
@@ -22,9 +23,10 @@ from safelight.jobspec import JobSpec
 from safelight.ledger import Attempts, Ledger
 from safelight.models import Models
 from safelight.paths import Paths
+from safelight.plan import Overrun, Plan
 from safelight.queueserver import AWAY
-from safelight.receipt import EndState, Receipt
-from safelightd import calibration, settle
+from safelight.receipt import EndState, Phase, Receipt
+from safelightd import calibration, settle, shortage
 from safelightd.horse import Request, Requests, Shared
 from safelightd.link import EngineGone, Link
 from safelightd.logs import Log
@@ -36,6 +38,9 @@ PROGRESS_EVERY_S = 0.25
 
 PROGRESS_AWAY_S = 10.0
 """After a try on an absent server, none for so long: each takes a second, and the engine's verdict may wait behind."""
+
+NEXT_IN_LINE = 50
+"""How far into the line is looked for jobs of one shape: far enough to tell a night of them from one."""
 
 SHOWN = ("phase", "i", "n", "seconds_left")
 """What of a message `watch` and `status` show."""
@@ -60,8 +65,8 @@ class Place:
     queue: JobQueue
     worker: str
     lock: str
-    kill_engine: Callable[[], None]
-    """Ends the engine for good; afterwards it holds nothing on the GPU."""
+    kill_engine: Callable[[], bool]
+    """Ends the engine for good; afterwards it holds nothing on the GPU. Returns whether somebody else's SIGKILL had."""
     device_is_well: Callable[[], str | None]
     """Asks a fresh process; None, or what is wrong with the device."""
     wait: Callable[[float], bool]
@@ -71,9 +76,10 @@ class Place:
 class Unsettled(Exception):
     """The job came back without a verdict of its own."""
 
-    def __init__(self, cause: Cause, reason: str) -> None:
+    def __init__(self, cause: Cause, attempts: Attempts, reason: str) -> None:
         super().__init__(reason)
         self.cause: Cause = cause
+        self.attempts = attempts
 
 
 class Execution:
@@ -90,6 +96,10 @@ class Execution:
         self._asked_at = 0.0
         self._progress_again_at = 0.0
         self._started = False
+        self._phase: Phase = "load"
+        self._plan: Plan | None = None
+        self._overrun: Overrun | None = None
+        self._oom_kills_before = shortage.oom_kills()
 
     # -- the whole path ---------------------------------------------------------------------------------------
 
@@ -124,10 +134,10 @@ class Execution:
         except Unsettled as unsettled:
             if unsettled.cause == "return":
                 self._shared.set_setback(str(unsettled))
-            return settle_job(place, spec, attempts, unsettled.cause, str(unsettled))
+            return settle_job(place, spec, unsettled.attempts, unsettled.cause, str(unsettled))
         except EngineGone as gone:
-            place.kill_engine()
-            return self._after_engine(spec, attempts, str(gone))
+            killed = place.kill_engine()
+            return self._after_engine(spec, attempts, self._oom_kill(killed=killed) or str(gone))
         return self._concluded(receipt)
 
     def _write_down(self, spec: JobSpec) -> None:
@@ -140,10 +150,17 @@ class Execution:
         conclude(self._place, receipt)
         return {"state": receipt.state}
 
+    def _oom_kill(self, *, killed: bool) -> str:
+        """Take the engine's death for an overrun of its plan where the kernel killed it for memory; say so then."""
+        if not killed or shortage.oom_kills() == self._oom_kills_before:
+            return ""
+        self._overrun = shortage.overrun(self._plan, self._phase, "host")
+        return f"the kernel killed the engine in {self._phase}: the machine ran out of memory"
+
     def _after_engine(self, spec: JobSpec, attempts: Attempts, reason: str) -> dict[str, Any]:
         """The engine is gone. After the job was done: no matter. While it published: the next attempt goes on there.
-        Asked for: nobody's fault. Before it said a word of this job: the installation's. Else the job's, if a fresh
-        process finds the device well."""
+        Asked for: nobody's fault. Before it said a word of this job: the installation's. Else, if a fresh process finds
+        the device well, its plan's where memory ran out, and the job's otherwise."""
         if receipt := self._place.ledger.receipt(spec.id):
             return self._concluded(receipt)
         if self._place.ledger.intended(spec.id):
@@ -152,26 +169,44 @@ class Execution:
         if self._asked == "cancel":
             return self._concluded(self._end(spec, attempts, "cancelled", "cancelled", None))
         if self._asked == "stop":
-            return settle_job(self._place, spec, attempts, "stop", "the worker was stopped")
+            return settle_job(self._place, spec, self._with_overrun(attempts), "stop", "the worker was stopped")
         if trouble := self._place.device_is_well():
             return settle_job(self._place, spec, attempts, "return", trouble)
         if not self._started:
             reason = f"the engine did not start: {reason}; its log says why"
             self._shared.set_setback(reason)
             return settle_job(self._place, spec, attempts, "return", reason)
-        return settle_job(self._place, spec, attempts, "crash", reason)
+        if self._overrun is None:
+            return settle_job(self._place, spec, attempts, "crash", reason)
+        attempts = self._with_overrun(attempts)
+        self._place.ledger.note(attempts)  # first: whatever dies from here on, the next plan is a smaller one
+        before = calibration.load(self._place.config.paths.state)
+        _keep(self._place, before, calibration.overran(before, self._overrun, self._plan))
+        return settle_job(self._place, spec, attempts, "oom", reason)
+
+    def _with_overrun(self, attempts: Attempts) -> Attempts:
+        return settle.overran(attempts, self._overrun) if self._overrun else attempts
 
     # -- talking to the engine --------------------------------------------------------------------------------
 
     def _verdict(self, spec: JobSpec, attempts: Attempts) -> Receipt:
         threading.Thread(target=self._await_cancel, daemon=True).start()
-        self._link.send("run", self._execution, spec=spec.model_dump(mode="json"), attempt=attempts.attempts)
-        phase = "load"
+        self._link.send(
+            "run",
+            self._execution,
+            spec=spec.model_dump(mode="json"),
+            attempt=attempts.attempts,
+            waiting=1 + self._alike_in_line(spec),
+            overruns=[overrun.model_dump(mode="json") for overrun in attempts.overruns],
+            refused=attempts.refused,
+        )
         while True:
-            message = self._next(phase)
+            message = self._next()
             match message["type"]:
                 case "phase":
-                    phase = message["phase"]
+                    self._phase = message["phase"]
+                    if "plan" in message:
+                        self._plan = Plan.model_validate(message["plan"], strict=False)
                     self._show(message, always=True)
                 case "step":
                     self._show(message, always=False)
@@ -180,8 +215,16 @@ class Execution:
                 case "failed":
                     return self._failed(spec, attempts, message)
 
-    def _next(self, phase: str) -> dict[str, Any]:
+    def _alike_in_line(self, spec: JobSpec) -> int:
+        """Return how many of the next jobs are of this one's shape; a rung that is slow to prepare pays for many."""
+        try:
+            return self._place.queue.alike(spec, NEXT_IN_LINE)
+        except AWAY:
+            return 0
+
+    def _next(self) -> dict[str, Any]:
         """Wait for the next message of this execution that shows progress; kill an engine that shows none."""
+        phase = self._phase
         deadline_s = getattr(self._place.config.settings.worker.deadline_s, _deadline_of(phase))
         last = time.monotonic()
         self._shared.set(busy=True, deadline=last + deadline_s)
@@ -207,11 +250,15 @@ class Execution:
     def _failed(self, spec: JobSpec, attempts: Attempts, message: dict[str, Any]) -> Receipt:
         kind, text = message["kind"], message["message"]
         if kind == "cancelled" and self._asked == "stop":
-            raise Unsettled("stop", "the worker was stopped")
+            raise Unsettled("stop", attempts, "the worker was stopped")
         if kind == "machine":
-            raise Unsettled("return", text)
-        if kind == "engine":
+            raise Unsettled("return", attempts, text)
+        if kind == "oom":
+            self._overrun = Overrun.model_validate(message["overrun"])
+        if kind in ("engine", "oom"):
             raise EngineGone(text)
+        if kind == "refused" and not attempts.refused and self._asked != "cancel":
+            raise Unsettled("refused", settle.refused(attempts, message["precision"]), text)
         state: EndState = "cancelled" if kind == "cancelled" else "failed"
         log.warning("job.failed" if state == "failed" else "job.cancelled", id=spec.id, error=text)
         return self._end(spec, attempts, state, text, message.get("phase"))
@@ -269,6 +316,7 @@ def ended(spec: JobSpec, attempts: Attempts, state: EndState, error: str, phase:
             "error": error,
             "phase": phase,
             "attempts": attempts.attempts,
+            "overruns": attempts.overruns,
             "finished_at": datetime.now().astimezone().isoformat(timespec="seconds"),
         }
     )
@@ -310,9 +358,12 @@ def conclude(place: Place, receipt: Receipt) -> None:
 
 
 def _learn(place: Place, receipt: Receipt) -> None:
-    """Keep the pace for plans and for `status`."""
+    """Keep what a job showed, for plans and for `status`."""
     before = calibration.load(place.config.paths.state)
-    after = calibration.learned(before, receipt, place.models[receipt.spec.model])
+    _keep(place, before, calibration.learned(before, receipt))
+
+
+def _keep(place: Place, before: Calibration, after: Calibration) -> None:
     if after != before:
         calibration.save(place.config.paths.state, after)
         patiently(lambda: place.queue.set_calibration(after), place.wait)

@@ -1,8 +1,9 @@
 """Worker and engine talk in JSON lines over a socketpair. Knows no job; both ends use it.
 
-To the engine: `run {spec, attempt}`, `cancel {reason}`. From it: `phase {phase}`, `step {phase, i, n, seconds_left}`,
-`alive` each second of a job (proves the process, not progress), and one verdict: `done {receipt}` or
-`failed {kind, message, phase}`. Every message carries `v`, `execution` and `seq`; one of another execution is
+To the engine: `run {spec, attempt, waiting, overruns, refused}`, `cancel {reason}`. From it: `phase {phase, plan}` (the
+plan once, when it is new), `step {phase, i, n, seconds_left}`, `alive` each second of a job (proves the process, not
+progress), and one verdict: `done {receipt}` or `failed {kind, message, phase}`, of kind `oom` with {memory, overrun}
+and of kind `refused` with {precision}. Every message carries `v`, `execution` and `seq`; one of another execution is
 dropped. End of file tells the engine to exit and the worker that the engine is gone.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 from safelight.config import Config
@@ -26,6 +29,9 @@ from safelightd import linux
 VERSION = 1
 ENGINE = (sys.executable, "-m", "safelightd.engine")
 """The program on the other end."""
+
+PINNED_EXACT_SINCE = (2, 13)
+"""The torch whose pinned memory need not take the next power of two."""
 
 READ_BYTES = 65_536
 MESSAGE_BYTES_MAX = 4 * 2**20
@@ -167,6 +173,8 @@ class EngineProcess:
 
 def engine_env(config: Config, machine: Machine) -> dict[str, str]:
     """Return the engine's environment: this GPU only, nothing from the network, memory given back when freed."""
+    torch = _torch_version()
+    compiled = config.paths.state / "compiled" / f"{torch or 'no-torch'}-{_slug(machine.gpu) or 'cpu'}"
     env = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -179,9 +187,10 @@ def engine_env(config: Config, machine: Machine) -> dict[str, str]:
         # idle threads sleep instead of spinning: beside other work on 2 cores a tiny job took 0.2 to 0.8 s instead of
         # 2 to 7 (CPU, 2026-11-22)
         "OMP_WAIT_POLICY": "PASSIVE",
-        # no other key: one that this torch does not know ends CUDA for the process (2.11 refuses
-        # pinned_max_round_threshold_mb, which 2.13 has; H100, 2026-11-22)
-        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "PYTORCH_ALLOC_CONF": alloc_conf(torch),
+        # code that was compiled for another torch or card is no use to this one
+        "TORCHINDUCTOR_CACHE_DIR": str(compiled),
+        "TRITON_CACHE_DIR": str(compiled / "triton"),
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         # "" hides every GPU: a CPU worker beside a GPU worker must not touch its card
         "CUDA_VISIBLE_DEVICES": machine.uuid,
@@ -190,3 +199,26 @@ def engine_env(config: Config, machine: Machine) -> dict[str, str]:
         env["SAFELIGHT_CONFIG"] = str(config.source)
     env.pop("NOTIFY_SOCKET", None)  # the worker alone speaks to systemd
     return env
+
+
+def alloc_conf(torch: str) -> str:
+    """Return what torch's allocators are told. A key that this torch does not know ends CUDA for the process: 2.11
+    refuses pinned_max_round_threshold_mb, which 2.13 has (H100, 2026-11-22)."""
+    keys = "expandable_segments:True"
+    return f"{keys},pinned_max_round_threshold_mb:1" if _major_minor(torch) >= PINNED_EXACT_SINCE else keys
+
+
+def _torch_version() -> str:
+    """Return the installed torch's version without importing it, "" where there is none: the engine will say so."""
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _major_minor(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

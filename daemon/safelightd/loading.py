@@ -11,7 +11,7 @@ import itertools
 import json
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,11 +20,12 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from safelight import models
-from safelight.errors import SafelightError
-from safelight.models import ModelFacts
-from safelight.plan import Plan
-from safelightd import tiny
+from safelight import models, prepared
+from safelight.models import Blocks, ModelFacts
+from safelight.plan import Plan, Precision
+from safelightd import compiling, precision, skeleton, tiny
+from safelightd.assembly import Order, PinnedSet, assembled
+from safelightd.weights import BadModelFolder, stored_tensors
 
 CLASSES = {
     "diffusers": (
@@ -59,10 +60,9 @@ OTHER_SHAPE = ("ignore_mismatched_sizes", "automatic conversion of the weights")
 """Words of transformers' RuntimeErrors about the weights themselves; its others are the device's."""
 
 _NO_PATHS: Mapping[str, str] = MappingProxyType({})
+_NO_BLOCKS: Mapping[str, tuple[Blocks, ...]] = MappingProxyType({})
 
-
-class BadModelFolder(SafelightError):
-    """A model's folder is missing, incomplete, damaged, or holds what is never loaded."""
+OFFLOADED_BY_LIBRARY = ("block", "leaf", "sequential")
 
 
 def model_folder(facts: ModelFacts, models_folder: Path) -> Path:
@@ -86,7 +86,7 @@ def model_folder(facts: ModelFacts, models_folder: Path) -> Path:
 def give_back() -> None:
     """Return all memory that nothing refers to any more: to the device, and pinned blocks to the system."""
     gc.collect()
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has not typed this one
+    if not torch.cuda.is_initialized():
         return
     torch.cuda.empty_cache()
     if hasattr(torch.accelerator, "empty_host_cache"):  # not in every torch from 2.11 on
@@ -99,40 +99,131 @@ class Loader:
     Args:
         folder: a diffusers folder with a model_index.json.
         component_paths: folders that replace single components, each holding that component alone.
+        blocks: the repeated blocks of the components that are loaded block by block; others are loaded whole.
+        models_folder: below it are the prepared folders that the plan may name.
+        pinned: where the pinned blocks of one job wait for the next.
 
     Raises:
         BadModelFolder: the folder or its index cannot be used. Every method raises it, naming the file.
     """
 
-    def __init__(self, folder: Path, plan: Plan, component_paths: Mapping[str, str] = _NO_PATHS) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        component_paths: Mapping[str, str] = _NO_PATHS,
+        *,
+        blocks: Mapping[str, tuple[Blocks, ...]] = _NO_BLOCKS,
+        models_folder: Path | None = None,
+        pinned: PinnedSet | None = None,
+    ) -> None:
         self._folder = folder
         self._plan = plan
         self._component_paths = dict(component_paths)
+        self._blocks = blocks
+        self._models_folder = models_folder
+        self._pinned = pinned or PinnedSet(limit_bytes=0)
         self._index = _read_json(folder / "model_index.json")
         unknown = sorted(set(component_paths) - set(self._index))
         if unknown:
             raise BadModelFolder(f"{folder}: the model has no component {', '.join(unknown)}. Correct its path's name.")
+        self._pinned.drop_unless([self._pinned_key(name) for name in plan.streamed])
 
     @contextmanager
     def component(self, name: str, device: str | torch.device) -> Iterator[Any]:
-        """Have one component on `device`, in evaluation mode and the plan's dtype, until the block ends.
+        """Have one component on `device`, in evaluation mode and as the plan holds it, until the block ends.
 
         Whatever ends it, the weights are given back there and then, even where a name still points at the module.
         What the class keeps in float32 (`_keep_in_fp32_modules`) stays so.
         """
-        module: nn.Module | None = None
+        place = torch.device(device)
         try:
-            module = self._load(name, torch.device(device))
-            yield module
+            with self._placed(name, place) as module:
+                yield module
         except BaseException as error:
             # A traceback holds every frame it passed, and those hold activations.
             traceback.clear_frames(error.__traceback__)
             raise
         finally:
-            if module is not None:
-                _empty(module)
-            del module
             give_back()
+
+    def _placed(self, name: str, device: torch.device) -> AbstractContextManager[nn.Module]:
+        if name not in self._blocks:
+            return self._whole(name, device)
+        if name.startswith("transformer") and self._plan.offload in OFFLOADED_BY_LIBRARY:
+            return self._offloaded_by_library(name, device)
+        return self._by_blocks(name, device)
+
+    @contextmanager
+    def _whole(self, name: str, device: torch.device) -> Iterator[nn.Module]:
+        """A small component, as its library loads it."""
+        module = self._load(name, device)
+        try:
+            yield module
+        finally:
+            _empty(module)
+
+    @contextmanager
+    def _by_blocks(self, name: str, device: torch.device) -> Iterator[nn.Module]:
+        library, component_class = self._class(name)
+        folder = self._source(name)
+        _check_files(folder, WEIGHTS[library])
+        _check_class(folder, component_class.__name__, library)
+        order = Order(
+            folder=folder,
+            device=device,
+            dtype=getattr(torch, self._plan.dtype),
+            paths=tuple(dict.fromkeys(blocks.path for blocks in self._blocks[name])),
+            format=precision.format_of(self._precision(name)),
+            streamed=self._plan.streamed.get(name, ()),
+            from_file=not name.startswith("transformer") or self._plan.streamed_from == "file",
+        )
+        module = skeleton.build(component_class, folder, library)
+        stored = stored_tensors(folder, WEIGHTS[library])
+        with assembled(module, stored, order, self._pinned, self._pinned_key(name)) as placed:
+            if self._plan.compiled and name.startswith("transformer"):
+                compiling.compile_blocks(placed, order.paths)
+            yield placed
+
+    @contextmanager
+    def _offloaded_by_library(self, name: str, device: torch.device) -> Iterator[nn.Module]:
+        """A transformer in RAM that diffusers or accelerate brings to the GPU, leaf by leaf or block by block."""
+        module = self._load(name, torch.device("cpu"))
+        try:
+            if self._plan.offload == "sequential":
+                accelerate = importlib.import_module("accelerate")
+                accelerate.cpu_offload(module, device)
+            else:
+                group: Any = module
+                group.enable_group_offload(
+                    onload_device=device,
+                    offload_type=f"{self._plan.offload}_level",
+                    num_blocks_per_group=1 if self._plan.offload == "block" else None,
+                    use_stream=device.type == "cuda",
+                    low_cpu_mem_usage=self._plan.low_cpu_mem_usage,
+                )
+            yield module
+        finally:
+            _remove_hooks(module, self._plan.offload)
+            _empty(module)
+
+    def _precision(self, name: str) -> Precision:
+        if name.startswith("transformer"):
+            return self._plan.precision
+        return self._plan.text_encoder_precision or "bf16"
+
+    def _source(self, name: str) -> Path:
+        """Return the folder whose files a component is loaded from."""
+        if name not in self._plan.prepared:
+            return self._component_folder(name)
+        assert self._models_folder is not None
+        return prepared.folder(self._models_folder, self._plan.model, self._precision(name), name)
+
+    def _pinned_key(self, name: str) -> tuple[Any, ...]:
+        """Return what tells one pinned set from another: the files, how their weights are held, and which blocks."""
+        folder = self._source(name)
+        files = tuple((file.name, (at := file.stat()).st_size, at.st_mtime_ns) for file in sorted(folder.glob("*")))
+        return (folder, files, self._precision(name), self._plan.dtype, self._plan.streamed.get(name, ()))
 
     def tokenizer(self, name: str = "tokenizer") -> Any:
         """Return a tokenizer."""
@@ -188,7 +279,7 @@ class Loader:
         module, found = _from_pretrained(
             component_class,
             folder,
-            dtype=getattr(torch, self._plan.dtype),
+            dtype=getattr(torch, (name == "vae" and self._plan.vae_dtype) or self._plan.dtype),
             use_safetensors=True,
             output_loading_info=True,
             **placed,
@@ -259,6 +350,16 @@ def _check_class(folder: Path, expected: str, library: str) -> None:
     found = _read_json(folder / "config.json").get("_class_name", expected)
     if library == "diffusers" and found != expected:
         raise BadModelFolder(f"{folder}: holds a {found}, and the model needs a {expected}. Name another folder.")
+
+
+def _remove_hooks(module: Any, offload: str) -> None:
+    """Take the library's hooks off: they hold what they moved, pinned."""
+    if offload == "sequential":
+        importlib.import_module("accelerate.hooks").remove_hook_from_module(module, recurse=True)
+        return
+    registry = importlib.import_module("diffusers.hooks").HookRegistry.check_if_exists_or_initialize(module)
+    for hook in ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading"):
+        registry.remove_hook(hook, recurse=True)
 
 
 def _empty(module: nn.Module) -> None:

@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
+from safelight import models, prepared
 from safelight.config import Config
 from safelight.errors import NoUsableGpu, SafelightError
 from safelight.machine import GIB, Machine
-from safelightd.link import engine_env
+from safelightd.link import PINNED_EXACT_SINCE, engine_env
 
 PROBE_BYTES = 64 * 2**20
 PROBE_TIMEOUT_S = 50
@@ -27,13 +33,44 @@ WatchdogSec, for nothing else is said meanwhile."""
 RESERVE_BYTES = 2 * GIB
 """RAM left to the desktop and the kernel; not promised to a job."""
 
+CORES = {(6, 0): 64, (7, 0): 64, (7, 2): 64, (7, 5): 64, (8, 0): 64}
+"""CUDA cores of a multiprocessor by capability, where they are not CORES_SINCE (helper_cuda.h of NVIDIA's samples)."""
+
+CORES_SINCE = 128
+
+LANE_BYTES_PER_SECOND = {
+    1: 2.5e9 / 8 * 8 / 10,
+    2: 5e9 / 8 * 8 / 10,
+    3: 8e9 / 8 * 128 / 130,
+    4: 16e9 / 8 * 128 / 130,
+    5: 32e9 / 8 * 128 / 130,
+    6: 64e9 / 8 * 242 / 256,
+}
+"""Of a PCIe lane, by generation, after its line code (PCI Express base specifications)."""
+
+LINK_SHARE = 0.85
+"""Of that, what copies from pinned memory reach: 54.8 of 63.0 GB/s (H100, generation 5, 16 lanes, 2026-11-22)."""
+
 
 def read_machine(config: Config) -> Machine:
     """Return what the planner may use now.
 
     Raises:
         NoUsableGpu: the configured GPU is not there, or its driver does not answer.
+        BadConfig: a model in the settings is wrong.
     """
+    machine = _read_device(config)
+    usable = prepared.usable(config.paths.models, models.load(config))
+    return machine.model_copy(
+        update={
+            "compiler": has_compiler(os.environ.get("CC")),
+            "pinned_rounds_up": pinned_rounds_up(_torch_version()),
+            "prepared": tuple(manifest.name for manifest in usable),
+        }
+    )
+
+
+def _read_device(config: Config) -> Machine:
     worker = config.settings.worker
     ram_total, ram_available = _ram()
     if worker.ram_gib != "auto":
@@ -70,6 +107,14 @@ def _read_gpu(gpu: str) -> Machine:
             uuid=str(pynvml.nvmlDeviceGetUUID(card)),
             capability=(int(major), int(minor)),
             driver=str(pynvml.nvmlSystemGetDriverVersion()),
+            multiprocessors=multiprocessors(
+                _if_known(lambda: pynvml.nvmlDeviceGetNumGpuCores(card)), (int(major), int(minor))
+            ),
+            clock_mhz=_if_known(lambda: pynvml.nvmlDeviceGetMaxClockInfo(card, pynvml.NVML_CLOCK_SM)),
+            link_bytes_per_second=link_bytes_per_second(
+                _if_known(lambda: pynvml.nvmlDeviceGetMaxPcieLinkGeneration(card)),
+                _if_known(lambda: pynvml.nvmlDeviceGetMaxPcieLinkWidth(card)),
+            ),
             vram_total_bytes=int(memory.total),
             vram_free_bytes=int(memory.free),
             ram_total_bytes=0,
@@ -80,6 +125,50 @@ def _read_gpu(gpu: str) -> Machine:
         raise NoUsableGpu(f"GPU {gpu}: {error}. `nvidia-smi -L` lists the GPUs; set [worker] gpu.") from error
     finally:
         pynvml.nvmlShutdown()
+
+
+def _if_known(ask: Callable[[], object]) -> int:
+    """Return what the driver answers, 0 where it does not say so of this card: a virtual one, or a part of one."""
+    import pynvml
+
+    try:
+        return int(str(ask()))
+    except pynvml.NVMLError_NotSupported:
+        return 0
+
+
+def multiprocessors(cores: int, capability: tuple[int, int]) -> int:
+    """Return how many multiprocessors a card of that many CUDA cores has; 0 for none."""
+    return cores // CORES.get(capability, CORES_SINCE)
+
+
+def link_bytes_per_second(generation: int, lanes: int) -> int:
+    """Return what copies from pinned memory reach over a PCIe link; 0 for one that is not known."""
+    return int(LANE_BYTES_PER_SECOND.get(generation, 0) * lanes * LINK_SHARE)
+
+
+def has_compiler(cc: str | None, headers: Path | None = None) -> bool:
+    """Whether Triton can build its launchers: it runs $CC, gcc or clang, and includes Python.h.
+
+    Args:
+        headers: the folder of Python.h; None for this Python's.
+    """
+    compilers = [cc] if cc else ["gcc", "clang"]
+    folder = headers or Path(sysconfig.get_path("include"))
+    return any(map(shutil.which, compilers)) and (folder / "Python.h").is_file()
+
+
+def pinned_rounds_up(torch: str) -> bool:
+    """Whether pinned blocks of this version of torch take the next power of two; those of an unknown one may."""
+    return tuple(int(part) for part in re.findall(r"\d+", torch)[:2]) < PINNED_EXACT_SINCE
+
+
+def _torch_version() -> str:
+    """Return the installed torch's version without importing it, "" where there is none."""
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _ram() -> tuple[int, int]:

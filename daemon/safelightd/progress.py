@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from safelight.plan import Plan
 from safelight.receipt import Phase, PhaseRecord
 
 
@@ -41,6 +42,10 @@ class Watch:
         self._stop = stop
         self._meter = meter
         self.current: Phase = "plan"
+        self.plan: Plan | None = None
+        """Set once the job is planned. The next phase's beginning tells the worker, which then knows it also when this
+        process can say nothing any more."""
+        self._plan_told: Plan | None = None
         self.records: dict[str, PhaseRecord] = {}
         self.seconds_per_step: float | None = None
         self._phase_started = self._first_step_ended = time.monotonic()
@@ -56,9 +61,9 @@ class Watch:
         self.current = name
         self._phase_started = time.monotonic()
         self._meter.reset()
-        self._send({"type": "phase", "phase": name})
+        self._send({"type": "phase", "phase": name, **self._news_of_plan()})
         yield
-        device, host = self._meter.peaks()
+        device, host = self.peaks()
         seconds = time.monotonic() - self._phase_started
         before = self.records.get(name, PhaseRecord(seconds=0.0))
         self.records[name] = PhaseRecord(
@@ -66,6 +71,16 @@ class Watch:
             device_peak_bytes=max(before.device_peak_bytes, device),
             host_peak_bytes=max(before.host_peak_bytes, host),
         )
+
+    def _news_of_plan(self) -> dict[str, Any]:
+        if self.plan is self._plan_told or self.plan is None:
+            return {}
+        self._plan_told = self.plan
+        return {"plan": self.plan.model_dump(mode="json")}
+
+    def peaks(self) -> tuple[int, int]:
+        """Return the peak bytes on the device and in host RAM since the phase began."""
+        return self._meter.peaks()
 
     def step(self, i: int, n: int) -> None:
         """Say that `i` of `n` steps of this phase are done (denoise) or parts (decode).

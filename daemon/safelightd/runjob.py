@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 from collections.abc import Callable
@@ -14,12 +15,15 @@ from PIL import Image, ImageOps
 from safelight.config import Config
 from safelight.errors import SafelightError
 from safelight.jobspec import JobSpec
+from safelight.ladder import Circumstances
 from safelight.ledger import Ledger
 from safelight.machine import Machine
 from safelight.models import Models
-from safelight.plan import Plan, make_plan
+from safelight.plan import Plan
+from safelight.planner import NO_CIRCUMSTANCES, make_plan
 from safelight.receipt import Output, Receipt
-from safelightd import calibration, device, metadata, outputs, pipelines, probe, verify
+from safelightd import calibration, compiling, device, metadata, outputs, pipelines, probe, verify
+from safelightd.assembly import PinnedSet
 from safelightd.loading import Loader, model_folder
 from safelightd.progress import Watch
 
@@ -31,9 +35,12 @@ class Setting:
     config: Config
     models: Models
     ledger: Ledger
+    pinned: PinnedSet
 
 
-def run_job(spec: JobSpec, attempt: int, setting: Setting, watch: Watch) -> Receipt:
+def run_job(
+    spec: JobSpec, attempt: int, setting: Setting, watch: Watch, circumstances: Circumstances = NO_CIRCUMSTANCES
+) -> Receipt:
     """Return the receipt of `spec`: its file verified, synced and published, the receipt in the ledger.
 
     Encode, denoise and decode have the device to themselves, one after another: the peak is the largest of the three.
@@ -50,28 +57,45 @@ def run_job(spec: JobSpec, attempt: int, setting: Setting, watch: Watch) -> Rece
 
     with watch.phase("plan"):
         machine = probe.read_machine(setting.config)
-        plan = make_plan(spec, machine, setting.models, calibration.load(paths.state))
+        here, before = compiling.compiled_here(), compiling.compiled_before()
+        around = dataclasses.replace(circumstances, compiled_here=here, compiled_before=before)
+        plan = watch.plan = make_plan(spec, machine, setting.models, calibration.load(paths.state), around)
     with watch.phase("load"):
         facts = setting.models[spec.model]
-        loader = Loader(model_folder(facts, paths.models), plan, facts.component_paths)
+        loader = Loader(
+            model_folder(facts, paths.models),
+            plan,
+            facts.component_paths,
+            blocks=facts.blocks,
+            models_folder=paths.models,
+            pinned=setting.pinned,
+        )
         image, last_image = _input(spec.image, paths.inputs), _input(spec.last_image, paths.inputs)
         family = pipelines.family(facts.family)
     with watch.phase("encode"):
         embeddings = family.encode(spec, plan, loader, watch, image)
     with watch.phase("denoise"):
         latents = family.denoise(spec, plan, loader, embeddings, watch, image, last_image)
+    if plan.compiled:
+        compiling.remember(f"{facts.family}/{plan.precision}")
     with watch.phase("decode"):
         file = outputs.write(spec, plan, family.decode(spec, plan, loader, latents, watch), setting.config)
     with watch.phase("verify"):
         verify.output(file, spec)
     with watch.phase("publish"):
         device.release()
-        receipt_of = _receipt_of(spec, plan, machine, attempt, started_at, watch)
+        receipt_of = _receipt_of(spec, plan, machine, attempt, started_at, watch, around)
         return outputs.publish(receipt_of, file, spec, ledger, paths)
 
 
 def _receipt_of(
-    spec: JobSpec, plan: Plan, machine: Machine, attempt: int, started_at: str, watch: Watch
+    spec: JobSpec,
+    plan: Plan,
+    machine: Machine,
+    attempt: int,
+    started_at: str,
+    watch: Watch,
+    around: Circumstances,
 ) -> Callable[[tuple[Output, ...]], Receipt]:
     """Return what makes the receipt once the output has its name."""
     return lambda published: Receipt(
@@ -81,6 +105,7 @@ def _receipt_of(
         plan=plan,
         outputs=published,
         attempts=attempt,
+        overruns=around.overruns,
         started_at=started_at,
         finished_at=_now(),
         phases=dict(watch.records),

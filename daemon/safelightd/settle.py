@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from safelight.ledger import Attempts
+from safelight.plan import Overrun
 
 CRASHES_MAX = 3
 """Times a job may break the engine before it is set aside."""
@@ -13,9 +14,14 @@ CRASHES_MAX = 3
 RETURNS_MAX = 5
 """Times the machine may take a job back uncounted; afterwards every return counts as a crash."""
 
-Cause = Literal["crash", "return", "stop"]
+OVERRUNS_MAX = 8
+"""Plans of one job that may run out of memory; afterwards each more counts as a crash. A ladder has fewer rungs: this
+ends what a plan that predicts nothing would repeat."""
+
+Cause = Literal["crash", "return", "stop", "oom", "refused"]
 """crash: it broke the engine and a probe found the device well. return: the machine took it back. stop: a person
-stopped the worker, which no job can bring about and so none is counted."""
+stopped the worker, which no job can bring about and so none is counted. oom: its plan ran out of memory, and the next
+takes a smaller one. refused: the result was broken, and another precision may do better."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +39,23 @@ def begin(attempts: Attempts, worker: str, lock: str) -> Attempts:
     return attempts.model_copy(update=started)
 
 
+def overran(attempts: Attempts, overrun: Overrun) -> Attempts:
+    """Return the attempts with a plan that ran out of memory, which the next must stay below."""
+    return attempts.model_copy(update={"overruns": (*attempts.overruns, overrun)})
+
+
+def refused(attempts: Attempts, precision: str) -> Attempts:
+    """Return the attempts with a precision whose result was broken, which the next must not use."""
+    return attempts.model_copy(update={"refused": (*attempts.refused, precision)})
+
+
 def decide(attempts: Attempts, cause: Cause, reason: str) -> Decision:
     """Return whether the job runs again, at its own place in the line, or is quarantined."""
-    counts = cause == "crash" or (cause == "return" and attempts.returns >= RETURNS_MAX)
+    counts = (
+        cause == "crash"
+        or (cause == "return" and attempts.returns >= RETURNS_MAX)
+        or (cause == "oom" and len(attempts.overruns) > OVERRUNS_MAX)
+    )
     after = attempts.model_copy(
         update={
             "running": False,

@@ -8,7 +8,6 @@ Never imports torch: a fork after torch has run hangs.
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import socket
@@ -34,7 +33,7 @@ from safelight.jobqueue import JobQueue
 from safelight.ledger import Ledger
 from safelight.machine import Machine
 from safelight.queueserver import AWAY
-from safelightd import calibration, gpulock, holds, linux, probe, recovery, systemd
+from safelightd import calibration, gpulock, holds, linux, missing_gpu, probe, recovery, shortage, systemd
 from safelightd.execution import Execution, Place
 from safelightd.horse import Requests, Shared
 from safelightd.link import ENGINE, EngineProcess
@@ -56,9 +55,6 @@ SERVER_TIMEOUT_S = 10.0
 a call on a server that hangs takes 20 s, well within the watchdog's time."""
 
 FORGOTTEN_S = 90
-MISSING_GPU_S = (2.0, 5.0, 15.0)
-"""Waits between looks for a GPU that is not there; the last repeats. Less than half of the units' WatchdogSec."""
-
 LATE_S = 5.0
 """A client hands its jobs over at once after writing them down; the idle worker looks after this long whether it did.
 Sending them twice does no harm: each is queued at most once."""
@@ -341,10 +337,13 @@ class GpuWorker(Worker):
         self.shared.set(busy=False)
         return result
 
-    def _kill_engine_from_horse(self) -> None:
+    def _kill_engine_from_horse(self) -> bool:
         """The horse is not the engine's parent: it kills, and the worker reaps at its next `ensure`."""
-        if self.engine.pid:
-            linux.kill_and_await(self.engine.pid)
+        if self.engine.pid is None:
+            return False
+        killed = shortage.was_killed(self.engine.pid)
+        linux.kill_and_await(self.engine.pid)
+        return killed
 
     # -- RQ's hooks -------------------------------------------------------------------------------------------
 
@@ -448,7 +447,7 @@ def serve(config: Config, engine: Sequence[str] = ENGINE) -> int:
         BadConfig: see GpuWorker.run; also a server that refuses the password.
     """
     signal.signal(signal.SIGTERM, _leave)  # until the worker takes signals itself, nothing is under way
-    machine = _await_device(config)
+    machine = missing_gpu.await_device(config, FORGOTTEN_S)
     server = _await_server(config)
     return GpuWorker(config, machine, server, engine).run()
 
@@ -465,32 +464,3 @@ def _await_server(config: Config) -> redis.Redis:
             return queueserver.connect(config.url, timeout_s=SERVER_TIMEOUT_S, retries=1)
         except QueueUnreachable:
             time.sleep(0.2)  # a signal ends it
-
-
-def _await_device(config: Config) -> Machine:
-    """Read the device, and hold for as long as it is not there: a headless boot may start us before its driver, and a
-    lost GPU may be back in the morning. Never the CPU instead."""
-    name = f"{socket.gethostname()}-gpu-{config.settings.worker.gpu}"
-    for wait_s in itertools.chain(MISSING_GPU_S, itertools.repeat(MISSING_GPU_S[-1])):
-        try:
-            machine = probe.read_machine(config)
-        except NoUsableGpu as error:
-            log.error("gpu.missing", reason=error)
-            systemd.notify("READY=1", "WATCHDOG=1", f"STATUS=Held: gpu: {error}")
-            _tell_of_missing(config, name, str(error))
-            time.sleep(wait_s)  # a signal ends it
-            continue
-        _tell_of_missing(config, name, None)
-        return machine
-    raise AssertionError("the waits repeat for ever")
-
-
-def _tell_of_missing(config: Config, name: str, reason: str | None) -> None:
-    """Let `status` name the hold of a worker that has no device yet; without a queue nobody could ask."""
-    with suppress(QueueUnreachable, *AWAY):
-        queue = JobQueue(queueserver.connect(config.url, timeout_s=2.0, retries=0))
-        if reason is None:
-            queue.forget_worker(name)
-            return
-        queue.publish_worker(name, FORGOTTEN_S, device="cuda")
-        queue.set_holds(name, {"gpu": reason})

@@ -19,12 +19,12 @@ import pytest
 import redis
 
 from safelight import jobqueue, queueserver
+from safelight.calibration import NOTHING_LEARNED, Calibration
 from safelight.errors import BadConfig, InvalidJob, QueueUnreachable
 from safelight.jobqueue import JobQueue
 from safelight.jobspec import PRIORITIES, JobSpec
 from safelight.ledger import job_id
 from safelight.machine import Machine
-from safelight.plan import Pace
 from safelight.queueserver import AWAY
 from safelight.receipt import Output, Receipt
 from safelightd import redis_server
@@ -470,12 +470,14 @@ def test_a_submission_a_retry_and_a_lifted_hold_wake_every_worker(queue: JobQueu
     assert queue.server.smembers("safelight:workers") == {b"w"}
 
 
-def test_the_pace_of_this_machine_is_there_for_clients(queue: JobQueue) -> None:
-    pace = {"flux-dev": Pace(seconds_per_token_step=0.001, other_seconds=12.0)}
-    queue.set_calibration({})
-    queue.set_calibration(pace)
+def test_what_this_machine_has_shown_is_there_for_clients(queue: JobQueue) -> None:
+    shown = Calibration(seconds={"flux-dev/decode/whole": 0.5}, taken_bytes=7)
 
-    assert pace == queue.calibration()
+    assert queue.calibration() == NOTHING_LEARNED
+
+    queue.set_calibration(shown)
+
+    assert shown == queue.calibration()
 
 
 # -- the server --------------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def test_job_without_a_model_gets_the_one_of_its_kind(written: dict[str, object]
         ({"model": "flux-schnel"}, "model 'flux-schnel' is not known. Known: flux-schnell, "),
         ({"kind": "video", "model": "flux-dev"}, "kind 'video' does not fit model flux-dev. flux-dev makes images."),
         ({"vae_tiling": True}, "vae_tiling True is not auto, on or off."),
-        ({"precision": "fp4"}, "precision 'fp4' is not auto, bf16, fp16, fp8, int8 or nf4. Did you mean nf4?"),
+        ({"precision": "fp4"}, "precision 'fp4' is not auto or one of bf16, fp16, fp8, fp8-dynamic,"),
         ({"step": 4}, "unknown key 'step'."),
         ({"prompt": "  "}, "the prompt is empty. Write what the picture should show."),
         ({"prompt": "a\0b"}, "prompt has a NUL character. Remove it."),
@@ -172,7 +172,7 @@ def test_spec_of_version_1_loads_for_ever() -> None:
     text = (Path(__file__).parents[1] / "data" / "v1_jobspec.json").read_text(encoding="utf-8")
     loaded = JobSpec.model_validate(json.loads(text), strict=False)
 
-    assert json.loads(loaded.model_dump_json()) == json.loads(text)
+    assert json.loads(loaded.model_dump_json()).items() >= json.loads(text).items()
     assert (loaded.model, loaded.seed, loaded.tags) == ("wan-i2v-a14b", SEED_MAX, ("waves", "night"))
     assert loaded.axes == {"num_inference_steps": 40, "guidance_scale": 3.5, "prompt": "{red|blue} waves roll in"}
 

@@ -2,12 +2,15 @@
 
 The prompt is a list of words, one an attempt (the last repeats): `ok`, `slow` (2 s of steps), `fail`, `crash`
 (SIGKILLs itself), `hang` (no progress), `machine`, `torn` (dies while it publishes), `late` (dies when it has
-published). What an earlier attempt began to publish it finishes first. What it did is appended to outbox/runs.log,
-who did it to outbox/engines.log.
+published), `oom` (its plan runs out of GPU memory), `late-oom` (the same, once it is asked to stop), `swell` (takes
+memory until the kernel ends it), `refused` (the result is broken). What an earlier attempt began to publish it finishes
+first. Its plan has a rung for each overrun that it is told of. What it did is appended to outbox/runs.log, who did it
+to outbox/engines.log, what it was told of earlier attempts and of the line to outbox/told.log.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -20,8 +23,13 @@ from datetime import datetime
 from safelight import config as settings
 from safelight.jobspec import JobSpec
 from safelight.ledger import Ledger
+from safelight.plan import PhasePrediction, Plan
 from safelight.receipt import Receipt
+from safelightd import shortage
 from safelightd.link import EngineGone, Link
+
+BLOCKS_MORE = 10
+"""Blocks that each rung streams more than the one before."""
 
 
 def main() -> None:
@@ -58,25 +66,77 @@ def note(config: settings.Config, line: str) -> None:
         log.write(line + "\n")
 
 
+def plan_of(message: dict) -> Plan:
+    """Return the plan of this attempt: each overrun makes it smaller."""
+    rung = len(message["overruns"])
+    return Plan(
+        model=message["spec"]["model"],
+        device="cuda",
+        dtype="bfloat16",
+        precision="bf16" if message["refused"] else "fp8-dynamic",
+        offload="partial",
+        streamed={"transformer": tuple(range(BLOCKS_MORE * (rung + 1)))},
+        text_encoder_device="cuda",
+        vae_tiling=False,
+        predicted={"denoise": PhasePrediction(device_bytes=13 << 30 >> rung, host_bytes=9 << 30 >> rung)},
+    )
+
+
+def swell() -> None:
+    """Take memory and touch it until somebody stops it."""
+    taken = []
+    while True:
+        taken.append(b"x" * (8 << 20))
+
+
+def end_early(word: str, cancelled: threading.Event) -> None:
+    match word:
+        case "crash":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "swell":
+            swell()
+        case "hang":
+            time.sleep(60)
+        case "late-oom":
+            cancelled.wait()
+
+
+def failure(word: str, plan: Plan) -> dict | None:
+    match word:
+        case "oom" | "late-oom":
+            overrun = shortage.overrun(plan, "denoise", "device", 15 << 30).model_dump(mode="json")
+            return {"kind": "oom", "message": "CUDA out of memory", "phase": "denoise",
+                    "memory": "device", "overrun": overrun}  # fmt: skip
+        case "refused":
+            return {"kind": "refused", "message": "The picture is black.", "phase": "verify",
+                    "precision": plan.precision}  # fmt: skip
+        case "fail" | "machine":
+            kind = {"fail": "job"}.get(word, word)
+            return {"kind": kind, "message": f"it was told to {word}", "phase": "denoise"}
+    return None
+
+
 def run(link: Link, config: settings.Config, ledger: Ledger, message: dict, cancelled: threading.Event) -> None:
     execution, spec = message["execution"], JobSpec.model_validate(message["spec"], strict=False)
     words = spec.prompt.split()
     word = words[min(message["attempt"], len(words)) - 1]
     note(config, f"start {spec.id}")
     (config.paths.outbox / "engines.log").open("a").write(f"{os.getpid()}\n")
+    told = {name: message[name] for name in ("attempt", "waiting", "overruns", "refused")}
+    (config.paths.outbox / "told.log").open("a").write(json.dumps({"id": spec.id, **told}) + "\n")
+    plan = plan_of(message)
+    link.send("phase", execution, phase="load", plan=plan.model_dump(mode="json"))
     link.send("phase", execution, phase="denoise")
     waiting = config.paths.unfinished / spec.id / "output.png"
     if found := ledger.intended(spec.id):
         waiting.rename(config.paths.outbox / f"{spec.id}.png")
         finish(link, config, ledger, execution, found)
         return
-    if word == "crash":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if word == "hang":
-        time.sleep(60)
-    if word in ("fail", "machine"):
-        kind = {"fail": "job"}.get(word, word)
-        link.send("failed", execution, kind=kind, message=f"it was told to {word}", phase="denoise")
+    end_early(word, cancelled)
+    if failed := failure(word, plan):
+        link.send("failed", execution, **failed)
+        if failed["kind"] == "oom":
+            sys.exit(1)
         return
     steps = 20 if word == "slow" else 1
     for i in range(1, steps + 1):
@@ -88,7 +148,9 @@ def run(link: Link, config: settings.Config, ledger: Ledger, message: dict, canc
         id=spec.id,
         state="done",
         spec=spec,
+        plan=plan,
         attempts=message["attempt"],
+        overruns=message["overruns"],
         finished_at=datetime.now().astimezone().isoformat(),
     )
     if word == "torn":

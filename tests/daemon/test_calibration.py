@@ -1,4 +1,4 @@
-"""How fast each model has been here."""
+"""What receipts and overruns of this machine teach the planner."""
 
 from __future__ import annotations
 
@@ -8,67 +8,116 @@ from pathlib import Path
 import pytest
 
 from safelight import models
+from safelight.calibration import NOTHING_LEARNED, Calibration, key
+from safelight.machine import GIB, Machine
+from safelight.plan import Overrun, Plan
+from safelight.planner import make_plan
 from safelight.receipt import PhaseRecord, Receipt
 from safelightd import calibration
 from tests.integration.making import image_spec
 
-FACTS = models.load()["tiny-flux-schnell"]
+TABLE = models.load()
+MACHINE = Machine(
+    device="cuda", capability=(8, 9), vram_total_bytes=40 * GIB, vram_free_bytes=40 * GIB, ram_total_bytes=64 * GIB,
+    ram_available_bytes=48 * GIB, cpus=8,
+)  # fmt: skip
+SPEC = image_spec(model="flux-schnell", width=1024, height=1024, num_inference_steps=4)
 
 
-def receipt(seconds_per_step: float | None = 2.0, state: str = "done", **phases: float) -> Receipt:
-    seconds = phases or {"load": 5.0, "encode": 1.0, "denoise": 8.5, "decode": 1.0}
-    records = {name: PhaseRecord(seconds=spent) for name, spent in seconds.items()}
+def plan(learned: Calibration = NOTHING_LEARNED) -> Plan:
+    return make_plan(SPEC, MACHINE, TABLE, learned)
+
+
+def receipt(of: Plan, slower: float = 1.0, larger: float = 1.0, state: str = "done") -> Receipt:
+    """A job that took `slower` times the seconds of `of`, and `larger` times its GPU memory."""
+    records = {
+        phase: PhaseRecord(seconds=(found.seconds or 0) * slower, device_peak_bytes=int(found.device_bytes * larger))
+        for phase, found in of.predicted.items()
+    }
     return Receipt.model_validate(
-        {"id": "a", "state": state, "spec": image_spec(width=64, height=64), "phases": records,
-         "seconds_per_step": seconds_per_step, "finished_at": "2026-11-22T12:00:00+00:00"}
+        {"id": "a", "state": state, "spec": SPEC, "plan": of, "phases": records,
+         "seconds_per_step": (of.seconds_per_step or 0) * slower, "finished_at": "2026-11-22T12:00:00+00:00"}
     )  # fmt: skip
 
 
-def test_one_finished_job_teaches_the_pace_of_its_steps_and_of_the_rest() -> None:
-    pace = calibration.learned({}, receipt(), FACTS)["tiny-flux-schnell"]
+def test_after_one_job_its_like_are_predicted_right() -> None:
+    first = plan()
+    again = plan(calibration.learned(NOTHING_LEARNED, receipt(first, slower=3.0)))
 
-    assert pace.seconds_per_token_step == pytest.approx(2.0 / FACTS.tokens(64, 64, None))
-    assert pace.other_seconds == pytest.approx(15.5 - 4 * 2.0)
-    assert pace.seconds(image_spec(width=64, height=64), FACTS) == pytest.approx(15.5)
-
-
-def test_the_last_job_weighs_half() -> None:
-    once = calibration.learned({}, receipt(2.0), FACTS)
-    twice = calibration.learned(once, receipt(4.0, denoise=16.0), FACTS)["tiny-flux-schnell"]
-
-    assert twice.seconds_per_token_step == pytest.approx(3.0 / FACTS.tokens(64, 64, None))
-    assert twice.other_seconds == pytest.approx(7.5 / 2)
+    assert again.precision == first.precision
+    assert again.seconds == pytest.approx(3.0 * (first.seconds or 0), rel=0.01)
 
 
-@pytest.mark.parametrize(
-    "nothing", [receipt(state="failed"), receipt(seconds_per_step=None), receipt(encode=1.0)], ids=str
-)
-def test_what_shows_no_pace_changes_nothing(nothing: Receipt) -> None:
-    before = calibration.learned({}, receipt(), FACTS)
+def test_further_jobs_correct_half_of_what_is_left() -> None:
+    learned = calibration.learned(NOTHING_LEARNED, receipt(plan(), slower=3.0))
+    name = key(plan(), "decode")
+    before = learned.seconds[name]
+    after = calibration.learned(learned, receipt(plan(learned), slower=2.0)).seconds[name]
 
-    assert calibration.learned(before, nothing, FACTS) is before
+    assert after == pytest.approx(1.5 * before, rel=0.01)
+
+
+def test_more_memory_than_predicted_is_predicted_the_next_time_and_less_is_not_relied_on() -> None:
+    first = plan()
+    more = plan(calibration.learned(NOTHING_LEARNED, receipt(first, larger=1.1)))
+    less = plan(calibration.learned(NOTHING_LEARNED, receipt(first, larger=0.5)))
+
+    for phase in first.predicted:
+        assert more.predicted[phase].device_bytes >= 1.1 * first.predicted[phase].device_bytes
+        assert less.predicted[phase].device_bytes == first.predicted[phase].device_bytes
+
+
+@pytest.mark.parametrize("state", ["failed", "cancelled"])
+def test_a_job_that_did_not_end_well_teaches_nothing(state: str) -> None:
+    assert calibration.learned(NOTHING_LEARNED, receipt(plan(), 3.0, state=state)) == NOTHING_LEARNED
+
+
+def overrun(of: Plan, reached: float) -> Overrun:
+    predicted = of.predicted["denoise"].device_bytes
+    return Overrun(
+        phase="denoise",
+        memory="device",
+        rung=of.rung,
+        predicted_bytes=predicted,
+        reached_bytes=int(predicted * reached),
+    )
+
+
+def test_a_plan_that_held_more_than_predicted_is_predicted_larger() -> None:
+    first = plan()
+    after = calibration.overran(NOTHING_LEARNED, overrun(first, 1.25), first)
+
+    assert after.device[key(first, "denoise")] >= 1.25
+    assert after.taken_bytes == 0
+
+
+def test_memory_that_others_took_is_not_counted_on_and_slowly_forgotten() -> None:
+    first = plan()
+    after = calibration.overran(NOTHING_LEARNED, overrun(first, 0.5), first)
+    tight = MACHINE.model_copy(update={"vram_free_bytes": first.predicted["denoise"].device_bytes})
+    smaller = make_plan(SPEC, tight, TABLE, after)
+
+    assert after.taken_bytes > 0
+    assert smaller.predicted["denoise"].device_bytes < first.predicted["denoise"].device_bytes
+    assert calibration.learned(after, receipt(first)).taken_bytes == after.taken_bytes // 2
 
 
 def test_what_was_learned_is_there_after_a_restart(tmp_path: Path) -> None:
-    learned = calibration.learned({}, receipt(), FACTS)
+    learned = calibration.learned(NOTHING_LEARNED, receipt(plan(), slower=2.0))
 
-    assert calibration.load(tmp_path) == {}
+    assert calibration.load(tmp_path) == NOTHING_LEARNED
 
     calibration.save(tmp_path, learned)
 
     assert learned == calibration.load(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"flux-dev": 1}', b"\xff"])
-def test_a_damaged_file_is_learned_again_and_fails_no_job(
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"flux-dev": {"seconds_per_token_step": 1}}', b"\xff"])
+def test_a_damaged_or_older_file_is_learned_again_and_fails_no_job(
     tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "calibration.json").write_bytes(content)
     with caplog.at_level(logging.WARNING):
-        assert calibration.load(tmp_path) == {}
+        assert calibration.load(tmp_path) == NOTHING_LEARNED
 
     assert "calibration.damaged" in caplog.text
-
-    calibration.save(tmp_path, calibration.learned({}, receipt(), FACTS))
-
-    assert list(calibration.load(tmp_path)) == ["tiny-flux-schnell"]

@@ -265,3 +265,32 @@ def test_the_engine_sees_its_gpu_alone_reaches_no_network_and_does_not_speak_to_
     assert "NOTIFY_SOCKET" not in on_gpu
     assert on_gpu["SAFELIGHT_CONFIG"] == str(installation.config.source)
     assert link.ENGINE[1:] == ("-m", "safelightd.engine")
+
+
+@pytest.mark.parametrize(
+    ("torch", "exact"),
+    [("2.11.0+cu128", False), ("2.12.1", False), ("2.13.0+cpu", True), ("3.0.0.dev2", True), ("", False)],
+)
+def test_torch_is_told_to_pin_exactly_where_it_knows_the_word(torch: str, exact: bool) -> None:
+    """An older one refuses the key, and CUDA with it."""
+    assert ("pinned_max_round_threshold_mb:1" in link.alloc_conf(torch)) == exact
+    assert "expandable_segments:True" in link.alloc_conf(torch)
+
+
+def test_the_installed_torch_takes_the_engines_environment(installation: Installation) -> None:
+    env = engine_env(installation.config, CPU)
+    parse = "import torch; print(torch.__version__)"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", parse], env=env, capture_output=True, text=True)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() in env["TORCHINDUCTOR_CACHE_DIR"]
+
+
+def test_compiled_code_is_kept_apart_by_torch_and_card(installation: Installation) -> None:
+    card = GPU.model_copy(update={"gpu": "NVIDIA GeForce RTX 4080 SUPER"})
+    folders = [Path(engine_env(installation.config, machine)["TORCHINDUCTOR_CACHE_DIR"]) for machine in (CPU, card)]
+
+    assert {folder.parent for folder in folders} == {installation.paths.state / "compiled"}
+    assert folders[0].name.endswith("-cpu")
+    assert folders[1].name.endswith("-nvidia-geforce-rtx-4080-super")
+    assert Path(engine_env(installation.config, card)["TRITON_CACHE_DIR"]).parent == folders[1]

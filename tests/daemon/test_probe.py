@@ -78,6 +78,55 @@ def test_a_cpu_machine_is_its_memory_less_a_reserve_and_its_cores(installation: 
     assert machine.cpus == len(os.sched_getaffinity(0))
 
 
+@pytest.mark.parametrize(
+    ("cores", "capability", "expected"),
+    [
+        (16896, (9, 0), 132),  # H100 SXM
+        (9728, (8, 9), 76),  # RTX 4090 laptop
+        (10496, (12, 0), 82),  # RTX 5090 laptop
+        (6912, (8, 0), 108),  # A100
+        (3072, (7, 5), 48),  # RTX 2080 Max-Q
+        (0, (8, 9), 0),
+    ],
+)
+def test_a_card_has_the_multiprocessors_that_its_maker_names(
+    cores: int, capability: tuple[int, int], expected: int
+) -> None:
+    assert probe.multiprocessors(cores, capability) == expected
+
+
+@pytest.mark.parametrize(
+    ("generation", "lanes", "gigabytes"),
+    [(5, 16, 53.6), (4, 16, 26.8), (4, 8, 13.4), (3, 8, 6.7), (0, 16, 0), (4, 0, 0)],
+)
+def test_a_link_is_as_fast_as_its_lanes_less_what_copies_lose(generation: int, lanes: int, gigabytes: float) -> None:
+    assert probe.link_bytes_per_second(generation, lanes) / 1e9 == pytest.approx(gigabytes, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [("2.12.1+cu130", True), ("2.13.0+cpu", False), ("2.13.0a0+git1", False), ("3.0", False), ("", True)],
+)
+def test_torch_before_2_13_rounds_pinned_blocks_up(version: str, expected: bool) -> None:
+    assert probe.pinned_rounds_up(version) is expected
+
+
+def test_a_compiler_counts_with_the_headers_of_python_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs, headers = tmp_path / "bin", tmp_path / "include"
+    programs.mkdir()
+    headers.mkdir()
+    monkeypatch.setenv("PATH", str(programs))
+
+    assert not probe.has_compiler(None, headers)
+
+    (programs / "clang").touch(mode=0o755)
+    assert not probe.has_compiler(None, headers)
+
+    (headers / "Python.h").touch()
+    assert probe.has_compiler(None, headers)
+    assert not probe.has_compiler("icx", headers)  # Triton runs $CC where it is set, and no other
+
+
 def with_worker(config: Config, **changes: object) -> Config:
     worker = config.settings.worker.model_copy(update=changes)
     return replace(config, settings=config.settings.model_copy(update={"worker": worker}))

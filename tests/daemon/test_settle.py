@@ -7,10 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safelight.ledger import Attempts
-from safelightd.settle import CRASHES_MAX, RETURNS_MAX, Cause, begin, decide
+from safelight.plan import Overrun
+from safelightd.settle import CRASHES_MAX, OVERRUNS_MAX, RETURNS_MAX, Cause, begin, decide, overran, refused
 
 FRESH = Attempts(id="a")
-causes = st.lists(st.sampled_from(["crash", "return", "stop"]), max_size=60)
+OVERRUN = Overrun(phase="denoise", memory="device", rung="bf16, offload model", predicted_bytes=9, reached_bytes=11)
+causes = st.lists(st.sampled_from(["crash", "return", "stop", "oom"]), max_size=80)
 
 
 def test_an_attempt_is_counted_before_it_begins_and_says_whose_it_is() -> None:
@@ -58,18 +60,40 @@ def test_a_person_may_stop_the_worker_as_often_as_he_likes() -> None:
 def test_no_job_loops_for_ever_and_none_is_set_aside_without_three_counted_ends(history: list[Cause]) -> None:
     attempts, set_aside = FRESH, False
     for cause in history:
-        decision = decide(begin(attempts, "w", ""), cause, "why")
+        begun = begin(attempts, "w", "")
+        decision = decide(overran(begun, OVERRUN) if cause == "oom" else begun, cause, "why")
         attempts, set_aside = decision.attempts, not decision.requeue
         if set_aside:
             break
-    unfinished = sum(cause != "stop" for cause in history[: attempts.attempts])
+    ended = history[: attempts.attempts]
+    unfinished = sum(cause != "stop" for cause in ended)
 
     assert set_aside == (attempts.crashes >= CRASHES_MAX)
-    assert unfinished <= RETURNS_MAX + CRASHES_MAX
-    assert attempts.crashes + attempts.returns == unfinished
+    assert unfinished <= RETURNS_MAX + OVERRUNS_MAX + CRASHES_MAX
+    assert attempts.crashes + attempts.returns + min(ended.count("oom"), OVERRUNS_MAX) == unfinished
 
 
-@pytest.mark.parametrize("cause", ["crash", "return", "stop"])
+def test_a_plan_that_ran_out_is_remembered_and_not_counted_until_no_ladder_is_as_long() -> None:
+    attempts = FRESH
+    seen = []
+    for _ in range(OVERRUNS_MAX + CRASHES_MAX):
+        decision = decide(overran(begin(attempts, "w", ""), OVERRUN), "oom", "out of memory")
+        attempts = decision.attempts
+        seen.append((decision.requeue, attempts.crashes))
+
+    assert seen == [(True, 0)] * OVERRUNS_MAX + [(True, 1), (True, 2), (False, 3)]
+    assert attempts.overruns == (OVERRUN,) * (OVERRUNS_MAX + CRASHES_MAX)
+    assert begin(attempts, "w", "").overruns == attempts.overruns
+
+
+def test_a_precision_that_was_refused_is_remembered_and_not_counted() -> None:
+    after = decide(refused(begin(FRESH, "w", ""), "nf4"), "refused", "The picture is black.")
+
+    assert after.requeue
+    assert (after.attempts.refused, after.attempts.crashes, after.attempts.returns) == (("nf4",), 0, 0)
+
+
+@pytest.mark.parametrize("cause", ["crash", "return", "stop", "oom", "refused"])
 def test_what_worker_and_lock_were_stays_known_for_the_next_attempt(cause: Cause) -> None:
     begun = begin(FRESH, "worker", "/lock")
 

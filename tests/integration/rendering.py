@@ -75,7 +75,13 @@ class Run:
         facts = MODELS[self.spec.model]
         self.family = pipelines.family(facts.family)
         self.plan = plan_for(self.spec.model, **self.plan_changes)
-        self.loader = Loader(model_folder(facts, self.models_folder), self.plan, self.component_paths)
+        self.loader = Loader(
+            model_folder(facts, self.models_folder),
+            self.plan,
+            self.component_paths,
+            blocks=facts.blocks,
+            models_folder=self.models_folder,
+        )
         self.watch = Watch(self.sent.append, self.stop, NoMeter())
 
     def encode(self) -> Any:
@@ -140,7 +146,16 @@ def stock_pipeline(run: Run) -> Any:
         scheduler = pipe.scheduler
         pipe.scheduler = type(scheduler).from_config(scheduler.config, flow_shift=run.spec.flow_shift)
     pipe.set_progress_bar_config(disable=True)
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            _align(component)
     return pipe
+
+
+def _align(module: torch.nn.Module) -> None:
+    """Put each tensor where torch's own allocations begin: in a mapped file they lie anywhere, and BLAS rounds so."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def stock(run: Run, pipe: Any, output_type: str) -> Any:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from safelight.calibration import Calibration
 from safelight.jobqueue import JobQueue
 from safelight.machine import GIB, Machine
-from safelight.plan import Pace
 from tests.cli_steps import (
     CPU,
     WORKER,
@@ -120,7 +120,7 @@ def test_add_refuses_what_fits_no_worker(safelight: Safelight, queue: JobQueue) 
     )  # fmt: skip
     queue.publish_worker(WORKER, 60, device="cuda", machine=small.model_dump_json(), engine="")
 
-    result = safelight("add", "a red fox", "--model", "flux-dev", "--precision", "bf16")
+    result = safelight("add", "a red fox", "--model", "flux-dev", "--precision", "fp16", "--offload", "model")
 
     assert result.exit_code == 2
     assert "GTX 1650" in result.stderr
@@ -151,13 +151,16 @@ def test_add_from_another_user_relies_on_the_server(
 def test_dry_run_queues_nothing_and_says_what_it_would_take(
     safelight: Safelight, installation: Installation, queue: JobQueue
 ) -> None:
-    queue.set_calibration({"tiny-flux-schnell": Pace(seconds_per_token_step=0.5, other_seconds=10)})
+    shown = Calibration(seconds={"tiny-flux-schnell/decode/whole": 100.0})
+    queue.set_calibration(shown)
     queue.publish_worker(WORKER, 60, device="cpu", machine=CPU.model_dump_json(), engine="")
 
     result = safelight("add", "a {red|blue} fox", "--expand", "all", "--dry-run", "--json", "--steps", "2")
 
     found = json.loads(result.stdout)
-    assert (found["jobs"], found["seconds"]) == (2, 2 * (10 + 0.5 * 16 * 2))
+    assert found["jobs"] == 2
+    assert found["seconds"] == pytest.approx(2 * found["shapes"][0]["plan"]["seconds"], abs=0.1)
+    assert found["seconds"] > 2 * 100 * 0.3  # the decode's 0.3 s, as this machine has shown them
     assert found["machine_source"] == f"of the worker {WORKER}"
     assert queue.waiting_ids() == []
     assert not installation.paths.jobs.exists()

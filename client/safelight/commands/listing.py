@@ -233,6 +233,8 @@ def _print_job(found: dict[str, Any], receipts: Path) -> None:
     ]
     if receipt:
         lines += [
+            *(("ran out", _overrun(overrun)) for overrun in receipt["overruns"]),
+            ("ran on", _rung(receipt["plan"])),
             *((phase, _phase(record)) for phase, record in receipt["phases"].items()),
             ("receipt", str(receipts / f"{found['id']}.json")),
         ]
@@ -253,6 +255,22 @@ def _state(found: dict[str, Any]) -> str:
 def _size(spec: dict[str, Any]) -> str:
     frames = f", {spec['num_frames']} frames" if spec["num_frames"] else ""
     return f"{spec['width']}x{spec['height']}{frames}"
+
+
+def _rung(plan: dict[str, Any] | None) -> str | None:
+    from safelight.plan import Plan
+
+    return Plan.model_validate(plan, strict=False).rung if plan else None
+
+
+def _overrun(overrun: dict[str, Any]) -> str:
+    """Return what a plan ran out of: "of GPU memory in denoise, on fp8-dynamic, offload none (13.1 GiB predicted)"."""
+    from safelight import display
+
+    memory = {"device": "GPU memory", "host": "RAM"}[overrun["memory"]]
+    expected = f"{display.gib(overrun['predicted_bytes'])} predicted"
+    reached = f", {display.gib(overrun['reached_bytes'])} reached" if overrun["reached_bytes"] else ""
+    return f"of {memory} in {overrun['phase']}, on {overrun['rung']} ({expected}{reached})"
 
 
 def _phase(record: dict[str, Any]) -> str:

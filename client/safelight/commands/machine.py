@@ -13,6 +13,18 @@ import click
 
 from safelight.commands.client import Client, pass_client
 
+PRECISIONS = (
+    "bf16",
+    "fp8-dynamic",
+    "fp8-weight-only",
+    "fp8-quanto",
+    "int8-dynamic",
+    "int8-weight-only",
+    "int8-bnb",
+    "nf4",
+)
+"""safelight.prepared.PRECISIONS, which is not imported for a command that only shows its help."""
+
 NEEDED = ("rq", "torch")
 """What safelight[daemon] brings and the plain client lacks."""
 
@@ -27,7 +39,7 @@ def up(ctx: click.Context) -> None:
     For machines without systemd, and for trying things out. Jobs that have not ended when it stops go on when it
     starts again. Needs safelight[daemon].
     """
-    _become_daemon(ctx, "up")
+    _become_daemon(ctx, "up", "up")
 
 
 @click.command(context_settings=PASS_ON)
@@ -40,27 +52,27 @@ def demo(ctx: click.Context, to: str | None) -> None:
     nothing installed but safelight[daemon]. The tiny models draw noise: it shows the way of a job, not what the
     real models draw.
     """
-    _become_daemon(ctx, "demo", *(["--to", to] if to else []))
+    _become_daemon(ctx, "demo", "demo", *(["--to", to] if to else []))
 
 
-def _become_daemon(ctx: click.Context, *words: str) -> NoReturn:
-    """Replace this process by the `safelightd` of the same installation."""
+def _become_daemon(ctx: click.Context, command: str, *words: str, settings: Path | None = None) -> NoReturn:
+    """Replace this process by the `safelightd` of the same installation; `command` is what the person called."""
     from safelight.errors import BadConfig
 
     client = ctx.find_object(Client)
     assert client is not None
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise BadConfig(
-            f"safelight {words[0]} needs the daemon, which is not installed here ({', '.join(missing)} missing). "
+            f"safelight {command} needs the daemon, which is not installed here ({', '.join(missing)} missing). "
             "Install it: pip install 'safelight[daemon]'"
         )
     beside = Path(sys.executable).with_name("safelightd")
     program = [str(beside)] if beside.is_file() else [sys.executable, "-m", "safelightd.cli"]
-    settings = ["--config", str(client.config_file)] if client.config_file else []
-    verbose = ["--verbose"] if client.verbose else []
-    command = [*program, *settings, *verbose, *words, *ctx.args]
+    file = settings or client.config_file
+    options = [*(["--config", str(file)] if file else []), *(["--verbose"] if client.verbose else [])]
+    line = [*program, *options, *words, *ctx.args]
     sys.stdout.flush()
-    os.execv(command[0], command)
+    os.execv(line[0], line)
 
 
 @click.command()
@@ -103,12 +115,14 @@ def list_models(client: Client, *, as_json: bool) -> None:
     """Show the models: what each makes, its licence, its size in bf16, and whether it is there.
 
     Models of your own go into the settings file as [models.KEY]. Marked * is what a job gets that names no model.
+    PREPARED is what `safelight models prepare` has stored; one made of other weights than are there now is not used.
     """
     from safelight import display
     from safelight.models import folder, is_there
 
     defaults = client.config.settings.defaults
     default_keys = (defaults.image_model, defaults.video_model)
+    stored = _prepared(client)
     rows = [
         {
             "key": facts.key,
@@ -120,6 +134,7 @@ def list_models(client: Client, *, as_json: bool) -> None:
             "tiny": facts.tiny,
             "folder": str(folder(facts, client.config.paths.models)),
             "repository": facts.repository,
+            "prepared": stored.get(facts.key, []),
         }
         for facts in client.models.values()
     ]
@@ -132,12 +147,93 @@ def list_models(client: Client, *, as_json: bool) -> None:
             str(row["kind"]),
             "tiny" if row["tiny"] else display.gib(float(str(row["bf16_bytes"]))),
             "built on first use" if row["tiny"] else "present" if row["present"] else "missing",
+            _shown(stored.get(str(row["key"]), [])),
             str(row["licence"]),
             str(row["folder"]),
         ]
         for row in rows
     ]
-    display.columns(["MODEL", "KIND", "BF16", "HERE", "LICENCE", "FOLDER"], cells)
+    display.columns(["MODEL", "KIND", "BF16", "HERE", "PREPARED", "LICENCE", "FOLDER"], cells)
+
+
+def _prepared(client: Client) -> dict[str, list[dict[str, object]]]:
+    """Return what is prepared, by model: {precision, component, bytes, current}."""
+    from safelight import prepared
+
+    found: dict[str, list[dict[str, object]]] = {}
+    for manifest, current in prepared.manifests(client.config.paths.models, client.models):
+        row = {
+            "precision": manifest.precision,
+            "component": manifest.component,
+            "bytes": manifest.size_bytes,
+            "current": current,
+        }
+        found.setdefault(manifest.key, []).append(row)
+    return found
+
+
+def _shown(stored: list[dict[str, object]]) -> str:
+    words = (
+        f"{row['precision']} {row['component']}{'' if row['current'] else ' (of other weights)'}" for row in stored
+    )
+    return ", ".join(words) or "-"
+
+
+@models.command()
+@click.argument("key")
+@click.option("--precision", required=True, type=click.Choice(PRECISIONS), help="How the weights are held.")
+@click.option(
+    "--component", "components", metavar="NAME", multiple=True, help="Which component; may be given several times."
+)
+@click.option("--force", is_flag=True, help="Make anew what is ready.")
+@click.pass_context
+def prepare(ctx: click.Context, key: str, *, precision: str, components: tuple[str, ...], force: bool) -> None:
+    """Store a model's weights in the precision they run in.
+
+    Jobs then load fewer bytes and quantise nothing. Without --component: the transformers; in bf16 every large
+    component that is not published in it. Runs on the GPU where [worker] device is cuda, needs little RAM, and may be
+    interrupted: what is not whole is never used, and the next run removes it. Prints KEY/PRECISION/COMPONENT of each
+    that is ready. Needs safelight[daemon].
+
+    \b
+        safelight models prepare flux-dev --precision fp8-dynamic
+        safelight models prepare flux-dev --precision nf4 --component text_encoder_2
+    """
+    client = ctx.find_object(Client)
+    assert client is not None
+    config = client.config  # the daemon's that this client would reach, which may be the system's
+    words = [key, "--precision", precision, "--models", str(config.paths.models)]
+    words += [word for name in components for word in ("--component", name)] + ["--force"] * force
+    _become_daemon(ctx, "models prepare", "prepare", *words, settings=config.source if config.source.exists() else None)
+
+
+@models.command()
+@click.argument("key", required=False)
+@pass_client
+@click.pass_context
+def verify(ctx: click.Context, client: Client, key: str | None) -> None:
+    """Read what is prepared and compare it with its digests.
+
+    All models, or one. Exit code 1 when a file is damaged; the line says which, and what to do.
+    """
+    from safelight import display, prepared
+    from safelight.errors import Fault, InvalidJob
+
+    if key is not None and key not in client.models:
+        known = f"Known: {', '.join(client.models.near(key))} (safelight models list)."
+        raise InvalidJob([Fault(key, "is not a model", known)])
+    folders = [folder for folder in prepared.folders(client.config.paths.models) if key in (None, folder.parts[-3])]
+    faults = 0
+    for folder in folders:
+        wrong = prepared.damage(folder)
+        faults += len(wrong)
+        for fault in wrong:
+            click.echo(display.line(fault))
+        if not wrong:
+            click.echo(f"{'/'.join(folder.parts[-3:])} is as it was written")
+    if not folders:
+        click.echo(f"nothing{f' of {key}' if key else ''} is prepared", err=True)
+    ctx.exit(1 if faults else 0)
 
 
 @click.group()

@@ -35,10 +35,14 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
         ("--precision",),
         "HOW",
-        "auto, bf16, fp16, fp8, int8 or nf4. Left out, the planner decides; so for the next three.",
+        "auto, bf16, fp16, fp8, int8, nf4, or one exactly: fp8-dynamic, fp8-weight-only, fp8-quanto, int8-dynamic, "
+        "int8-weight-only, int8-bnb. Left out, the planner decides; so for the next six.",
     ),
-    (("--offload",), "HOW", "auto, none, model, block, leaf or sequential."),
+    (("--offload",), "HOW", "auto, model, partial, block, leaf or sequential."),
+    (("--low-cpu-mem-usage",), "HOW", "auto, on or off: of offload leaf, pin on the way. Slower, and less RAM."),
+    (("--compile",), "HOW", "auto, on or off: run the transformer's blocks compiled."),
     (("--vae-tiling",), "HOW", "auto, on or off."),
+    (("--text-encoder-precision",), "HOW", "As --precision, of the large text encoder."),
     (("--text-encoder-device",), "HOW", "auto, gpu or cpu."),
     (("--format", "--output-format"), "KIND", "png, jpg or webp; mp4 for clips."),
     (("--priority",), "CLASS", "high, normal, low or night (only inside the window of [policy])."),

@@ -13,10 +13,10 @@ from safelight.commands.client import Client, pass_client
 from safelight.commands.options import JOB_OPTIONS_CONTEXT, SWEEP, drafts_of, job_options
 
 if TYPE_CHECKING:
+    from safelight.calibration import Calibration
     from safelight.jobqueue import WorkerRow
     from safelight.jobspec import JobSpec
     from safelight.machine import Machine
-    from safelight.plan import Calibration
     from safelight.submit import Forecast
 
 ASSUMED_VRAM_GIB, ASSUMED_VRAM_FREE_GIB = 16, 15
@@ -97,11 +97,12 @@ def ground_of(
     client: Client, *, vram: float | None = None, ram: float | None = None, capability: str | None = None
 ) -> Ground:
     """Return the machine to plan for, and how it is known."""
+    from safelight.calibration import NOTHING_LEARNED
     from safelight.errors import QueueUnreachable
     from safelight.machine import GIB, Machine
 
     machine, source = _assumed(client.config.settings.worker.device), "assumed, since no worker has told of its own"
-    calibration: Calibration = {}
+    calibration = NOTHING_LEARNED
     told: list[WorkerRow] = []
     try:
         with client.queue(retries=0) as queue:
@@ -113,7 +114,7 @@ def ground_of(
         machine, source = told[0].machine, f"of the worker {told[0].name}"
     changes: dict[str, Any] = {}
     if vram is not None or capability is not None:
-        changes |= {"device": "cuda", "gpu": "a GPU as written", "uuid": "", "driver": ""}
+        changes |= {"device": "cuda", "gpu": "a GPU as written", "uuid": "", "driver": "", "multiprocessors": 0}
     if vram is not None:
         changes |= {"vram_total_bytes": int(vram * GIB), "vram_free_bytes": int(vram * GIB)}
     if ram is not None:
@@ -126,7 +127,7 @@ def ground_of(
         )
     if changes:
         source = f"as written, the rest {source}"
-        calibration = {}  # measured on another machine
+        calibration = NOTHING_LEARNED  # measured on another machine
     machine = Machine.model_validate({**machine.model_dump(), **changes})
     return Ground(machine, source, calibration, told=bool(told) and not changes)
 
@@ -153,6 +154,7 @@ def _assumed(device: Literal["cuda", "cpu"]) -> Machine:
         ram_total_bytes=ram_total,
         ram_available_bytes=ram_available,
         cpus=8,
+        compiler=True,
     )
 
 
@@ -218,13 +220,15 @@ def _print_shape(shape: Forecast) -> None:
             click.echo(f"  does not fit: {fault}")
         return
     chosen = shape.plan
-    tiling = ", VAE in tiles" if chosen.vae_tiling else ""
-    click.echo(f"  {chosen.precision}, offload {chosen.offload}, text encoders on {chosen.text_encoder_device}{tiling}")
+    click.echo(f"  {chosen.rung}")
     for phase, peak in chosen.predicted.items():
+        took = f", {display.duration(peak.seconds)}" if peak.seconds is not None else ""
         click.echo(
-            f"  {phase:<8} {display.gib(peak.device_bytes)} of GPU memory, {display.gib(peak.host_bytes)} of RAM"
+            f"  {phase:<8} {display.gib(peak.device_bytes)} of GPU memory, {display.gib(peak.host_bytes)} of RAM{took}"
         )
     time = display.duration(chosen.seconds) if chosen.seconds is not None else "unknown: none has run here yet"
     click.echo(f"  time     {time}")
+    for warning in chosen.warnings:
+        click.echo(f"  slow: {warning}")
     for reason in chosen.passed_over:
         click.echo(f"  not {reason}")

@@ -13,8 +13,11 @@ import click
 from safelight.commands.client import Client, pass_client
 
 if TYPE_CHECKING:
+    from safelight.calibration import Calibration
     from safelight.config import Config
     from safelight.jobqueue import JobQueue, WorkerRow
+    from safelight.jobspec import JobSpec
+    from safelight.machine import Machine
     from safelight.models import Models
 
 
@@ -34,6 +37,7 @@ def measure(queue: JobQueue, models: Models) -> Waiting:
     from safelight.errors import InvalidJob
 
     calibration = queue.calibration()
+    machine = next((worker.machine for worker in queue.workers() if worker.machine), None)
     jobs, seconds, unknown = 0, 0.0, 0
     for count, one in queue.shapes(queue.waiting_ids()).values():
         jobs += count
@@ -41,11 +45,25 @@ def measure(queue: JobQueue, models: Models) -> Waiting:
             spec = queue.spec(one)
         except InvalidJob:
             spec = None  # somebody else wrote it; the worker will refuse it and say so
-        if spec and spec.model in models and spec.model in calibration:
-            seconds += count * calibration[spec.model].seconds(spec, models[spec.model])
-        else:
+        expected = _seconds(spec, machine, models, calibration, count) if spec and machine else None
+        if expected is None:
             unknown += count
+        else:
+            seconds += count * expected
     return Waiting(jobs, seconds, unknown)
+
+
+def _seconds(spec: JobSpec, machine: Machine, models: Models, calibration: Calibration, waiting: int) -> float | None:
+    """Return what one such job takes; None where its model has not run here yet, or no way of running it fits."""
+    from safelight import ladder, planner
+    from safelight.errors import InvalidJob
+
+    if not any(key.startswith(f"{spec.model}/") for key in calibration.seconds):
+        return None
+    try:
+        return planner.make_plan(spec, machine, models, calibration, ladder.Circumstances(waiting=waiting)).seconds
+    except InvalidJob:
+        return None
 
 
 def hold_lines(queue: JobQueue, config: Config) -> list[str]:

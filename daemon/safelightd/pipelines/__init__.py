@@ -105,16 +105,19 @@ def refuse_other_images(spec: JobSpec, **given: Image | None) -> None:
 def stop_inside(module: nn.Module, watch: Watch) -> None:
     """Make `module` ask before each of its repeated blocks whether to stop: a step may take a minute.
 
-    The hooks change no number, and die with the module.
+    Before each of the outermost ones: what lies inside of a block may be compiled, and no graph can ask. The hooks
+    change no number, and die with the module.
     """
 
     def ask(_module: nn.Module, _arguments: Any) -> None:
         watch.check()
 
-    for part in module.modules():
+    for part in module.children():
         if isinstance(part, nn.ModuleList):
             for block in part:
                 block.register_forward_pre_hook(ask)
+        else:
+            stop_inside(part, watch)
 
 
 def refuse_broken(numbers: torch.Tensor, what: str) -> None:

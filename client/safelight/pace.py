@@ -1,0 +1,95 @@
+"""How many seconds a plan takes: arithmetic and bytes over the card's and the disk's rates. Pure.
+
+What the machine really does is learned: `safelight.calibration` multiplies these figures.
+"""
+
+from __future__ import annotations
+
+from safelight.machine import Machine
+from safelight.models import ModelFacts
+from safelight.plan import Precision
+
+FLOP_PER_CLOCK = {(7, 5): 512, (8, 0): 2048, (8, 6): 512, (8, 7): 512, (8, 9): 512, (9, 0): 4096, (10, 0): 8192}
+"""Of one multiprocessor, 16-bit products summed in float32 (NVIDIA's architecture papers). Newer ones count as 8.9."""
+
+ASSUMED_FLOPS = {(7, 5): 25e12, (8, 0): 312e12, (8, 6): 40e12, (8, 9): 75e12, (9, 0): 900e12, (12, 0): 90e12}
+"""Of a laptop's card of that capability, where only the capability is known."""
+
+ASSUMED_LINK_BYTES_PER_SECOND = 12_000_000_000
+"""PCIe 4 with 8 lanes, pinned."""
+
+READ_BYTES_PER_SECOND = 3_000_000_000
+"""From an NVMe disk; from the page cache it was 13 to 20 GB/s (H100 machine, 2026-11-23)."""
+
+PIN_SECONDS_PER_BYTE = 0.4e-9
+"""Reading included (11.3 GiB in 4.9 s, the same machine)."""
+
+QUANTISE_SECONDS_PER_BYTE = 0.05e-9
+"""Of a bf16 weight on its way to the GPU."""
+
+# Share of the card's 16-bit arithmetic that a FLUX forward reaches: bench/techniques.py, H100 80GB, torch 2.11,
+# 1024x1024, 2026-11-23. 171 ms in bf16 are 406 of 989 TFLOP/s.
+EFFICIENCY: dict[Precision, float] = {
+    "bf16": 0.41,
+    "fp16": 0.40,
+    "fp32": 0.05,
+    "fp8-dynamic": 0.23,
+    "fp8-weight-only": 0.24,
+    "fp8-quanto": 0.276,
+    "int8-dynamic": 0.052,
+    "int8-weight-only": 0.293,
+    "int8-bnb": 0.143,
+    "nf4": 0.38,
+}
+COMPILED_EFFICIENCY: dict[Precision, float] = {"bf16": 0.57, "fp16": 0.57, "fp8-dynamic": 0.74, "nf4": 0.517}
+"""Only what was measured is offered."""
+
+NOT_OVERLAPPED = 0.12
+"""Of the shorter of computing and copying, what streaming does not hide: 243 ms where 222 and 171 overlap."""
+
+COMPILE_SECONDS = 18.0
+COMPILE_AGAIN_SECONDS = 4.0
+"""Two kinds of block, cold, and in a new process with the code on disk."""
+
+LIBRARY_RATES = {"block": 0.90, "leaf": 0.81, "sequential": 0.125}
+"""Share of the link that diffusers' and accelerate's offloads reach: 480, 534 and 3,505 ms for 23.8 GB at 54.8 GB/s."""
+
+LOW_CPU_RATE = 0.38
+"""Of leaf offload that pins on the way: 1,138 ms."""
+
+SETUP_SECONDS = 0.4
+"""A component's modules without their weights, and giving them back."""
+
+DECODE_PIXELS_PER_FLOP = {"flux": 1.0e-7, "wan": 1.6e-8}
+"""Output pixels per flop of the card's rate: FLUX decodes 1024x1024 in 0.1 s, Wan 1280x704x121 in 6.3 s (H100)."""
+
+CPU_FLOPS = 50e9
+"""Of a few cores in float32."""
+
+
+def flops_per_second(machine: Machine) -> float:
+    """Return the card's 16-bit arithmetic."""
+    if machine.device == "cpu":
+        return CPU_FLOPS
+    capability = machine.capability or (8, 9)
+    per_clock = FLOP_PER_CLOCK.get(capability, FLOP_PER_CLOCK[(8, 9)])
+    if machine.multiprocessors and machine.clock_mhz:
+        return machine.multiprocessors * machine.clock_mhz * 1e6 * per_clock
+    known = max((known for known in ASSUMED_FLOPS if known <= capability), default=(7, 5))
+    return ASSUMED_FLOPS[known]
+
+
+def link_bytes_per_second(machine: Machine) -> int:
+    return machine.link_bytes_per_second or ASSUMED_LINK_BYTES_PER_SECOND
+
+
+def forward_flop(facts: ModelFacts, component: str, tokens: int) -> float:
+    """Return the floating-point operations of one forward: Linears over all tokens, and attention between them."""
+    linear = sum(2.0 * blocks.per_token * blocks.count * tokens for blocks in facts.blocks.get(component, ()))
+    attention = sum(4.0 * tokens**2 * blocks.width * blocks.count for blocks in facts.blocks.get(component, ()))
+    return linear + attention
+
+
+def overlapped(compute_seconds: float, copy_seconds: float) -> float:
+    """Return the time of computing and copying at once."""
+    return max(compute_seconds, copy_seconds) + NOT_OVERLAPPED * min(compute_seconds, copy_seconds)

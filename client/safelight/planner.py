@@ -1,0 +1,293 @@
+"""Decides how one job runs on one machine: for each phase the fastest rung that fits. Pure; no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, get_args
+
+from safelight import calibration as learned
+from safelight import footprint, ladder
+from safelight.calibration import Calibration
+from safelight.errors import Fault, InvalidJob
+from safelight.jobspec import JobSpec
+from safelight.ladder import Circumstances, Rung
+from safelight.machine import GIB, Machine
+from safelight.models import ModelFacts, Models
+from safelight.plan import Overrun, PhaseName, PhasePrediction, Plan
+
+SMALLER = 0.9
+"""A plan after one that ran out of memory takes at most this share of what that one expected."""
+
+SLOW = 2.0
+"""A plan that takes so many times the fastest one's time deserves a warning."""
+
+PASSED_OVER_MAX = 6
+PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
+NO_CIRCUMSTANCES = Circumstances()
+
+
+class DoesNotFit(InvalidJob):
+    """No way of running the job fits the machine."""
+
+
+class _Lacking(Exception):
+    """No rung of a phase fits; `least` needs the least of what is short."""
+
+    def __init__(self, least: Rung, memory: str, need_bytes: int, there_bytes: int) -> None:
+        super().__init__(memory)
+        self.least = least
+        self.memory = memory
+        self.need_bytes = need_bytes
+        self.there_bytes = there_bytes
+
+
+def make_plan(
+    spec: JobSpec, machine: Machine, models: Models, calibration: Calibration,
+    circumstances: Circumstances = NO_CIRCUMSTANCES,
+) -> Plan:  # fmt: skip
+    """Return the plan for `spec` on `machine`: the fastest that fits, what is compiled once shared by all that wait.
+
+    Raises:
+        DoesNotFit: it needs more than the machine has; the message says what would fit.
+        InvalidJob: the job insists on something no rung offers, or its model is no longer in the table.
+    """
+    if spec.model not in models:
+        remedy = "Put it back into the settings, or submit the job again with another."
+        raise InvalidJob([Fault(spec.id or spec.model, f"model {spec.model} is not known any more", remedy)])
+    facts = models[spec.model]
+    _refuse_unoffered(spec, machine)
+    try:
+        return _plan(spec, facts, machine, calibration, circumstances)
+    except _Lacking as lacking:
+        advice = _what_would_fit(spec, facts, machine, calibration, circumstances)
+        problem = (
+            f"{lacking.least.phase} of {spec.model} at {_size(spec)} needs about {lacking.need_bytes / GIB:.1f} GiB of "
+            f"{lacking.memory}" + (f" on {machine.gpu}" if machine.gpu and "GPU" in lacking.memory else "")
+        )
+        remedy = f"{max(lacking.there_bytes, 0) / GIB:.1f} GiB is free. {advice}"
+        raise DoesNotFit([Fault(spec.id or spec.model, problem, remedy)]) from None
+
+
+def _refuse_unoffered(spec: JobSpec, machine: Machine) -> None:
+    """Raise InvalidJob where the job insists on what this device has no way for, all reasons at once."""
+    where = spec.id or spec.model
+    if machine.device == "cpu":
+        asked = {
+            "precision": (spec.precision, ("auto",)),
+            "offload": (spec.offload, ("auto", "none")),
+            "compile": (spec.compile, ("auto", "off")),
+            "low_cpu_mem_usage": (spec.low_cpu_mem_usage, ("auto", "off")),
+            "text_encoder_precision": (spec.text_encoder_precision, ("auto",)),
+            "text_encoder_device": (spec.text_encoder_device, ("auto", "cpu")),
+        }
+        faults = [
+            Fault(where, f"{name} {value} is not offered on the CPU", f"Use {' or '.join(offered)}.")
+            for name, (value, offered) in asked.items()
+            if value not in offered
+        ]
+        if faults:
+            raise InvalidJob(faults)
+        return
+    ways, reasons = ladder.ways(spec, machine)
+    if not ways:
+        raise InvalidJob([Fault(where, *_parted(reason)) for reason in reasons])
+
+
+def _parted(reason: str) -> tuple[str, str]:
+    problem, _, remedy = reason.partition(". ")
+    return problem, remedy
+
+
+def _plan(
+    spec: JobSpec, facts: ModelFacts, machine: Machine, calibration: Calibration, circumstances: Circumstances
+) -> Plan:
+    """Choose a rung for each phase; the transformer's first, whose dtype the others share."""
+    on_cpu = machine.device == "cpu"
+    plan = Plan(
+        model=spec.model,
+        device=machine.device,
+        dtype="float32" if on_cpu else ladder.dtype_of("bf16", machine),
+        precision="fp32" if on_cpu else "bf16",
+        offload="none" if on_cpu else "model",
+        vae_tiling=False,
+        text_encoder_device=machine.device,
+    )
+    predicted: dict[str, PhasePrediction] = {}
+    passed_over: list[str] = []
+    warnings: list[str] = []
+    order: tuple[PhaseName, ...] = ("denoise", "encode", "decode")
+    for phase in order:
+        pinned = 0 if phase == "denoise" else _pinned(plan, facts)
+        limits = _limits(phase, machine, calibration, circumstances.overruns)
+        rungs = ladder.of_phase(phase, spec, facts, machine, circumstances, limits[0], plan, pinned)
+        corrected = [_corrected(rung, plan, calibration) for rung in rungs]
+        chosen = _fastest(corrected, limits, circumstances.waiting)
+        plan = _with(plan, chosen)
+        predicted[phase] = PhasePrediction(
+            device_bytes=chosen.device_bytes, host_bytes=chosen.host_bytes, seconds=round(chosen.seconds, 3)
+        )
+        if phase == "denoise":
+            plan = plan.model_copy(update={"seconds_per_step": round(chosen.seconds_per_step, 4)})
+        faster = [
+            rung for rung in corrected if _cost(rung, circumstances.waiting) < _cost(chosen, circumstances.waiting)
+        ]
+        passed_over += _reasons(faster, limits)
+        warnings += _warnings(chosen, faster)
+    ordered = {phase: predicted[phase] for phase in PHASES}
+    return plan.model_copy(
+        update={
+            "predicted": ordered,
+            "seconds": round(sum(prediction.seconds or 0.0 for prediction in ordered.values()), 2),
+            "passed_over": tuple(passed_over),
+            "warnings": tuple(warnings),
+        }
+    )
+
+
+def _pinned(plan: Plan, facts: ModelFacts) -> int:
+    """Return what stays pinned for the next job of this plan, and so is there while this one encodes and decodes."""
+    if plan.offload != "partial" or plan.streamed_from != "pinned":
+        return 0
+    name, blocks = next((name, blocks) for name, blocks in plan.streamed.items() if name.startswith("transformer"))
+    of = footprint.sizes(facts, name, plan.precision, plan.dtype)
+    return sum(of[place] for place in blocks)
+
+
+def _with(plan: Plan, rung: Rung) -> Plan:
+    """Return the plan with what a rung says; what is streamed and prepared adds up over the phases."""
+    changes: dict[str, Any] = dict(rung.changes)
+    if "streamed" in changes:
+        changes["streamed"] = plan.streamed | changes["streamed"]
+    if "prepared" in changes:
+        changes["prepared"] = (*plan.prepared, *changes["prepared"])
+    return plan.model_copy(update=changes)
+
+
+def _corrected(rung: Rung, plan: Plan, calibration: Calibration) -> Rung:
+    """Return a rung as this machine has shown it to be."""
+    key = learned.key(_with(plan, rung), rung.phase)
+    device = int(rung.device_bytes * calibration.device.get(key, 1.0))
+    seconds = _ratio(calibration.seconds, key, rung.phase)
+    if rung.seconds_per_step:
+        count = (rung.seconds - rung.load_seconds - rung.once_seconds) / rung.seconds_per_step
+        per_step = rung.seconds_per_step * _ratio(calibration.step_seconds, key, rung.phase)
+        steps = per_step * count
+        rest = (rung.load_seconds + rung.once_seconds) * seconds
+        return replace(rung, device_bytes=device, seconds=rest + steps, seconds_per_step=per_step)
+    return replace(rung, device_bytes=device, seconds=rung.seconds * seconds)
+
+
+def _ratio(ratios: Mapping[str, float], key: str, phase: PhaseName) -> float:
+    """Return how much longer something takes here than predicted. What has not run is taken to be as slow as what has:
+    else a slow disk would make every untried rung look fast."""
+    if key in ratios:
+        return ratios[key]
+    of_phase = [ratio for name, ratio in ratios.items() if f"/{phase}/" in name and ratio > 0]
+    return math.exp(sum(map(math.log, of_phase)) / len(of_phase)) if of_phase else 1.0
+
+
+def _limits(
+    phase: PhaseName, machine: Machine, calibration: Calibration, overruns: Sequence[Overrun]
+) -> tuple[int, int]:
+    """Return what the phase may take of the device and of RAM."""
+    device, host = machine.vram_free_bytes - calibration.taken_bytes, machine.ram_available_bytes
+    for overrun in overruns:
+        if overrun.phase == phase and overrun.memory == "device":
+            device = min(device, int(SMALLER * overrun.predicted_bytes))
+        if overrun.phase == phase and overrun.memory == "host":
+            host = min(host, int(SMALLER * overrun.predicted_bytes))
+    return device, host
+
+
+def _cost(rung: Rung, waiting: int) -> float:
+    """Return a rung's seconds for one job among those that wait."""
+    return rung.seconds - rung.once_seconds * (1 - 1 / max(waiting, 1))
+
+
+def _fastest(rungs: Sequence[Rung], limits: tuple[int, int], waiting: int) -> Rung:
+    """Return the fastest rung within the limits.
+
+    Raises:
+        _Lacking: there is none.
+    """
+    device, host = limits
+    fitting = [rung for rung in rungs if _fits(rung, limits)]
+    if fitting:
+        return min(fitting, key=lambda rung: _cost(rung, waiting))
+    if not rungs:
+        raise _Lacking(Rung("denoise", "", 0, 0, 0.0), "any precision that was not refused", 0, 0)
+    on_device = [rung for rung in rungs if rung.device_bytes <= device or rung.device_bytes == 0]
+    if on_device:
+        least = min(on_device, key=lambda rung: rung.host_bytes)
+        raise _Lacking(least, "RAM", least.host_bytes, host)
+    least = min(rungs, key=lambda rung: rung.device_bytes)
+    raise _Lacking(least, "GPU memory", least.device_bytes, device)
+
+
+def _fits(rung: Rung, limits: tuple[int, int]) -> bool:
+    device, host = limits
+    return (rung.device_bytes == 0 or rung.device_bytes <= device) and rung.host_bytes <= host
+
+
+def _reasons(faster: Iterable[Rung], limits: tuple[int, int]) -> list[str]:
+    """Say of the fastest rungs that were not taken what they need."""
+    device, host = limits
+    found = []
+    for rung in sorted(faster, key=lambda rung: rung.seconds)[:PASSED_OVER_MAX]:
+        if rung.device_bytes > device:
+            need, there = rung.device_bytes, device
+            found.append(f"{rung.words}: needs {need / GIB:.1f} GiB of GPU memory, {there / GIB:.1f} is free")
+        else:
+            found.append(f"{rung.words}: needs {rung.host_bytes / GIB:.1f} GiB of RAM, {host / GIB:.1f} is available")
+    return found
+
+
+def _warnings(chosen: Rung, faster: Sequence[Rung]) -> list[str]:
+    best = min(faster, key=lambda rung: rung.seconds, default=chosen)
+    if chosen.seconds <= SLOW * best.seconds or chosen.seconds - best.seconds < 1.0:
+        return []
+    return [
+        f"{chosen.phase} takes {chosen.seconds / best.seconds:.1f} times as long as with "
+        f"{best.device_bytes / GIB:.1f} GiB of GPU memory and {best.host_bytes / GIB:.1f} GiB of RAM: {chosen.words}"
+    ]
+
+
+def _size(spec: JobSpec) -> str:
+    return f"{spec.width}x{spec.height}" + (f"x{spec.num_frames}" if spec.num_frames else "")
+
+
+def _what_would_fit(
+    spec: JobSpec, facts: ModelFacts, machine: Machine, calibration: Calibration, circumstances: Circumstances
+) -> str:
+    """Name the largest clip or picture of this shape that fits; weights that do not fit alone are said so."""
+    smaller = _smaller(spec, facts)
+    low, high = 0, len(smaller)  # the first that fits: what fits at some size fits at every smaller one
+    while low < high:
+        middle = (low + high) // 2
+        try:
+            _plan(smaller[middle], facts, machine, calibration, circumstances)
+        except _Lacking:
+            low = middle + 1
+        else:
+            high = middle
+    if low < len(smaller):
+        return f"{_size(smaller[low])} would fit."
+    return "The weights alone do not fit: use a smaller model, or close other programs that use the memory."
+
+
+def _smaller(spec: JobSpec, facts: ModelFacts) -> list[JobSpec]:
+    """Return fewer frames first, then smaller pictures of nearly the same shape."""
+    found = []
+    frames = spec.num_frames or 0
+    while frames - facts.frames_multiple >= facts.frames_min > 0:
+        frames -= facts.frames_multiple
+        found.append(spec.model_copy(update={"num_frames": frames}))
+    least = spec.model_copy(update={"num_frames": facts.frames_min}) if spec.num_frames else spec
+    width = spec.width - facts.size_multiple
+    while width >= facts.size_min:
+        height = facts.side_near(round(spec.height * width / spec.width))
+        found.append(least.model_copy(update={"width": width, "height": height}))
+        width -= facts.size_multiple
+    return found

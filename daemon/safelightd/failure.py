@@ -1,0 +1,86 @@
+"""What an error in the engine means: the job's own fault, the machine's, memory that ran out, a broken result, or one
+after which this process is not trusted. Imports torch: the engine only."""
+
+from __future__ import annotations
+
+import errno
+import re
+import traceback
+from typing import Any
+
+import torch
+
+from safelight.errors import SafelightError
+from safelight.plan import Plan
+from safelightd import pipelines, shortage, verify
+from safelightd.outputs import OutboxUnwritable
+from safelightd.progress import Cancelled, Watch
+from safelightd.shortage import Memory
+
+MACHINE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOTCONN, errno.ESTALE)
+"""What a full, read-only, broken or unmounted disk says: the machine's fault, not the job's."""
+
+DEVICE_IS_FULL = re.compile(
+    r"CUDA out of memory|CUDA error: out of memory|CUDA_ERROR_OUT_OF_MEMORY|\[CUDA\]: out of memory"
+    r"|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED|DEVICE_ALLOCATION_FAILED"
+)
+"""What torch, the driver, Triton, cuBLAS and cuDNN say of GPU memory in errors that have no class of their own."""
+
+HOST_IS_FULL = re.compile(r"DefaultCPUAllocator: |Cannot allocate memory|HOST_ALLOCATION_FAILED|std::bad_alloc")
+"""What torch, the C library, cuDNN and C++ say of host memory."""
+
+_TRIED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
+_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def failure(error: BaseException, watch: Watch) -> dict[str, Any]:
+    """Return the verdict on a job that ended with `error`, as the link carries it."""
+    if isinstance(error, Cancelled):
+        return _verdict("cancelled", "cancelled", watch)
+    if isinstance(error, OutboxUnwritable) or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS):
+        return _verdict("machine", f"{error}", watch)
+    if isinstance(error, (verify.Refused, pipelines.BrokenResult)) and watch.plan:
+        return _verdict("refused", str(error), watch, precision=watch.plan.precision)
+    if isinstance(error, SafelightError):
+        return _verdict("job", str(error), watch)
+    message = f"{type(error).__name__}: {error}"
+    memory = exhausted(error, watch.plan)
+    if memory and (overrun := shortage.overrun(watch.plan, watch.current, memory, _reached(error, memory, watch))):
+        fields = {"memory": memory, "overrun": overrun.model_dump(mode="json")}
+        return _verdict("oom", message, watch, **fields)
+    broken = memory is not None or isinstance(error, torch.AcceleratorError) or "CUDA" in str(error)
+    return _verdict("engine" if broken else "job", message, watch)
+
+
+def _verdict(kind: str, message: str, watch: Watch, **fields: Any) -> dict[str, Any]:
+    return {"kind": kind, "message": message, "phase": watch.current, **fields}
+
+
+def exhausted(error: BaseException, plan: Plan | None) -> Memory | None:
+    """Return which memory an error says was exhausted, None when it says something else.
+
+    Where nothing runs on a GPU, all memory is the host's. CUDA has one word for the GPU's memory and for RAM that it
+    could not pin; the line that asked tells them apart.
+    """
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return "host"
+    if isinstance(error, torch.OutOfMemoryError) or DEVICE_IS_FULL.search(str(error)):
+        return "host" if (plan and plan.device == "cpu") or _was_pinning(error) else "device"
+    return "host" if HOST_IS_FULL.search(str(error)) else None
+
+
+def _was_pinning(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError):  # of the GPU's allocator alone
+        return False
+    return any("pin_memory" in (frame.line or "") for frame in traceback.extract_tb(error.__traceback__))
+
+
+def _reached(error: BaseException, memory: Memory, watch: Watch) -> int:
+    """Return what the phase held at its peak, and the allocation that was refused where the error names it."""
+    try:
+        device, host = watch.peaks()
+    except RuntimeError:  # a device too full for a context cannot be asked what is on it
+        return 0
+    held = device if memory == "device" else host
+    tried = _TRIED.search(str(error))
+    return held + (int(float(tried[1]) * _UNITS[tried[2]]) if tried else 0)

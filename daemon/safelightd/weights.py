@@ -1,0 +1,227 @@
+"""The tensors of a component's safetensors files: where each lies, and the way from there to RAM or to the GPU.
+
+Reads with its own calls rather than through a mapping: the kernel copies from the page cache straight into pinned
+memory, several threads at a time, and the GPU takes it from there while the next piece is read. Knows no module.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from safelight.errors import SafelightError
+from safelightd.pinned import PinnedMemory
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The names of the safetensors format (its README, version 0.8)."""
+
+HEADER_BYTES_MAX = 100_000_000
+"""As in the format's own reader: a longer header is an attack or no header."""
+
+THREADS = 4
+PIECE_BYTES = 16 * 2**20
+PIECES = 2 * THREADS
+"""What is under way between file and GPU: 128 MiB of pinned memory."""
+
+
+class BadModelFolder(SafelightError):
+    """A model's folder is missing, incomplete, damaged, or holds what is never loaded."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in a file."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def stored_tensors(folder: Path, weights: str) -> dict[str, Stored]:
+    """Return every tensor of a component, by name.
+
+    Args:
+        weights: the file's name; sharded ones are listed in the same name plus .index.json.
+
+    Raises:
+        BadModelFolder: a file is cut or no safetensors file.
+    """
+    index = folder / f"{weights}.index.json"
+    files = [weights]
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return {name: tensor for file in files for name, tensor in _header(folder / file)}
+
+
+def _header(file: Path) -> Iterator[tuple[str, Stored]]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 0 < length <= min(HEADER_BYTES_MAX, size - 8):
+            raise BadModelFolder(f"{file}: no safetensors file, or a cut one. Fetch the model anew.")
+        try:
+            entries = json.loads(stream.read(length))
+        except ValueError as error:
+            raise BadModelFolder(f"{file}: its header is damaged ({error}). Fetch the model anew.") from error
+    for name, entry in entries.items():
+        if name != "__metadata__":
+            yield name, _stored(file, name, entry, start=8 + length, size=size)
+
+
+def _stored(file: Path, name: str, entry: Any, *, start: int, size: int) -> Stored:
+    try:
+        dtype, shape = DTYPES[entry["dtype"]], tuple(map(int, entry["shape"]))
+        begin, end = map(int, entry["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadModelFolder(f"{file}: {name} is of an unknown kind ({error}). Fetch the model anew.") from error
+    if not 0 <= begin <= end <= size - start or end - begin != math.prod(shape) * dtype.itemsize:
+        raise BadModelFolder(f"{file}: {name} lies outside of the file: it is cut. Fetch the model anew.")
+    return Stored(file, start + begin, end - begin, dtype, shape)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A run of bytes of one file and where it goes: a flat uint8 tensor."""
+
+    file: Path
+    offset: int
+    target: torch.Tensor
+
+
+class Reader:
+    """Reads stored tensors into tensors of any device; use it in a `with`.
+
+    On a GPU everything is queued on `stream`, behind what the caller's stream was told before; `read` returns when the
+    last piece has been queued. Whoever needs the tensors calls `finish` first, or makes its own stream wait.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._open = ExitStack()
+        self._files: dict[Path, int] = {}
+        self._threads = self._open.enter_context(ThreadPoolExecutor(THREADS, "reader"))
+        self._slots: list[PinnedMemory] = []
+        self._free: list[torch.cuda.Event] = []
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Return when nothing is under way, everything given back."""
+        self._open.close()
+        if self.stream is not None:
+            self.stream.synchronize()
+        for slot in self._slots:
+            slot.close()
+
+    def read(self, wanted: Iterable[tuple[Stored, torch.Tensor]]) -> None:
+        """Fill each tensor with what is stored; one of another dtype is converted on the tensor's own device.
+
+        Raises:
+            OSError: the disk failed. BadModelFolder: a file ended before its tensor.
+        """
+        converted = []
+        pieces: list[_Piece] = []
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream())  # what used the targets' memory before
+        for stored, tensor in wanted:
+            if stored.dtype == tensor.dtype:
+                pieces += self._pieces(stored, tensor)
+                continue
+            with self._queue():
+                raw = torch.empty(stored.shape, dtype=stored.dtype, device=tensor.device)
+            converted.append((raw, tensor))
+            pieces += self._pieces(stored, raw)
+        if self.stream is not None and any(piece.target.is_cuda for piece in pieces):
+            self._read_to_device(pieces)
+        else:
+            list(self._threads.map(self._fill, pieces))
+        with self._queue():
+            for raw, tensor in converted:
+                tensor.copy_(raw)
+
+    def finish(self) -> None:
+        """Make the caller's stream wait for everything that was read."""
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+    def _queue(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def _pieces(self, stored: Stored, tensor: torch.Tensor) -> Iterator[_Piece]:
+        flat = tensor.view(-1).view(torch.uint8) if tensor.dim() else tensor.view(1).view(torch.uint8)
+        if stored.file not in self._files:
+            self._files[stored.file] = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
+            self._open.callback(os.close, self._files[stored.file])
+        for begin in range(0, stored.nbytes, PIECE_BYTES):
+            part = flat[begin : begin + PIECE_BYTES]
+            yield _Piece(stored.file, stored.offset + begin, part)
+
+    def _fill(self, piece: _Piece, into: torch.Tensor | None = None) -> None:
+        """Read one piece, whole, into RAM."""
+        target = piece.target if into is None else into
+        # Not through numpy: a tensor that numpy has seen cannot be emptied any more.
+        place = memoryview((ctypes.c_ubyte * target.numel()).from_address(target.data_ptr())).cast("B")
+        done = 0
+        while done < len(place):
+            count = os.preadv(self._files[piece.file], [place[done:]], piece.offset + done)
+            if count == 0:
+                raise BadModelFolder(f"{piece.file}: ended early while it was read. Fetch the model anew.")
+            done += count
+
+    def _read_to_device(self, pieces: Sequence[_Piece]) -> None:
+        assert self.stream is not None
+        if not self._slots:
+            self._slots = [PinnedMemory(PIECE_BYTES, self.device) for _ in range(PIECES)]
+            self._free = [torch.cuda.Event() for _ in range(PIECES)]
+        under_way: deque[tuple[Future[None], int, _Piece]] = deque()
+        for i, piece in enumerate(pieces):
+            if len(under_way) == PIECES:
+                self._send(*under_way.popleft())
+            slot = i % PIECES
+            under_way.append((self._threads.submit(self._fill_slot, slot, piece), slot, piece))
+        while under_way:
+            self._send(*under_way.popleft())
+
+    def _fill_slot(self, slot: int, piece: _Piece) -> None:
+        self._free[slot].synchronize()  # the GPU has taken what lay there before
+        self._fill(piece, self._slots[slot].bytes[: piece.target.numel()])
+
+    def _send(self, filled: Future[None], slot: int, piece: _Piece) -> None:
+        filled.result()
+        with self._queue():
+            piece.target.copy_(self._slots[slot].bytes[: piece.target.numel()], non_blocking=True)
+            self._free[slot].record(self.stream)
