@@ -19,15 +19,20 @@ class Calibration(BaseModel):
     step_seconds: dict[str, float] = Field(default_factory=dict)
     device: dict[str, float] = Field(default_factory=dict)
     """Of the device's memory."""
-    taken_bytes: int = 0
-    """GPU memory that other programs took in the middle of a job: not counted on for the next ones."""
+    room_bytes: int | None = None
+    """GPU memory that was left in the middle of a job when other programs took some: the next ones count on no more."""
 
 
 NOTHING_LEARNED = Calibration()
 
 
+def memory_key(plan: Plan, phase: PhaseName) -> str:
+    """Return what plans share whose phase is predicted as well: however many blocks are streamed."""
+    return key(plan.model_copy(update={"streamed": {}}), phase)
+
+
 def key(plan: Plan, phase: PhaseName) -> str:
-    """Return what plans share whose phase takes alike: the model and how that phase runs."""
+    """Return what plans share whose phase takes as long: the model and how that phase runs."""
     match phase:
         case "encode":
             streamed = any(name.startswith("text_encoder") for name in plan.streamed)

@@ -16,8 +16,12 @@ MIB = 2**20
 CONTEXT_BYTES = int(0.85 * GIB)
 """CUDA context, cuBLAS, cuDNN and loaded kernels, outside of what torch allocates: 0.75 to 0.83 GiB."""
 
-ACTIVATION_BYTES_PER_TOKEN = {"flux": 138_000, "wan": 202_000}
-"""Peak of one forward above the weights: 22.71 GiB for FLUX in bf16. Wan's is with a timestep a token."""
+ACTIVATION_BYTES = {"flux": 45.0, "wan": 30.0}
+"""Peak of one forward above the weights, a token and channel: 22.71 GiB for FLUX in bf16 (4608 tokens of 3072); 11.5
+for Wan 5B at 1280x704x121 (27,280 tokens of 3072) with one timestep for all tokens."""
+
+TIMESTEP_A_TOKEN_BYTES = 37.0
+"""More than that where each token has a timestep of its own, as Wan 5B's have: 14.54 GiB."""
 
 EAGER_8_BIT_BYTES_PER_TOKEN = 90_000
 """On top, where 8-bit weights or activations are converted without being compiled: 12.82 GiB for fp8-dynamic."""
@@ -25,11 +29,12 @@ EAGER_8_BIT_BYTES_PER_TOKEN = 90_000
 ENCODE_BYTES = 160 * MIB
 """Peak of a text encoder's forward above its weights."""
 
-DECODE_BYTES_PER_PIXEL = {"flux": 2_950, "wan": 9_020}
-"""Of a whole bf16 decode above the VAE: FLUX reserves 3.08 GiB at 1024x1024, Wan 2.2 11.32 GiB at 1280x704x121."""
+DECODE_BYTES_PER_PIXEL = {"flux": 2_950, "wan": 11_950}
+"""Of a whole bf16 decode above the VAE: FLUX reserves 3.08 GiB at 1024x1024, Wan 2.2 11.32 GiB at 1280x704x121,
+which gives its frames away as they come and takes the same for fewer."""
 
-DECODE_BYTES_PER_PIXEL_AND_FRAME = 24
-"""The decoded clip in float32, held twice while its parts are joined."""
+TILED_BYTES_PER_PIXEL_AND_FRAME = 7
+"""The clip that the VAE joins of tiles before it gives any: 4.2 GiB in all at 1280x704x121."""
 
 DECODE_TILE_PIXELS = 512 * 512
 
@@ -119,6 +124,12 @@ def spread(of: Sequence[int], wanted_bytes: int) -> tuple[int, ...]:
             return tuple(chosen)
         aim += max(total // (4 * len(of)), 1)
     return tuple(range(len(of)))
+
+
+def activation_bytes_per_token(facts: ModelFacts) -> int:
+    """Return what one token takes on its way through the transformer, in 16 bit."""
+    a_channel = ACTIVATION_BYTES[facts.family] + (TIMESTEP_A_TOKEN_BYTES if facts.expand_timesteps else 0.0)
+    return int(a_channel * facts.blocks["transformer"][0].width)
 
 
 def tokens(facts: ModelFacts, width: int, height: int, num_frames: int | None, max_sequence_length: int) -> int:

@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any, get_args
 
 from safelight import footprint, pace
+from safelight.calibration import Calibration, memory_key
 from safelight.jobspec import JobSpec
 from safelight.machine import Machine
 from safelight.models import ModelFacts
@@ -22,6 +23,10 @@ FAMILIES: dict[str, tuple[Precision, ...]] = {
     "int8": ("int8-weight-only", "int8-dynamic", "int8-bnb"),
 }  # fmt: skip
 """What the words of a job stand for. auto leaves fp8-quanto out: fp8-weight-only is as good and can be streamed."""
+
+
+AUTO_PLACEMENTS: tuple[Placement, ...] = ("model", "partial", "leaf", "sequential")
+"""Not block: partial with all blocks streamed is the same, and pins less."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ def is_guided(spec: JobSpec, facts: ModelFacts) -> bool:
 
 def ways(spec: JobSpec, machine: Machine) -> tuple[list[Way], list[str]]:
     """Return the ways that the job allows and this machine has, and why others do not go."""
-    placements: Sequence[Any] = get_args(Placement)[1:] if spec.offload == "auto" else (spec.offload,)
+    placements: Sequence[Any] = AUTO_PLACEMENTS if spec.offload == "auto" else (spec.offload,)
     switches = {"auto": (False, True), "on": (True,), "off": (False,)}
     # Compiling Wan is taken only where a person asks: it has not been measured here.
     compiled = (False,) if spec.compile == "auto" and spec.kind == "video" else switches[spec.compile]
@@ -92,8 +97,34 @@ def ways(spec: JobSpec, machine: Machine) -> tuple[list[Way], list[str]]:
         every = [way for way in every if way.precision != "fp16" or capability < (8, 0)]
     if spec.low_cpu_mem_usage == "auto":
         every = [way for way in every if not way.low_cpu_mem_usage or way.placement == "leaf"]
-    reasons = [(way, refused(way, machine)) for way in every]
-    return [way for way, reason in reasons if reason is None], list(dict.fromkeys(r for _, r in reasons if r))
+    legal = [way for way in every if refused(way, machine) is None]
+    # Of the others only those are told of that do nothing the job left open.
+    asked = [
+        way
+        for way in every
+        if not (way.compiled and spec.compile == "auto")
+        and not (way.placement != "model" and spec.offload == "auto")
+        and not (way.low_cpu_mem_usage and spec.low_cpu_mem_usage == "auto")
+    ]
+    return legal, list(dict.fromkeys(reason for way in asked if (reason := refused(way, machine))))
+
+
+def encoder_reasons(spec: JobSpec, machine: Machine) -> list[str]:
+    """Return why the text encoder cannot be held as the job insists; nothing where it can."""
+    asked = spec.text_encoder_precision
+    if asked == "auto":
+        return []
+    if asked == "fp8-dynamic":
+        return ["text_encoder_precision fp8-dynamic is not offered: it pays over many steps. Use fp8-weight-only."]
+    dtypes = {dtype_of(way.precision, machine) for way in ways(spec, machine)[0]}
+    plain: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16"}
+    if asked in plain:
+        other = f"text_encoder_precision {asked} is not what the job computes in. Leave it out."
+        return [] if plain[asked] in dtypes else [other]
+    if spec.text_encoder_device == "cpu":
+        return [f"text_encoder_precision {asked} is not offered with text_encoder_device cpu. Use gpu."]
+    reasons = [refused(Way(precision, compiled=False, placement="model"), machine) for precision in precisions(asked)]
+    return [f"text_encoder_precision: {reason}" for reason in reasons if reason] if all(reasons) else []
 
 
 def encode_rungs(spec: JobSpec, facts: ModelFacts, machine: Machine, dtype: Dtype, held: int) -> Iterator[Rung]:
@@ -161,17 +192,23 @@ def _encoder_precisions(
     if spec.text_encoder_precision == "auto":
         made = [name.split("/")[1] for name in machine.prepared if name.split("/")[::2] == [facts.key, large]]
         return [plain, *(known for known in get_args(Precision) if known in made and known not in (plain, "bf16"))]
-    return [known for known in precisions(spec.text_encoder_precision) if known not in ("fp32", "fp8-dynamic")]
+    return [known for known in precisions(spec.text_encoder_precision) if known != "fp8-dynamic"]
 
 
 def denoise_rungs(
-    spec: JobSpec, facts: ModelFacts, machine: Machine, circumstances: Circumstances, room_bytes: int
-) -> Iterator[Rung]:
+    spec: JobSpec, facts: ModelFacts, machine: Machine, circumstances: Circumstances, room_bytes: int, before: Plan,
+    calibration: Calibration,
+) -> Iterator[Rung]:  # fmt: skip
     """Yield the ways to denoise. `room_bytes` is what the device has for it: partial residency fills it."""
     for way in ways(spec, machine)[0]:
         if way.precision in circumstances.refused and spec.precision in FAMILIES:
             continue
-        yield from _denoise(way, spec, facts, machine, circumstances, room_bytes)
+        held = before.model_copy(
+            update={"precision": way.precision, "compiled": way.compiled, "offload": way.placement}
+        )
+        # A rung fills its room by what it is predicted to take, and is then corrected: leave room for that.
+        ratio = calibration.device.get(memory_key(held, "denoise"), 1.0)
+        yield from _denoise(way, spec, facts, machine, circumstances, int(room_bytes / ratio))
 
 
 def _denoise(
@@ -186,7 +223,7 @@ def _denoise(
     of = footprint.sizes(facts, experts[0], way.precision, dtype)
     rest = footprint.rest_bytes(facts, experts[0], dtype)
     seen = footprint.tokens(facts, spec.width, spec.height, spec.num_frames, spec.max_sequence_length)
-    per_token = footprint.ACTIVATION_BYTES_PER_TOKEN[facts.family]
+    per_token = footprint.activation_bytes_per_token(facts)
     if way.precision in ("fp8-dynamic", "fp8-weight-only", "fp8-quanto", "int8-dynamic") and not way.compiled:
         per_token += footprint.EAGER_8_BIT_BYTES_PER_TOKEN
     activations = 0 if facts.tiny else seen * per_token
@@ -243,14 +280,16 @@ def _denoise(
             device = base + footprint.ring_bytes(of)
             rounding = footprint.PINNED_ROUNDING if machine.pinned_rounds_up else 1.0
             copies = sum(of) / (link * pace.LIBRARY_RATES["block"])
-            yield rung("block offload", device, host + int((sum(of) + rest) * rounding), max(compute, copies), {})
+            yield rung(
+                "block offload", device, host + int((sum(of) + rest) * rounding), pace.overlapped(compute, copies), {}
+            )
         case "leaf":
             device = base - rest + footprint.LEAF_BYTES
             rounding = footprint.PINNED_ROUNDING if machine.pinned_rounds_up and not way.low_cpu_mem_usage else 1.0
             share = pace.LOW_CPU_RATE if way.low_cpu_mem_usage else pace.LIBRARY_RATES["leaf"]
             words = "leaf offload" + (", low_cpu_mem_usage" if way.low_cpu_mem_usage else "")
             host_bytes = host + int((sum(of) + rest) * rounding)
-            yield rung(words, device, host_bytes, max(compute, sum(of) / (link * share)), {})
+            yield rung(words, device, host_bytes, pace.overlapped(compute, sum(of) / (link * share)), {})
         case "sequential":
             device = base - rest + footprint.LEAF_BYTES
             copies = sum(of) / (link * pace.LIBRARY_RATES["sequential"])
@@ -282,11 +321,12 @@ def decode_rungs(spec: JobSpec, facts: ModelFacts, machine: Machine, dtype: Dtyp
     host = footprint.HOST_BYTES["cuda"] + held + 12 * frames
     seconds = pace.SETUP_SECONDS + frames / (pace.DECODE_PIXELS_PER_FLOP[facts.family] * pace.flops_per_second(machine))
     base = footprint.CONTEXT_BYTES + weights + footprint.SLACK_BYTES
-    base += frames * footprint.DECODE_BYTES_PER_PIXEL_AND_FRAME
     for tiled in (False, True):
         if spec.vae_tiling in ("auto", "on" if tiled else "off"):
             at_once = min(pixels, footprint.DECODE_TILE_PIXELS) if tiled else pixels
             working = 0 if facts.tiny else at_once * footprint.DECODE_BYTES_PER_PIXEL[facts.family] * width // 2
+            if tiled and spec.num_frames:
+                working += frames * footprint.TILED_BYTES_PER_PIXEL_AND_FRAME * width // 2
             words = "VAE in tiles" if tiled else "VAE whole"
             changes = {"vae_tiling": tiled}
             yield Rung("decode", words, base + working, host, seconds * (1.6 if tiled else 1.0), changes)
@@ -299,7 +339,7 @@ def on_the_cpu(spec: JobSpec, facts: ModelFacts) -> Iterator[Rung]:
     encoders = sum(count for name, count in facts.components.items() if name.startswith("text_encoder")) * width
     transformer = max(count for name, count in facts.components.items() if name.startswith("transformer")) * width
     seen = footprint.tokens(facts, spec.width, spec.height, spec.num_frames, spec.max_sequence_length)
-    activations = 0 if facts.tiny else 2 * seen * footprint.ACTIVATION_BYTES_PER_TOKEN[facts.family]
+    activations = 0 if facts.tiny else 2 * seen * footprint.activation_bytes_per_token(facts)
     forwards = (2 if is_guided(spec, facts) else 1) * spec.num_inference_steps
     compute = pace.forward_flop(facts, "transformer", seen) / pace.CPU_FLOPS
     yield Rung("encode", "float32", 0, host + encoders, 0.3 + 2 * encoders / pace.READ_BYTES_PER_SECOND)
@@ -314,14 +354,14 @@ def on_the_cpu(spec: JobSpec, facts: ModelFacts) -> Iterator[Rung]:
         if spec.vae_tiling in ("auto", "on" if tiled else "off"):
             at_once = min(pixels, footprint.DECODE_TILE_PIXELS) if tiled else pixels
             working = 0 if facts.tiny else at_once * footprint.DECODE_BYTES_PER_PIXEL[facts.family] * 2
-            peak = host + vae + working + frames * footprint.DECODE_BYTES_PER_PIXEL_AND_FRAME
+            peak = host + vae + working + frames * footprint.TILED_BYTES_PER_PIXEL_AND_FRAME * 2
             words = "VAE in tiles" if tiled else "VAE whole"
             yield Rung("decode", words, 0, peak, 0.3 + frames * 2e-6 * (1.5 if tiled else 1), {"vae_tiling": tiled})
 
 
 def of_phase(
     phase: PhaseName, spec: JobSpec, facts: ModelFacts, machine: Machine, circumstances: Circumstances, room_bytes: int,
-    before: Plan, held: int,
+    before: Plan, held: int, calibration: Calibration,
 ) -> list[Rung]:  # fmt: skip
     """Return every way to run a phase. `before` is the plan as far as it stands: its dtype is that of all phases."""
     if machine.device == "cpu":
@@ -329,5 +369,5 @@ def of_phase(
     if phase == "encode":
         return list(encode_rungs(spec, facts, machine, before.dtype, held))
     if phase == "denoise":
-        return list(denoise_rungs(spec, facts, machine, circumstances, room_bytes))
+        return list(denoise_rungs(spec, facts, machine, circumstances, room_bytes, before, calibration))
     return list(decode_rungs(spec, facts, machine, before.dtype, held))

@@ -57,7 +57,7 @@ def make_plan(
         remedy = "Put it back into the settings, or submit the job again with another."
         raise InvalidJob([Fault(spec.id or spec.model, f"model {spec.model} is not known any more", remedy)])
     facts = models[spec.model]
-    _refuse_unoffered(spec, machine)
+    _refuse_unoffered(spec, machine, circumstances.refused)
     try:
         return _plan(spec, facts, machine, calibration, circumstances)
     except _Lacking as lacking:
@@ -70,7 +70,7 @@ def make_plan(
         raise DoesNotFit([Fault(spec.id or spec.model, problem, remedy)]) from None
 
 
-def _refuse_unoffered(spec: JobSpec, machine: Machine) -> None:
+def _refuse_unoffered(spec: JobSpec, machine: Machine, refused: Sequence[str]) -> None:
     """Raise InvalidJob where the job insists on what this device has no way for, all reasons at once."""
     where = spec.id or spec.model
     if machine.device == "cpu":
@@ -91,8 +91,14 @@ def _refuse_unoffered(spec: JobSpec, machine: Machine) -> None:
             raise InvalidJob(faults)
         return
     ways, reasons = ladder.ways(spec, machine)
-    if not ways:
-        raise InvalidJob([Fault(where, *_parted(reason)) for reason in reasons])
+    faults = [Fault(where, *_parted(reason)) for reason in (reasons if not ways else ())]
+    faults += [Fault(where, *_parted(reason)) for reason in ladder.encoder_reasons(spec, machine)]
+    is_open = spec.precision in ladder.FAMILIES
+    if ways and is_open and not [way for way in ways if way.precision not in refused]:
+        remedy = "The weights may be damaged; fetch the model anew."
+        faults.append(Fault(where, f"precision {spec.precision} gave results that were refused", remedy))
+    if faults:
+        raise InvalidJob(faults)
 
 
 def _parted(reason: str) -> tuple[str, str]:
@@ -121,7 +127,7 @@ def _plan(
     for phase in order:
         pinned = 0 if phase == "denoise" else _pinned(plan, facts)
         limits = _limits(phase, machine, calibration, circumstances.overruns)
-        rungs = ladder.of_phase(phase, spec, facts, machine, circumstances, limits[0], plan, pinned)
+        rungs = ladder.of_phase(phase, spec, facts, machine, circumstances, limits[0], plan, pinned, calibration)
         corrected = [_corrected(rung, plan, calibration) for rung in rungs]
         chosen = _fastest(corrected, limits, circumstances.waiting)
         plan = _with(plan, chosen)
@@ -168,7 +174,7 @@ def _with(plan: Plan, rung: Rung) -> Plan:
 def _corrected(rung: Rung, plan: Plan, calibration: Calibration) -> Rung:
     """Return a rung as this machine has shown it to be."""
     key = learned.key(_with(plan, rung), rung.phase)
-    device = int(rung.device_bytes * calibration.device.get(key, 1.0))
+    device = int(rung.device_bytes * calibration.device.get(learned.memory_key(_with(plan, rung), rung.phase), 1.0))
     seconds = _ratio(calibration.seconds, key, rung.phase)
     if rung.seconds_per_step:
         count = (rung.seconds - rung.load_seconds - rung.once_seconds) / rung.seconds_per_step
@@ -192,7 +198,9 @@ def _limits(
     phase: PhaseName, machine: Machine, calibration: Calibration, overruns: Sequence[Overrun]
 ) -> tuple[int, int]:
     """Return what the phase may take of the device and of RAM."""
-    device, host = machine.vram_free_bytes - calibration.taken_bytes, machine.ram_available_bytes
+    device, host = machine.vram_free_bytes, machine.ram_available_bytes
+    if calibration.room_bytes is not None:
+        device = min(device, calibration.room_bytes)
     for overrun in overruns:
         if overrun.phase == phase and overrun.memory == "device":
             device = min(device, int(SMALLER * overrun.predicted_bytes))
@@ -216,8 +224,6 @@ def _fastest(rungs: Sequence[Rung], limits: tuple[int, int], waiting: int) -> Ru
     fitting = [rung for rung in rungs if _fits(rung, limits)]
     if fitting:
         return min(fitting, key=lambda rung: _cost(rung, waiting))
-    if not rungs:
-        raise _Lacking(Rung("denoise", "", 0, 0, 0.0), "any precision that was not refused", 0, 0)
     on_device = [rung for rung in rungs if rung.device_bytes <= device or rung.device_bytes == 0]
     if on_device:
         least = min(on_device, key=lambda rung: rung.host_bytes)

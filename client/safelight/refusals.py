@@ -44,6 +44,16 @@ RULES: tuple[Rule, ...] = (
         "fp8-dynamic multiplies in 8 bit, which needs compute capability 8.9. Use fp8-weight-only or nf4.",
     ),
     (
+        lambda way, machine: (
+            way.precision in ("fp8-weight-only", "int8-dynamic", "int8-weight-only") and _capability(machine) < (8, 0)
+        ),
+        "torchao's precisions need compute capability 8.0. Use nf4 or fp16.",
+    ),
+    (
+        lambda way, machine: way.precision in BITSANDBYTES and _capability(machine) < (7, 5),
+        "nf4 and int8-bnb need compute capability 7.5. Use fp16.",
+    ),
+    (
         lambda way, machine: way.compiled and not machine.compiler,
         "compile needs a C compiler and Python's headers. Install gcc and python3-dev, or leave it off.",
     ),

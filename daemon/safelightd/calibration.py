@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from safelight import durable
-from safelight.calibration import NOTHING_LEARNED, Calibration, key
+from safelight.calibration import NOTHING_LEARNED, Calibration, key, memory_key
 from safelight.plan import Overrun, Plan
 from safelight.planner import PHASES
 from safelight.receipt import Receipt
@@ -39,7 +39,7 @@ def save(state: Path, calibration: Calibration) -> None:
 
 
 def learned(calibration: Calibration, receipt: Receipt) -> Calibration:
-    """Return the calibration with what one finished job showed; what others took in a job's middle counts half."""
+    """Return the calibration with what one finished job showed; what others took in a job's middle is tried again."""
     plan = receipt.plan
     if receipt.state != "done" or plan is None:
         return calibration
@@ -58,8 +58,17 @@ def learned(calibration: Calibration, receipt: Receipt) -> Calibration:
             _mix(seconds, name, found / expected)
         if plan.device == "cuda" and record.device_peak_bytes > predicted.device_bytes > 0:
             short = record.device_peak_bytes / predicted.device_bytes
-            device[name] = device.get(name, 1.0) * short * DEVICE_MARGIN
-    return Calibration(seconds=seconds, step_seconds=steps, device=device, taken_bytes=calibration.taken_bytes // 2)
+            held = memory_key(plan, phase)
+            device[held] = device.get(held, 1.0) * short * DEVICE_MARGIN
+    return Calibration(seconds=seconds, step_seconds=steps, device=device, room_bytes=_more_room(calibration, receipt))
+
+
+def _more_room(calibration: Calibration, receipt: Receipt) -> int | None:
+    """Return half as much again, and no limit once that is more than the card has."""
+    if calibration.room_bytes is None:
+        return None
+    wider = calibration.room_bytes * 3 // 2
+    return wider if receipt.machine is None or wider < receipt.machine.vram_total_bytes else None
 
 
 def overran(calibration: Calibration, overrun: Overrun, plan: Plan | None) -> Calibration:
@@ -69,12 +78,12 @@ def overran(calibration: Calibration, overrun: Overrun, plan: Plan | None) -> Ca
     """
     if overrun.memory != "device" or plan is None or not overrun.predicted_bytes:
         return calibration
-    name = key(plan, overrun.phase)
+    name = memory_key(plan, overrun.phase)
     if overrun.reached_bytes > overrun.predicted_bytes:
         ratio = calibration.device.get(name, 1.0) * overrun.reached_bytes / overrun.predicted_bytes * DEVICE_MARGIN
         return calibration.model_copy(update={"device": {**calibration.device, name: ratio}})
-    taken = overrun.predicted_bytes - overrun.reached_bytes if overrun.reached_bytes else overrun.predicted_bytes // 10
-    return calibration.model_copy(update={"taken_bytes": max(calibration.taken_bytes, taken)})
+    room = overrun.reached_bytes or overrun.predicted_bytes * 9 // 10
+    return calibration.model_copy(update={"room_bytes": min(room, calibration.room_bytes or room)})
 
 
 def _mix(ratios: dict[str, float], name: str, last: float) -> None:

@@ -94,11 +94,7 @@ def _chosen(facts: ModelFacts, held: Precision, components: Sequence[str]) -> li
         InvalidJob: one was named that cannot be; all such are listed.
     """
     faults = [
-        Fault(
-            f"{facts.key}: component {name}",
-            "has no repeated blocks, or is not there",
-            f"Use {', '.join(facts.blocks)}.",
-        )
+        Fault(facts.key, f"component {name} has no repeated blocks", f"Use {', '.join(facts.blocks)}.")
         for name in components
         if name not in facts.blocks
     ]
@@ -301,7 +297,7 @@ def _versions() -> dict[str, str]:
 
 
 def _size(size_bytes: float) -> str:
-    return f"{size_bytes / GIB:.1f} GiB" if size_bytes >= GIB / 10 else f"{size_bytes / 2**20:.1f} MiB"
+    return f"{size_bytes / GIB:.1f} GiB" if size_bytes >= GIB else f"{size_bytes / 2**20:.1f} MiB"
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safelight import footprint, jobspec, models
-from safelight.calibration import NOTHING_LEARNED
+from safelight.calibration import NOTHING_LEARNED, Calibration, memory_key
 from safelight.calibration import key as calibration_key
 from safelight.errors import InvalidJob
 from safelight.jobspec import JobSpec
@@ -341,3 +341,53 @@ def test_planning_imports_no_torch_and_no_redis() -> None:
         subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": ":".join(sys.path)}, check=False).returncode
         == 0
     )
+
+
+def test_a_plan_that_streams_leaves_room_for_what_this_machine_takes_more() -> None:
+    """Else it would fill the room by the shipped figures, and be too large once it is corrected."""
+    spec = job(precision="bf16", compile="off", offload="partial")
+    first = plan_of(spec, gpu(14.8))
+    more = Calibration(device={memory_key(first, "denoise"): 1.1})
+    after = make_plan(spec, gpu(14.8), TABLE, more)
+
+    assert len(after.streamed["transformer"]) > len(first.streamed["transformer"])
+    assert after.streamed_from == first.streamed_from
+
+
+def test_block_offload_is_taken_by_who_asks_for_it_alone() -> None:
+    assert plan_of(job(offload="block", precision="bf16"), gpu(14.8, ram_gib=60)).offload == "block"
+    for vram in (6.8, 10.8, 14.8):
+        assert plan_of(job(model="wan-ti2v-5b"), gpu(vram, ram_gib=60)).offload != "block"
+
+
+def test_a_whole_decode_takes_the_same_for_a_short_clip() -> None:
+    """The frames are given away as they come; what the decoder works with is of one latent frame."""
+    short, long = (
+        plan_of(job(model="wan-ti2v-5b", vae_tiling="off", num_frames=frames), gpu(24)) for frames in (5, 121)
+    )
+
+    assert short.predicted["decode"].device_bytes == long.predicted["decode"].device_bytes
+
+
+@pytest.mark.parametrize(
+    ("written", "capability", "said"),
+    [
+        ({"precision": "int8-weight-only"}, (7, 5), "compute capability 8.0"),
+        ({"precision": "nf4"}, (7, 0), "compute capability 7.5"),
+        ({"text_encoder_precision": "fp8-dynamic"}, (8, 9), "Use fp8-weight-only"),
+        ({"text_encoder_precision": "nf4", "text_encoder_device": "cpu"}, (8, 9), "text_encoder_device cpu"),
+        ({"text_encoder_precision": "fp16"}, (8, 9), "not what the job computes in"),
+    ],
+)
+def test_what_the_card_or_a_text_encoder_cannot_is_said(
+    written: dict[str, object], capability: tuple[int, int], said: str
+) -> None:
+    with pytest.raises(InvalidJob, match=said):
+        make_plan(job(**written), gpu(14.8, capability=capability), TABLE, NOTHING_LEARNED)
+
+
+def test_a_refusal_names_only_what_was_asked_for() -> None:
+    with pytest.raises(InvalidJob) as refused:
+        make_plan(job(precision="nf4", offload="leaf"), gpu(14.8), TABLE, NOTHING_LEARNED)
+
+    assert len(refused.value.faults) == 1

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,12 +21,13 @@ from safelight.jobqueue import JobQueue
 from safelight.jobspec import JobSpec
 from safelight.plan import Overrun, PhasePrediction, Plan
 from safelight.receipt import Receipt
-from safelightd import shortage
+from safelightd import calibration, shortage
 from safelightd.execution import Execution, Place
 from safelightd.horse import Requests, Shared
 from safelightd.link import Link
 from safelightd.progress import Watch
 from safelightd.settle import CRASHES_MAX, OVERRUNS_MAX
+from tests.cli_steps import runner
 from tests.conftest import Installation
 from tests.daemon.test_worker import PROGRAM, Running, eventually, specs_of
 
@@ -77,6 +79,18 @@ def test_a_job_that_runs_out_is_done_once_on_the_next_rung_by_a_fresh_engine(wor
                             f"start {next_one.id}", f"done {next_one.id}"]  # fmt: skip
     first, second, third = engines(worker)
     assert first != second == third
+
+
+def test_a_person_is_shown_what_ran_out_and_the_planner_learns_it(worker: Running) -> None:
+    (spec,) = worker.submit("oom ok")
+    worker.all_in([spec], "done")
+    shown = runner(worker.installation)("show", spec.id).stdout
+    learned = calibration.load(worker.installation.paths.state)
+
+    assert f"of GPU memory in denoise, on {FIRST_RUNG} (13.0 GiB predicted, 15.0 GiB reached)" in shown
+    assert f"ran on      {SECOND_RUNG}" in shown
+    (ratio,) = learned.device.values()
+    assert ratio >= 15 / 13
 
 
 def test_running_out_is_neither_a_crash_nor_a_return_and_is_on_disk_before_the_next_try(worker: Running) -> None:
@@ -374,3 +388,52 @@ def test_the_phase_after_planning_carries_the_plan_and_no_other_does() -> None:
             pass
 
     assert [message.get("plan") for message in sent] == [None, PLAN.model_dump(mode="json"), None]
+
+
+# -- the real engine ---------------------------------------------------------------------------------------------------
+
+STARVING = Path(__file__).with_name("starving_engine.py")
+
+
+@pytest.fixture
+def starving(installation: Installation, queue: JobQueue, tmp_path: Path) -> Iterator[Callable[[str, int], Running]]:
+    """Starts a worker whose real engine runs out of memory in a phase, so many times."""
+    started: list[Running] = []
+
+    def start(phase: str, times: int) -> Running:
+        engine = [sys.executable, str(STARVING), phase, str(times), str(tmp_path)]
+        started.append(Running(installation, queue, [*PROGRAM, *engine]))
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.kill()
+
+
+def test_the_engine_ends_after_running_out_and_a_fresh_one_says_where_no_smaller_way_is(
+    starving: Callable[[str, int], Running],
+) -> None:
+    """A tiny VAE has none: its pictures are smaller than a tile."""
+    worker = starving("decode", 1)
+    spec, next_one = worker.submit("a fox", "an owl")
+    worker.all_in([spec], "failed", timeout_s=100)
+    worker.all_in([next_one], "done", timeout_s=100)
+    receipt = receipt_of(worker, spec)
+
+    assert [(overrun.phase, overrun.memory) for overrun in receipt.overruns] == [("decode", "host")]
+    assert receipt.overruns[0].reached_bytes > 2 << 30
+    assert (receipt.attempts, receipt.phase) == (2, "plan")
+    assert "decode of tiny-flux-schnell at 64x64 needs" in (receipt.error or "")
+    assert receipt_of(worker, next_one).attempts == 1
+
+
+def test_a_broken_result_fails_at_once_with_its_reason_where_there_is_one_precision(
+    starving: Callable[[str, int], Running],
+) -> None:
+    worker = starving("broken", 1)
+    (spec,) = worker.submit("a fox")
+    worker.all_in([spec], "failed", timeout_s=100)
+    receipt = receipt_of(worker, spec)
+
+    assert (receipt.attempts, receipt.phase) == (1, "decode")
+    assert "NaN" in (receipt.error or "")
