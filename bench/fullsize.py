@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from safelight import jobspec, models
 from safelight.jobspec import JobSpec
@@ -160,9 +163,8 @@ def build(family: str, facts: ModelFacts, folder: Path, device: str, *, tiny: bo
         return
     folder.mkdir(parents=True, exist_ok=True)
     configs = FLUX_CONFIGS if family == "flux" else WAN_CONFIGS
-    for name, config in configs.items():
-        if tiny:
-            config = {key: SMALLER.get(key, value) for key, value in config.items()}  # noqa: PLW2901 - the smaller one
+    for name in configs:
+        config = _config(family, name, tiny=tiny)
         with timed(f"build {name}"):
             module = _random(_on_meta(CLASSES[family][name], config), device)
             count = sum(parameter.numel() for parameter in module.parameters())
@@ -172,6 +174,47 @@ def build(family: str, facts: ModelFacts, folder: Path, device: str, *, tiny: bo
             del module
             give_back()
     _write_the_rest(family, folder)
+
+
+@torch.no_grad()
+def build_dev(schnell: Path, facts: ModelFacts, folder: Path, *, tiny: bool) -> None:
+    """Write a folder of flux-dev beside one of flux-schnell, unless it is there: links to its files, and in one more
+    shard the layers that schnell's transformer has not."""
+    if (folder / "model_index.json").is_file():
+        return
+    (folder / "transformer").mkdir(parents=True)
+    for name in ("text_encoder", "text_encoder_2", "vae", "tokenizer", "tokenizer_2"):
+        (folder / name).symlink_to(schnell.absolute() / name)
+    transformer = _on_meta(
+        CLASSES["flux"]["transformer"], _config("flux", "transformer", tiny=tiny) | {"guidance_embeds": True}
+    )
+    count = sum(parameter.numel() for parameter in transformer.parameters())
+    if not tiny and count != facts.components["transformer"]:
+        raise SystemExit(f"transformer: {count:,} parameters, models.toml says {facts.components['transformer']:,}.")
+    weight_map: dict[str, str] = {}
+    for shard in sorted((schnell / "transformer").glob("*.safetensors")):
+        (folder / "transformer" / shard.name).symlink_to(shard.absolute())
+        with safe_open(shard, framework="pt") as stored:
+            weight_map |= dict.fromkeys(stored.keys(), shard.name)
+    more = {
+        name: torch.empty(parameter.shape, dtype=torch.bfloat16).uniform_(-0.02, 0.02)
+        for name, parameter in transformer.named_parameters()
+        if name not in weight_map
+    }
+    own = "diffusion_pytorch_model-guidance.safetensors"
+    save_file(more, folder / "transformer" / own, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 2 * count}, "weight_map": weight_map | dict.fromkeys(more, own)}
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    transformer.save_config(folder / "transformer")
+    from safelightd.tiny import flux
+
+    flux.scheduler(dynamic=True).save_pretrained(folder / "scheduler")
+    shutil.copy(schnell / "model_index.json", folder)
+
+
+def _config(family: str, name: str, *, tiny: bool) -> dict[str, Any]:
+    config = (FLUX_CONFIGS if family == "flux" else WAN_CONFIGS)[name]
+    return {key: SMALLER.get(key, value) for key, value in config.items()} if tiny else config
 
 
 def _on_meta(path: str, config: dict[str, Any]) -> Any:

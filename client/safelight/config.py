@@ -75,6 +75,7 @@ class WorkerSection(_Section):
     vram_gib: Gib = "auto"
     ram_gib: Gib = "auto"
     host_cache_gib: Gib = "auto"
+    embeddings_gib: float = Field(default=2, ge=0)
     release: Literal["warm", "process"] = "warm"
     idle_exit_s: float = Field(default=600, ge=0)
     deadline_s: DeadlineSection = DeadlineSection()

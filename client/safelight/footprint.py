@@ -29,7 +29,7 @@ EAGER_8_BIT_BYTES_PER_TOKEN = 90_000
 ENCODE_BYTES = 160 * MIB
 """Peak of a text encoder's forward above its weights."""
 
-DECODE_BYTES_PER_PIXEL = {"flux": 2_950, "wan": 11_950}
+DECODE_BYTES_PER_PIXEL = {"flux": 3_070, "wan": 11_950}
 """Of a whole bf16 decode above the VAE: FLUX reserves 3.08 GiB at 1024x1024, Wan 2.2 11.32 GiB at 1280x704x121,
 which gives its frames away as they come and takes the same for fewer."""
 

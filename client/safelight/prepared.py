@@ -131,8 +131,12 @@ def manifests(models_folder: Path, table: Models) -> list[tuple[Manifest, bool]]
         except DamagedFolder:
             continue
         if manifest and manifest.key in table and manifest.name == _name(at):
-            source_folder = component_folder(table[manifest.key], models_folder, manifest.component)
-            found.append((manifest, is_current(manifest, source_folder)))
+            published = component_folder(table[manifest.key], models_folder, manifest.component)
+            try:
+                current = is_current(manifest, published)
+            except OSError:
+                current = False  # they are being replaced just now, or the disk has gone
+            found.append((manifest, current))
     return found
 
 

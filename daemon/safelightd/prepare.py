@@ -319,6 +319,9 @@ def main() -> int:
     except SafelightError as error:
         print(error, file=sys.stderr)  # noqa: T201 - the answer to the person who asked
         return error.exit_code
+    except OSError as error:
+        print(f"{request.key} cannot be prepared: {error}", file=sys.stderr)  # noqa: T201 - the same
+        return 1
     except KeyboardInterrupt:
         return 130
     print("\n".join(ready))  # noqa: T201 - what a script may read

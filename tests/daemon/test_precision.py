@@ -29,6 +29,7 @@ from safelight.plan import Precision
 from safelight.prepared import PRECISIONS
 from safelightd import precision
 from safelightd.precision import Format, format_of
+from safelightd.precision import by_torchao as torchao_formats
 from safelightd.tiny import flux, wan
 
 CPU = torch.device("cpu")
@@ -151,6 +152,15 @@ def test_the_layout_of_a_weight_is_known_without_it(name: Precision, shape: tupl
         assert expected == dict(held(name).layout(*shape, dtype))
         assert list(expected) == list(held(name).layout(*shape, dtype))
         assert all(tensor.is_contiguous() for tensor in made.values())
+
+
+@pytest.mark.parametrize("name", ["fp8-weight-only", "int8-dynamic", "int8-weight-only"])
+def test_a_large_weight_is_quantised_piece_by_piece_to_the_bytes_of_the_whole(name: Precision) -> None:
+    original = linear(torchao_formats.AT_ONCE // 2048 + 5, 2048, bias=False)
+    made = held(name).quantise(original.weight)
+
+    whole: Any = LIBRARIES[name](original).weight
+    assert all(torch.equal(getattr(whole, part), tensor) for part, tensor in made.items())
 
 
 def test_both_ways_to_multiply_8_bit_floats_hold_the_same_bytes() -> None:

@@ -36,6 +36,10 @@ COMPONENTS = (
 )
 
 
+HALF = {"dtype": "float16", "precision": "fp16", "vae_dtype": "float32"}
+"""The plan of a GPU without bfloat16."""
+
+
 class NoMeter:
     """Reads nothing: these tests look at results, not at peaks."""
 

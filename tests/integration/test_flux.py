@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from safelight.errors import SafelightError
-from safelightd.pipelines import BrokenResult
+from safelightd.pipelines import BrokenResult, stop_between_blocks, stop_inside
 from safelightd.progress import Cancelled
-from tests.integration.rendering import Run, StopAt, alive, moments_to_stop, picture, spec_for, stock_answer
+from tests.integration.rendering import HALF, Run, StopAt, alive, moments_to_stop, picture, spec_for, stock_answer
 
 JOBS: dict[str, dict[str, Any]] = {
     "schnell": {"model": "tiny-flux-schnell"},
@@ -111,6 +111,35 @@ def test_a_step_asks_before_every_block_whether_to_stop(schnell: Run) -> None:
 
     blocks, step_end, phase_begin = 4, 1, 1
     assert schnell.spec.num_inference_steps * (blocks + step_end) + phase_begin <= schnell.stop.asked
+
+
+def test_nothing_is_asked_inside_of_a_block_where_compiled_code_runs(schnell: Run) -> None:
+    with schnell.loader.component("text_encoder_2", "cpu") as t5:
+        stop_between_blocks(t5, schnell.watch)
+        asking = [name for name, module in t5.named_modules() if module._forward_pre_hooks]
+
+    assert asking == ["encoder.block.0", "encoder.block.1"]
+
+
+def test_a_vae_asks_inside_of_its_blocks_too(schnell: Run) -> None:
+    with schnell.loader.component("vae", "cpu") as vae:
+        stop_inside(vae, schnell.watch)
+        asking = [name for name, module in vae.named_modules() if module._forward_pre_hooks]
+
+    assert {"decoder.up_blocks.0", "decoder.up_blocks.0.resnets.0"} <= set(asking)
+
+
+def test_in_half_precision_the_vae_computes_in_float32_and_the_picture_is_the_same_to_the_eye(
+    schnell: Run, tiny_models_folder: Path
+) -> None:
+    half = Run(schnell.spec, tiny_models_folder, HALF)
+
+    embeddings = half.encode()
+    latents = half.denoise(embeddings)
+
+    assert embeddings.prompt_embeds.dtype == embeddings.pooled_prompt_embeds.dtype == latents.dtype == torch.float16
+    difference = np.abs(half.decode(latents)[0].astype(int) - schnell.frames()[0])
+    assert 0 < difference.mean() < 2
 
 
 def test_an_iterator_that_is_closed_before_its_end_gives_the_vae_back(schnell: Run) -> None:

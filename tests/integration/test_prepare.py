@@ -35,6 +35,7 @@ from safelightd.prepare import prepare as prepare_components
 from safelightd.shards import Entry, Shard, split
 from tests.cli_steps import process
 from tests.conftest import Installation
+from tests.integration.rendering import Run, spec_for
 
 FLUX = "tiny-flux-schnell"
 WAN = "tiny-wan-t2v-a14b"
@@ -129,6 +130,21 @@ def test_a_text_encoder_is_prepared_when_it_is_named(own: Installation) -> None:
     stored = tensors(prepared.folder(own.paths.models, FLUX, "nf4", "text_encoder_2"))
     assert [name for name in stored if ".wo." in name and stored[name].dtype == torch.bfloat16]
     assert not [name for name in stored if ".wo.weight." in name]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "nf4", "fp8-weight-only", "fp8-quanto", "int8-bnb"])
+def test_a_job_from_prepared_folders_has_the_bits_of_one_that_quantises_on_the_way(
+    precision: Precision, own: Installation
+) -> None:
+    components = ("transformer", "text_encoder_2")
+    plan = {"dtype": "bfloat16", "precision": precision, "text_encoder_precision": precision}
+    spec = spec_for(FLUX)
+    on_the_way = Run(spec, own.paths.models, plan).latents()
+    prepare(own, FLUX, precision, *components)
+
+    from_prepared = Run(spec, own.paths.models, {**plan, "prepared": components}).latents()
+
+    assert torch.equal(on_the_way, from_prepared)
 
 
 def test_the_program_prepares_verify_names_the_damaged_file_and_the_remedy_mends_it(own: Installation) -> None:

@@ -16,6 +16,7 @@ from safelightd.loading import BadModelFolder
 from safelightd.pipelines import BrokenResult
 from safelightd.progress import Cancelled, Watch
 from tests.integration.rendering import (
+    HALF,
     NoMeter,
     Run,
     StopAt,
@@ -174,6 +175,22 @@ def test_cancelling_anywhere_in_a_phase_leaves_nothing_and_a_following_run_is_ex
 
     again = getattr(run_of(JOBS[job], tiny_models_folder), phase)(*given)
     assert _same(whole, again)
+
+
+@pytest.mark.parametrize("job", ["5B from a picture", "A14B from a picture"])
+def test_in_half_precision_the_vae_computes_in_float32_and_the_clip_is_the_same_to_the_eye(
+    job: str, tiny_models_folder: Path
+) -> None:
+    run = run_of(JOBS[job], tiny_models_folder)
+    half = run_of(JOBS[job], tiny_models_folder, plan_changes=HALF)
+
+    embeddings = half.encode()
+    latents = half.denoise(embeddings)
+
+    assert embeddings.prompt_embeds.dtype == torch.float16
+    assert latents.dtype == torch.float32
+    difference = np.abs(np.stack(half.decode(latents)).astype(int) - np.stack(run.frames()))
+    assert 0 < difference.mean() < 2
 
 
 def test_frames_come_while_the_clip_is_still_being_decoded(text_run: Run) -> None:

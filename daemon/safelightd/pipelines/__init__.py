@@ -7,8 +7,9 @@ returns: the device never holds two phases at once.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +25,8 @@ from safelight.plan import Plan
 from safelightd.loading import Loader
 from safelightd.progress import Watch
 
+NOTHING_KNOWN: Mapping[str, torch.Tensor] = MappingProxyType({})
+
 Frame = NDArray[np.uint8]
 """One picture: (height, width, 3), red green blue, 0 to 255."""
 
@@ -35,8 +38,23 @@ class BrokenResult(SafelightError):
 class Family(Protocol):
     """What a module of this package offers. All tensors between the phases are on the CPU."""
 
-    def encode(self, spec: JobSpec, plan: Plan, loader: Loader, watch: Watch, image: Image | None = None) -> Any:
-        """Return what the text encoders make of the prompts: the family's own Embeddings."""
+    def is_guided(self, spec: JobSpec) -> bool:
+        """Whether each step runs twice, led away from the negative prompt."""
+        ...
+
+    def encode(
+        self,
+        spec: JobSpec,
+        plan: Plan,
+        loader: Loader,
+        watch: Watch,
+        image: Image | None = None,
+        known: Mapping[str, torch.Tensor] = NOTHING_KNOWN,
+    ) -> Any:
+        """Return what the text encoders make of the prompts: the family's own Embeddings.
+
+        `known` are fields of them from an earlier job; where all are, nothing is loaded.
+        """
         ...
 
     def denoise(
@@ -88,6 +106,14 @@ def _import_family(name: str) -> Family:
     raise SafelightError(f"{name}: no such family of models. Known: flux, wan.")
 
 
+def dtype_of(plan: Plan) -> torch.dtype:
+    """Return what a plan computes in. A module's own `dtype` may be that of its quantised weights, or of those kept in
+    float32."""
+    dtype = getattr(torch, plan.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
 def noise_source(spec: JobSpec) -> torch.Generator:
     """Return the one stream of random numbers of a job: on the CPU, so that every device draws the same."""
     return torch.Generator("cpu").manual_seed(spec.seed)
@@ -102,22 +128,33 @@ def refuse_other_images(spec: JobSpec, **given: Image | None) -> None:
             raise SafelightError(f"{spec.id or spec.model}: the job names {name} {wanted}, and {found}.")
 
 
-def stop_inside(module: nn.Module, watch: Watch) -> None:
-    """Make `module` ask before each of its repeated blocks whether to stop: a step may take a minute.
+def stop_between_blocks(module: nn.Module, watch: Watch) -> None:
+    """Make a transformer or text encoder ask before each of its repeated blocks whether to stop: a step may take a
+    minute.
 
     Before each of the outermost ones: what lies inside of a block may be compiled, and no graph can ask. The hooks
     change no number, and die with the module.
     """
+    for part in module.children():
+        if isinstance(part, nn.ModuleList):
+            _ask_before(part, watch)
+        else:
+            stop_between_blocks(part, watch)
 
+
+def stop_inside(vae: nn.Module, watch: Watch) -> None:
+    """Make a VAE ask before each of its layers: it has four blocks, one of which may take most of a minute."""
+    for part in vae.modules():
+        if isinstance(part, nn.ModuleList):
+            _ask_before(part, watch)
+
+
+def _ask_before(parts: nn.ModuleList, watch: Watch) -> None:
     def ask(_module: nn.Module, _arguments: Any) -> None:
         watch.check()
 
-    for part in module.children():
-        if isinstance(part, nn.ModuleList):
-            for block in part:
-                block.register_forward_pre_hook(ask)
-        else:
-            stop_inside(part, watch)
+    for part in parts:
+        part.register_forward_pre_hook(ask)
 
 
 def refuse_broken(numbers: torch.Tensor, what: str) -> None:

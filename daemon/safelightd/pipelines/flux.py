@@ -6,7 +6,7 @@ bits as FluxPipeline. Knows no file, no queue, and nothing of where a picture go
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,17 @@ from safelight.errors import SafelightError
 from safelight.jobspec import JobSpec
 from safelight.plan import Plan
 from safelightd.loading import Loader
-from safelightd.pipelines import Frame, frames_of, noise_source, refuse_broken, refuse_other_images, stop_inside
+from safelightd.pipelines import (
+    NOTHING_KNOWN,
+    Frame,
+    dtype_of,
+    frames_of,
+    noise_source,
+    refuse_broken,
+    refuse_other_images,
+    stop_between_blocks,
+    stop_inside,
+)
 from safelightd.progress import Watch
 
 TILE_PIXELS = 512
@@ -40,25 +50,44 @@ class Embeddings:
 
 
 @torch.no_grad()
-def encode(spec: JobSpec, plan: Plan, loader: Loader, watch: Watch, image: Image | None = None) -> Embeddings:
+def encode(
+    spec: JobSpec,
+    plan: Plan,
+    loader: Loader,
+    watch: Watch,
+    image: Image | None = None,
+    known: Mapping[str, torch.Tensor] = NOTHING_KNOWN,
+) -> Embeddings:
     """Return the embeddings of the job's prompts; both text encoders are gone when this returns."""
     refuse_other_images(spec, image=image)
-    device = plan.text_encoder_device
+    prompts = {"": (spec.prompt, spec.prompt_2)}
+    if is_guided(spec):
+        prompts["negative_"] = (spec.negative_prompt or "", None)
+    unknown = {name: texts for name, texts in prompts.items() if f"{name}prompt_embeds" not in known}
+    made = _encoded(unknown, spec, plan, loader, watch) if unknown else {}
+    return Embeddings(**{**known, **made})
+
+
+def _encoded(
+    prompts: Mapping[str, tuple[str, str | None]], spec: JobSpec, plan: Plan, loader: Loader, watch: Watch
+) -> dict[str, torch.Tensor]:
+    """Return the fields that these prompts make, each named after its prompt."""
+    device, dtype = plan.text_encoder_device, dtype_of(plan)
+    made: dict[str, torch.Tensor] = {}
     with loader.component("text_encoder", device) as clip, loader.component("text_encoder_2", device) as t5:
-        stop_inside(clip, watch)
-        stop_inside(t5, watch)
+        stop_between_blocks(clip, watch)
+        stop_between_blocks(t5, watch)
         pipe = _pipeline(
             text_encoder=clip,
             text_encoder_2=t5,
             tokenizer=loader.tokenizer("tokenizer"),
             tokenizer_2=loader.tokenizer("tokenizer_2"),
         )
-        length = spec.max_sequence_length
-        embeds, pooled, _ = pipe.encode_prompt(spec.prompt, spec.prompt_2, device="cpu", max_sequence_length=length)
-        if not _is_guided(spec):
-            return Embeddings(embeds, pooled)
-        negative = pipe.encode_prompt(spec.negative_prompt, None, device="cpu", max_sequence_length=length)
-        return Embeddings(embeds, pooled, negative[0], negative[1])
+        for name, texts in prompts.items():
+            embeds, pooled, _ = pipe.encode_prompt(*texts, device="cpu", max_sequence_length=spec.max_sequence_length)
+            made[f"{name}prompt_embeds"] = embeds.to(dtype)
+            made[f"{name}pooled_prompt_embeds"] = pooled.to(dtype)
+    return made
 
 
 @torch.no_grad()
@@ -77,8 +106,8 @@ def denoise(
     scheduler = loader.scheduler()
     latents: torch.Tensor
     with loader.component("transformer", device) as transformer:
-        stop_inside(transformer, watch)
-        dtype = embeddings.prompt_embeds.dtype
+        stop_between_blocks(transformer, watch)
+        dtype = dtype_of(plan)
         latents, image_ids = _pipeline(transformer=transformer).prepare_latents(
             1, transformer.config.in_channels // 4, spec.height, spec.width, dtype, device, noise_source(spec)
         )
@@ -93,7 +122,7 @@ def denoise(
         for i, t in enumerate(timesteps):
             timestep = t.expand(1).to(dtype) / 1000
             velocity = transformer(latents, timestep=timestep, **prompt, return_dict=False)[0]
-            if _is_guided(spec):
+            if is_guided(spec):
                 away = transformer(latents, timestep=timestep, **negative, **constant, return_dict=False)[0]
                 velocity = away + spec.true_cfg_scale * (velocity - away)
             latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
@@ -113,6 +142,7 @@ def decode(spec: JobSpec, plan: Plan, loader: Loader, latents: torch.Tensor, wat
         unpacked = pipe._unpack_latents(  # noqa: SLF001 - the pipeline offers no other way to unpack
             latents, spec.height, spec.width, pipe.vae_scale_factor
         )
+        unpacked = unpacked.to(vae.dtype)
         scaled = (unpacked / vae.config.scaling_factor) + vae.config.shift_factor
         pictures = vae.decode(scaled.to(plan.device), return_dict=False)[0]
         watch.step(1, 1)
@@ -132,7 +162,8 @@ def _pipeline(**components: Any) -> FluxPipeline:
     return FluxPipeline(**dict.fromkeys(names) | components)
 
 
-def _is_guided(spec: JobSpec) -> bool:
+def is_guided(spec: JobSpec) -> bool:
+    """Whether each step runs twice: with a true_cfg_scale above 1, as in FluxPipeline."""
     return spec.negative_prompt is not None and spec.true_cfg_scale is not None and spec.true_cfg_scale > 1
 
 

@@ -7,7 +7,7 @@ bits as WanPipeline and WanImageToVideoPipeline. Knows no file, no queue, and no
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,17 @@ from safelight.errors import SafelightError
 from safelight.jobspec import JobSpec
 from safelight.plan import Plan
 from safelightd.loading import Loader
-from safelightd.pipelines import Frame, frames_of, noise_source, refuse_broken, refuse_other_images, stop_inside
+from safelightd.pipelines import (
+    NOTHING_KNOWN,
+    Frame,
+    dtype_of,
+    frames_of,
+    noise_source,
+    refuse_broken,
+    refuse_other_images,
+    stop_between_blocks,
+    stop_inside,
+)
 from safelightd.progress import Watch
 
 TILE_PIXELS = 512
@@ -59,18 +69,31 @@ class Start:
 
 
 @torch.no_grad()
-def encode(spec: JobSpec, plan: Plan, loader: Loader, watch: Watch, image: Image | None = None) -> Embeddings:
+def encode(
+    spec: JobSpec,
+    plan: Plan,
+    loader: Loader,
+    watch: Watch,
+    image: Image | None = None,
+    known: Mapping[str, torch.Tensor] = NOTHING_KNOWN,
+) -> Embeddings:
     """Return the embeddings of the job's prompts; the text encoder is gone when this returns."""
     refuse_other_images(spec, image=image)
+    wanted = ("prompt_embeds", "negative_prompt_embeds") if is_guided(spec) else ("prompt_embeds",)
+    at_hand = {name: known[name] for name in wanted if name in known}
+    if len(at_hand) == len(wanted):
+        return Embeddings(at_hand["prompt_embeds"], at_hand.get("negative_prompt_embeds"))
     with loader.component("text_encoder", plan.text_encoder_device) as text_encoder:
-        stop_inside(text_encoder, watch)
+        stop_between_blocks(text_encoder, watch)
         pipe = _text_to_video(loader, text_encoder=text_encoder, tokenizer=loader.tokenizer())
         embeds, negative = pipe.encode_prompt(
             spec.prompt,
             spec.negative_prompt,
-            do_classifier_free_guidance=_is_guided(spec),
+            do_classifier_free_guidance=is_guided(spec),
             max_sequence_length=spec.max_sequence_length,
             device="cpu",
+            dtype=dtype_of(plan),
+            **at_hand,
         )
         return Embeddings(embeds, negative)
 
@@ -95,18 +118,19 @@ def denoise(
     scheduler = loader.scheduler(flow_shift=spec.flow_shift)
     scheduler.set_timesteps(spec.num_inference_steps, device=device)
     scheduler.set_begin_index(0)  # else it looks steps up by timestep, and a large shift makes neighbours equal
-    timesteps = list(enumerate(scheduler.timesteps))
+    experts = _experts(loader, scheduler)
     latents = start.latents
-    for expert, steps in itertools.groupby(timesteps, _expert_of(loader, scheduler)):
+    for expert, steps in itertools.groupby(range(len(experts)), experts.__getitem__):
         with loader.component(expert, device) as transformer:
-            stop_inside(transformer, watch)
-            prompts = _prompts(embeddings, device, transformer.dtype)
+            stop_between_blocks(transformer, watch)
+            prompts = _prompts(embeddings, device, dtype_of(plan))
             guidance_scale = _guidance_scale(spec, expert)
-            for i, t in steps:
-                seen = _seen(latents, start).to(transformer.dtype)
+            for i in steps:
+                t = scheduler.timesteps[i]
+                seen = _seen(latents, start).to(dtype_of(plan))
                 velocity = _velocity(transformer, seen, _timestep(t, start), prompts, guidance_scale)
                 latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
-                watch.step(i + 1, len(timesteps))
+                watch.step(i + 1, len(experts))
     return _with_picture(latents, start).cpu()
 
 
@@ -149,7 +173,7 @@ def tile(vae: Any) -> None:
     vae.enable_tiling(TILE_PIXELS, TILE_PIXELS, TILE_STRIDE_PIXELS, TILE_STRIDE_PIXELS)
 
 
-def _is_guided(spec: JobSpec) -> bool:
+def is_guided(spec: JobSpec) -> bool:
     """Whether each step runs twice; the first expert's scale decides for both, as in WanPipeline."""
     return _guidance_scale(spec, "transformer") > 1
 
@@ -162,11 +186,14 @@ def _guidance_scale(spec: JobSpec, expert: str) -> float:
     return spec.guidance_scale
 
 
-def _expert_of(loader: Loader, scheduler: Any) -> Callable[[tuple[int, torch.Tensor]], str]:
-    """Return what tells the component that runs a step: above the boundary the first, below it the second."""
+def _experts(loader: Loader, scheduler: Any) -> list[str]:
+    """Return the component that runs each step: above the boundary the first, below it the second.
+
+    All at once: to ask the GPU for a timestep between two steps would keep it waiting.
+    """
     ratio = loader.option("boundary_ratio")
     boundary = 0.0 if ratio is None else ratio * scheduler.config.num_train_timesteps
-    return lambda step: "transformer" if float(step[1]) >= boundary else "transformer_2"
+    return ["transformer" if t >= boundary else "transformer_2" for t in scheduler.timesteps.tolist()]
 
 
 def _text_to_video(loader: Loader, **components: Any) -> WanPipeline:

@@ -1,0 +1,182 @@
+"""One job through the real path in this process, with what it holds of device and RAM measured from outside of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bench import fullsize
+from bench.scratch import scratch
+from safelight import models
+from safelight.config import Config
+from safelight.jobspec import JobSpec
+from safelight.ladder import Circumstances
+from safelight.ledger import Ledger
+from safelight.machine import GIB
+from safelight.models import Models
+from safelight.receipt import Receipt
+
+SAMPLED_EVERY_S = 0.02
+
+USABLE_GIB = {16: 14.8, 12: 10.8, 8: 6.8}
+"""Of a card of so many GiB with a desktop on it."""
+
+HOST_GIB = 26.0
+"""What 32 GB of RAM leave to a job."""
+
+NIGHT = 100
+"""Jobs of a shape that wait: what is compiled once serves them all."""
+
+SUBMITTED_AT = "2026-11-22T20:00:00+00:00"
+
+
+class Gauge:
+    """Measures phases as `safelightd.progress.Meter`, by other ways than the engine's own.
+
+    Device: what torch reserved at most, and what the card holds besides, less what it held before CUDA began here.
+    Host: anonymous memory, sampled, and what CUDA pinned for torch where the kernel does not count it as such.
+    """
+
+    def __init__(self, device_bytes_before: int) -> None:
+        self._device_before = device_bytes_before
+        self._host_peak = 0
+        self._counts_pinned = False
+        threading.Thread(target=self._sample, daemon=True).start()
+
+    def reset(self) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self._host_peak = host_bytes(pinned=self._counts_pinned)
+
+    def peaks(self) -> tuple[int, int]:
+        self._host_peak = max(self._host_peak, host_bytes(pinned=self._counts_pinned))
+        return device_peak_bytes(self._device_before), self._host_peak
+
+    def learn_whether_pinned_is_counted(self) -> None:
+        """Pin 64 MiB, and see whether the kernel calls them anonymous memory of this process."""
+        import torch
+
+        size = 64 * 2**20
+        before = fullsize.status("RssAnon")
+        pinned = torch.zeros(size, dtype=torch.uint8, pin_memory=True)
+        self._counts_pinned = fullsize.status("RssAnon") - before < size // 2
+        del pinned
+
+    def _sample(self) -> None:
+        while True:
+            time.sleep(SAMPLED_EVERY_S)
+            self._host_peak = max(self._host_peak, host_bytes(pinned=self._counts_pinned))
+
+
+def host_bytes(*, pinned: bool) -> int:
+    """Return what this process holds of RAM that no file backs."""
+    held = fullsize.status("RssAnon")
+    if not pinned:
+        return held
+    import torch
+
+    return held + int(torch.cuda.host_memory_stats().get("allocated_bytes.current", 0))
+
+
+def device_peak_bytes(before: int) -> int:
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    outside = total - free - torch.cuda.memory_reserved() - before
+    return int(torch.cuda.max_memory_reserved()) + outside
+
+
+def card_used_bytes() -> int:
+    """Return what the first card holds, by the driver's word; 0 without one."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used)
+    except pynvml.NVMLError:
+        return 0
+
+
+@dataclasses.dataclass
+class Place:
+    """An installation whose worker may use so much of the card."""
+
+    config: Config
+    models: Models
+    device: str
+    usable_gib: float
+    gauge: Gauge
+    setting: Any
+    """`safelightd.runjob`'s."""
+    jobs: int = 0
+
+    def spec(self, model: str, **written: object) -> JobSpec:
+        self.jobs += 1
+        asked = {"prompt": f"a red fox in the snow, {self.jobs}", **written}
+        spec = fullsize.spec_of(self.models[model], tiny=False, **asked)
+        update = {"id": f"bench-{self.jobs}", "index": self.jobs, "submitted_at": SUBMITTED_AT, "batch": "bench"}
+        return spec.model_copy(update=update)
+
+    def run(self, spec: JobSpec, waiting: int = NIGHT) -> Receipt:
+        """Run one job, give everything back as the engine does, and let this machine's calibration learn from it."""
+        from safelightd import calibration, device, runjob
+        from safelightd.progress import Watch
+
+        watch = Watch(lambda _told: None, threading.Event(), self.gauge)
+        try:
+            receipt = runjob.run_job(spec, 1, self.setting, watch, Circumstances(waiting=waiting))
+        finally:
+            device.release()
+        state = self.config.paths.state
+        calibration.save(state, calibration.learned(calibration.load(state), receipt))
+        return receipt
+
+
+@contextmanager
+def place(device: str, cap_gib: int, folders: dict[str, Path], compiled: Path) -> Iterator[Place]:
+    """Have an installation with these model folders, and torch kept from more memory than the worker may use.
+
+    Args:
+        compiled: where compiled code stays from one call to the next.
+    """
+    own = "".join(f'[models.{key}]\npath = "{folder.absolute()}"\n' for key, folder in folders.items())
+    with scratch(device=device, more=own) as made:
+        before = card_used_bytes()
+        usable = USABLE_GIB[cap_gib]
+        changes = {"vram_gib": usable, "ram_gib": HOST_GIB}
+        worker = made.config.settings.worker.model_copy(update=changes)
+        config = dataclasses.replace(made.config, settings=made.config.settings.model_copy(update={"worker": worker}))
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compiled.absolute())
+        os.environ["TRITON_CACHE_DIR"] = str(compiled.absolute() / "triton")
+        from safelightd import runjob
+        from safelightd.assembly import PinnedSet
+
+        table = models.load(config)
+        setting = runjob.Setting(config, table, Ledger(config.paths), PinnedSet(int(HOST_GIB * GIB)))
+        gauge = Gauge(before)
+        if device == "cuda":
+            limit(usable, before)
+            gauge.learn_whether_pinned_is_counted()
+        yield Place(config, table, device, usable, gauge, setting)
+        setting.pinned.drop_unless([])
+
+
+def limit(usable_gib: float | None, before: int) -> None:
+    """Let torch have what is usable less what the context takes; None: all of the card."""
+    import torch
+
+    torch.zeros(1, device="cuda")
+    free, total = torch.cuda.mem_get_info()
+    context = total - free - torch.cuda.memory_reserved() - before
+    share = 1.0 if usable_gib is None else (usable_gib * GIB - context) / total
+    torch.cuda.set_per_process_memory_fraction(share)
