@@ -69,8 +69,7 @@ def precisions(asked: str) -> tuple[Precision, ...]:
 
 def dtype_of(precision: Precision, machine: Machine) -> Dtype:
     """Return what a GPU computes in: bf16, where it can and nothing else was asked for."""
-    capability = machine.capability or (8, 9)
-    return "float16" if precision == "fp16" or capability < (8, 0) else "bfloat16"
+    return "float16" if precision == "fp16" or pace.capability(machine) < (8, 0) else "bfloat16"
 
 
 def is_guided(spec: JobSpec, facts: ModelFacts) -> bool:
@@ -93,8 +92,7 @@ def ways(spec: JobSpec, machine: Machine) -> tuple[list[Way], list[str]]:
         )
     ]
     if spec.precision == "auto":
-        capability = machine.capability or (8, 9)
-        every = [way for way in every if way.precision != "fp16" or capability < (8, 0)]
+        every = [way for way in every if way.precision != "fp16" or pace.capability(machine) < (8, 0)]
     if spec.low_cpu_mem_usage == "auto":
         every = [way for way in every if not way.low_cpu_mem_usage or way.placement == "leaf"]
     legal = [way for way in every if refused(way, machine) is None]

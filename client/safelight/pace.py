@@ -12,6 +12,9 @@ from safelight.plan import Precision
 FLOP_PER_CLOCK = {(7, 5): 512, (8, 0): 2048, (8, 6): 512, (8, 7): 512, (8, 9): 512, (9, 0): 4096, (10, 0): 8192}
 """Of one multiprocessor, 16-bit products summed in float32 (NVIDIA's architecture papers). Newer ones count as 8.9."""
 
+ASSUMED_CAPABILITY = (8, 9)
+"""Of a card of which only the memory is known: a laptop's of today."""
+
 ASSUMED_FLOPS = {(7, 5): 25e12, (8, 0): 312e12, (8, 6): 40e12, (8, 9): 75e12, (9, 0): 900e12, (12, 0): 90e12}
 """Of a laptop's card of that capability, where only the capability is known."""
 
@@ -67,15 +70,20 @@ CPU_FLOPS = 50e9
 """Of a few cores in float32."""
 
 
+def capability(machine: Machine) -> tuple[int, int]:
+    """Return the card's compute capability, or the one that is assumed where nobody has said."""
+    return machine.capability or ASSUMED_CAPABILITY
+
+
 def flops_per_second(machine: Machine) -> float:
     """Return the card's 16-bit arithmetic."""
     if machine.device == "cpu":
         return CPU_FLOPS
-    capability = machine.capability or (8, 9)
-    per_clock = FLOP_PER_CLOCK.get(capability, FLOP_PER_CLOCK[(8, 9)])
+    found = capability(machine)
+    per_clock = FLOP_PER_CLOCK.get(found, FLOP_PER_CLOCK[ASSUMED_CAPABILITY])
     if machine.multiprocessors and machine.clock_mhz:
         return machine.multiprocessors * machine.clock_mhz * 1e6 * per_clock
-    known = max((known for known in ASSUMED_FLOPS if known <= capability), default=(7, 5))
+    known = max((known for known in ASSUMED_FLOPS if known <= found), default=(7, 5))
     return ASSUMED_FLOPS[known]
 
 

@@ -29,9 +29,6 @@ class PhasePrediction(BaseModel):
     """Anonymous and pinned memory of the engine. Mapped files are not in it: the kernel may drop them."""
     seconds: float | None = None
     """Loading and compiling included; None in plans of before it was predicted by phase."""
-    load_seconds: float = 0.0
-    compile_seconds: float = 0.0
-    """Of `seconds`. Once the code is there, jobs of this shape need none."""
 
 
 class Overrun(BaseModel):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from safelight.machine import Machine
-from safelight.pace import COMPILED_EFFICIENCY
+from safelight.pace import COMPILED_EFFICIENCY, capability
 from safelight.plan import Placement, Precision
 
 BITSANDBYTES: tuple[Precision, ...] = ("nf4", "int8-bnb")
@@ -27,30 +27,26 @@ class Way:
     low_cpu_mem_usage: bool = False
 
 
-def _capability(machine: Machine) -> tuple[int, int]:
-    return machine.capability or (8, 9)
-
-
 Rule = tuple[Callable[[Way, Machine], bool], str]
 
 RULES: tuple[Rule, ...] = (
     (lambda way, _: way.placement == "none", "offload none: the phases have the GPU one after another. Use model."),
     (
-        lambda way, machine: way.precision == "bf16" and _capability(machine) < (8, 0),
+        lambda way, machine: way.precision == "bf16" and capability(machine) < (8, 0),
         "bf16 needs compute capability 8.0. Use fp16.",
     ),
     (
-        lambda way, machine: way.precision == "fp8-dynamic" and _capability(machine) < (8, 9),
+        lambda way, machine: way.precision == "fp8-dynamic" and capability(machine) < (8, 9),
         "fp8-dynamic multiplies in 8 bit, which needs compute capability 8.9. Use fp8-weight-only or nf4.",
     ),
     (
         lambda way, machine: (
-            way.precision in ("fp8-weight-only", "int8-dynamic", "int8-weight-only") and _capability(machine) < (8, 0)
+            way.precision in ("fp8-weight-only", "int8-dynamic", "int8-weight-only") and capability(machine) < (8, 0)
         ),
         "torchao's precisions need compute capability 8.0. Use nf4 or fp16.",
     ),
     (
-        lambda way, machine: way.precision in BITSANDBYTES and _capability(machine) < (7, 5),
+        lambda way, machine: way.precision in BITSANDBYTES and capability(machine) < (7, 5),
         "nf4 and int8-bnb need compute capability 7.5. Use fp16.",
     ),
     (

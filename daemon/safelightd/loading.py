@@ -23,6 +23,7 @@ from torch import nn
 from safelight import models, prepared
 from safelight.models import Blocks, ModelFacts
 from safelight.plan import Plan, Precision
+from safelight.refusals import BY_LIBRARY
 from safelightd import compiling, precision, skeleton, tiny
 from safelightd.assembly import Order, PinnedSet, assembled
 from safelightd.weights import BadModelFolder, stored_tensors
@@ -61,8 +62,6 @@ OTHER_SHAPE = ("ignore_mismatched_sizes", "automatic conversion of the weights")
 
 _NO_PATHS: Mapping[str, str] = MappingProxyType({})
 _NO_BLOCKS: Mapping[str, tuple[Blocks, ...]] = MappingProxyType({})
-
-OFFLOADED_BY_LIBRARY = ("block", "leaf", "sequential")
 
 
 def model_folder(facts: ModelFacts, models_folder: Path) -> Path:
@@ -150,7 +149,7 @@ class Loader:
     def _placed(self, name: str, device: torch.device) -> AbstractContextManager[nn.Module]:
         if name not in self._blocks:
             return self._whole(name, device)
-        if name.startswith("transformer") and self._plan.offload in OFFLOADED_BY_LIBRARY:
+        if name.startswith("transformer") and self._plan.offload in BY_LIBRARY:
             return self._offloaded_by_library(name, device)
         return self._by_blocks(name, device)
 
