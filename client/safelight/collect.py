@@ -58,9 +58,14 @@ def _collect_one(job: str, output: Output, outbox: Path, target: Path, *, move: 
         folder.mkdir(parents=True, exist_ok=True)
     place, outcome = folder, None
     while outcome is None:
-        place = next(name for name in _names(folder / inside.name) if _is_ours(name, output, source))
+        place, there = next(
+            (name, seen)
+            for name in _names(folder / inside.name)
+            for seen in [os.path.lexists(name)]  # before it is looked at: what comes later was not
+            if _is_ours(name, output, source)
+        )
         with suppress(FileExistsError):  # somebody took the name in between: look again
-            outcome = _bring(source, place, output.sha256)
+            outcome = _bring(source, place, output.sha256, there=there)
     if outcome in ("missing", "changed"):
         return Copied(job, source, None, outcome)
     if move:
@@ -94,9 +99,12 @@ def _is_same(file: Path, output: Output) -> bool:
     return file.is_file() and file.stat().st_size == output.bytes and _digest(file) == output.sha256
 
 
-def _bring(source: Path, place: Path, sha256: str) -> Outcome:
-    """Copy an output and its receipt to `place`, as far as they are not there."""
-    there = place.exists()
+def _bring(source: Path, place: Path, sha256: str, *, there: bool) -> Outcome:
+    """Copy an output and its receipt to `place`, as far as they are not there; `there` says it of the output.
+
+    Raises:
+        FileExistsError: somebody else's file has come to `place` since.
+    """
     if not there and not source.is_file():
         return "missing"
     if not there and not _copy(source, place, sha256):

@@ -46,7 +46,7 @@ def specs_of(
     return made
 
 
-def eventually(true: Callable[[], object], timeout_s: float = 45) -> None:
+def eventually(true: Callable[[], object], timeout_s: float = 20) -> None:
     """Wait until something is so; the reading is a poll because what is waited for is another process's doing."""
     deadline = time.monotonic() + timeout_s
     while not true():
