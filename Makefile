@@ -26,9 +26,10 @@ bench: $(INSTALLED)
 	set -e; for script in $(filter-out __init__ scratch gpu_%,$(basename $(notdir $(wildcard bench/*.py)))); do \
 		echo "== bench/$$script.py" >&2; $(BIN)/python -m bench.$$script; done
 
-# docs/cli.md, from --help; `make test` fails when it is old.
+# docs/cli.md, from --help, and docs/plans.md, from the planner; `make test` fails when one is old.
 docs: $(INSTALLED)
 	$(BIN)/python -m safelight.clidoc > docs/cli.md
+	$(BIN)/python -m safelight.plandoc > docs/plans.md
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist

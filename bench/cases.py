@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import time
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from bench.measured import NIGHT, USABLE_GIB, Place
-from safelight.calibration import key
+from bench.measured import NIGHT, Budget, Place
+from safelight.calibration import load_key, work_key
 from safelight.errors import InvalidJob
 from safelight.jobspec import JobSpec
-from safelight.ladder import Circumstances
 from safelight.machine import GIB
 from safelight.plan import Plan
 from safelight.planner import PHASES, make_plan
 from safelight.receipt import Receipt
+from safelight.rung import Circumstances
+from safelightd import calibration, probe, runjob
 
 SIZES = ("512x512", "768x768", "1024x1024", "1536x1024", "640x1152")
-LEARNED_AT = "896x640"
-"""The size of a card's and model's first job, which is no case."""
+LEARNED_AT = ("448x576", "704x832", "960x1088", "1472x1088", "704x1024")
+"""For each of them another of about as many pixels: what calibrates is no case."""
 
 STEPS = 2
 
@@ -46,27 +46,27 @@ TECHNIQUES: dict[str, dict[str, str]] = {
 """What a person writes. How far the latents of each are from bf16's: bench/techniques.py."""
 
 
-class Budget:
-    """No case begins after its end: a lent machine's call ends then."""
-
-    def __init__(self, limit_s: float) -> None:
-        self._ends_at = time.monotonic() + limit_s
-
-    def is_spent(self) -> bool:
-        return time.monotonic() > self._ends_at
+def learn(place: Place, model: str, cap: int, shrink: int, budget: Budget) -> Iterator[dict[str, Any]]:
+    """Run jobs of other shapes until each way that they run in has run once; yield a line for each."""
+    place.become(cap)
+    for size in LEARNED_AT:
+        spec = _spec(place, model, size, shrink)
+        if budget.is_spent():
+            return
+        if not _is_learned(place, spec, NIGHT):
+            line = _run(place, f"{model} {size} on {cap} GB", spec, learn=True)
+            yield {"part": "learned", **line}
 
 
 def run_cases(
-    place: Place, model: str, sizes: Sequence[str], shrink: int, learn: int, budget: Budget
+    place: Place, model: str, cap: int, sizes: Sequence[str], shrink: int, budget: Budget
 ) -> Iterator[dict[str, Any]]:
-    """Run a job of each size after `learn` of another size, which calibrate; yield a line for each."""
-    for i in range(learn):
-        name = f"{model} {LEARNED_AT} on {_card(place)}, learned from, {i + 1}"
-        yield {"part": "learned", **_run(place, name, _spec(place, model, LEARNED_AT, shrink))}
+    """Run a job of each size, the calibration as it is; yield a line for each."""
+    place.become(cap)
     for size in sizes:
         if budget.is_spent():
             return
-        yield {"part": "cases", **_run(place, f"{model} {size} on {_card(place)}", _spec(place, model, size, shrink))}
+        yield {"part": "cases", **_run(place, f"{model} {size} on {cap} GB", _spec(place, model, size, shrink))}
 
 
 def run_techniques(
@@ -80,40 +80,40 @@ def run_techniques(
         yield {"part": "techniques", **_run(place, name, spec, waiting=1)}
 
 
-def _card(place: Place) -> str:
-    return f"{next(card for card, usable in USABLE_GIB.items() if usable == place.usable_gib)} GiB"
-
-
 def _spec(place: Place, model: str, size: str, shrink: int) -> JobSpec:
-    width, height = (int(side) // shrink for side in size.split("x"))
+    width, height = (int(side) // shrink // 16 * 16 for side in size.split("x"))
     return place.spec(model, width=width, height=height, num_inference_steps=STEPS)
 
 
-def _run(place: Place, name: str, spec: JobSpec, waiting: int = NIGHT) -> dict[str, Any]:
+def _run(place: Place, name: str, spec: JobSpec, waiting: int = NIGHT, *, learn: bool = False) -> dict[str, Any]:
     try:
         is_first = not _is_learned(place, spec, waiting)
-        receipt = place.run(spec, waiting)
+        receipt = place.run(spec, waiting, learn=learn)
     except InvalidJob as error:
         return {"name": name, "refused": str(error)[:400]}
     except Exception as error:  # noqa: BLE001 - a job that fails is a result
         traceback.print_exc(limit=-4)
         return {"name": name, "error": f"{type(error).__name__}: {error}"[:400]}
-    return {"name": name, "first_of_kind": is_first, **described(receipt)}
+    line = {"name": name, "first_of_kind": is_first, "outside_gib": _gib(place.gauge.outside_bytes)}
+    return {**line, **described(receipt)}
 
 
 def _is_learned(place: Place, spec: JobSpec, waiting: int) -> bool:
     """Whether this machine has run each phase in the way that the job's plan will."""
-    from safelightd import calibration, compiling, probe
-
     known = calibration.load(place.config.paths.state)
-    here, before = compiling.compiled_here(), compiling.compiled_before()
-    around = Circumstances(waiting=waiting, compiled_here=here, compiled_before=before)
+    around = runjob.now(Circumstances(waiting=waiting), place.setting.pinned)
     plan = make_plan(spec, probe.read_machine(place.config), place.models, known, around)
-    return all(key(plan, phase) in known.seconds for phase in PHASES) and not _compiles(plan, place, here)
+    return (
+        all(load_key(plan, phase) in known.load for phase in PHASES)
+        and all(work_key(plan, phase) in known.work for phase in ("denoise", "decode"))
+        and not compiles(plan)
+    )
 
 
-def _compiles(plan: Plan, place: Place, here: frozenset[str]) -> bool:
-    return plan.compiled and f"{place.models[plan.model].family}/{plan.precision}" not in here
+def compiles(plan: Plan) -> bool:
+    """Whether the job waits for code that is not compiled yet."""
+    told = plan.predicted["denoise"].shipped
+    return told is not None and told.compile_seconds > 0
 
 
 def described(receipt: Receipt) -> dict[str, Any]:
@@ -127,12 +127,17 @@ def described(receipt: Receipt) -> dict[str, Any]:
             "device_gib": [_gib(predicted.device_bytes), _gib(record.device_peak_bytes)],
             "host_gib": [_gib(predicted.host_bytes), _gib(record.host_peak_bytes)],
             "seconds": [round(predicted.seconds or 0.0, 2), round(record.seconds, 2)],
+            "load_seconds": record.load_seconds,
+            "first_step_seconds": record.first_step_seconds,
+            "shipped": predicted.shipped.model_dump() if predicted.shipped else None,
         }
     seconds = sum(receipt.phases[phase].seconds for phase in PHASES)
     return {
         "rung": plan.rung,
         "seconds": [round(plan.seconds or 0.0, 2), round(seconds, 2)],
-        "step_ms": round(1000 * receipt.seconds_per_step, 1) if receipt.seconds_per_step else None,
+        "step_ms": [
+            round(1000 * seconds, 1) for seconds in (plan.seconds_per_step, receipt.seconds_per_step) if seconds
+        ],
         "phases": phases,
         "warnings": list(plan.warnings),
     }

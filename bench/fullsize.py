@@ -12,7 +12,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from safelight.jobspec import JobSpec
 from safelight.machine import GIB
 from safelight.models import ModelFacts
 from safelightd.loading import give_back
+from safelightd.shards import Entry, Shard, split
 
 FLUX_CONFIGS: dict[str, dict[str, Any]] = {
     "transformer": {
@@ -143,6 +145,11 @@ CLASSES = {
 }
 
 
+GAIN = 0.5
+SHARD_BYTES = 2**30
+WRITERS = 6
+
+
 class Meter:
     """Peaks on the device and in host RAM since `reset`; host RAM counts mapped files too."""
 
@@ -151,6 +158,9 @@ class Meter:
             torch.cuda.reset_peak_memory_stats()
         with contextlib.suppress(OSError):  # a container may forbid it: the peak is then of the whole run
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets VmHWM
+
+    def settle(self) -> None:
+        synchronise()
 
     def peaks(self) -> tuple[int, int]:
         device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
@@ -166,12 +176,11 @@ def build(family: str, facts: ModelFacts, folder: Path, device: str, *, tiny: bo
     for name in configs:
         config = _config(family, name, tiny=tiny)
         with timed(f"build {name}"):
-            module = _random(_on_meta(CLASSES[family][name], config), device)
+            module = on_meta(CLASSES[family][name], config)
             count = sum(parameter.numel() for parameter in module.parameters())
             if not tiny and count != facts.components[name]:
                 raise SystemExit(f"{name}: {count:,} parameters, models.toml says {facts.components[name]:,}.")
-            module.save_pretrained(folder / name, max_shard_size="5GB", safe_serialization=True)
-            del module
+            write(module, folder / name, device)
             give_back()
     _write_the_rest(family, folder)
 
@@ -185,7 +194,7 @@ def build_dev(schnell: Path, facts: ModelFacts, folder: Path, *, tiny: bool) -> 
     (folder / "transformer").mkdir(parents=True)
     for name in ("text_encoder", "text_encoder_2", "vae", "tokenizer", "tokenizer_2"):
         (folder / name).symlink_to(schnell.absolute() / name)
-    transformer = _on_meta(
+    transformer = on_meta(
         CLASSES["flux"]["transformer"], _config("flux", "transformer", tiny=tiny) | {"guidance_embeds": True}
     )
     count = sum(parameter.numel() for parameter in transformer.parameters())
@@ -197,7 +206,7 @@ def build_dev(schnell: Path, facts: ModelFacts, folder: Path, *, tiny: bool) -> 
         with safe_open(shard, framework="pt") as stored:
             weight_map |= dict.fromkeys(stored.keys(), shard.name)
     more = {
-        name: torch.empty(parameter.shape, dtype=torch.bfloat16).uniform_(-0.02, 0.02)
+        name: random_weight(name, tuple(parameter.shape), "cpu")
         for name, parameter in transformer.named_parameters()
         if name not in weight_map
     }
@@ -217,7 +226,8 @@ def _config(family: str, name: str, *, tiny: bool) -> dict[str, Any]:
     return {key: SMALLER.get(key, value) for key, value in config.items()} if tiny else config
 
 
-def _on_meta(path: str, config: dict[str, Any]) -> Any:
+def on_meta(path: str, config: dict[str, Any]) -> Any:
+    """Return a module without memory."""
     import importlib
 
     library, _, name = path.partition(".")
@@ -226,19 +236,37 @@ def _on_meta(path: str, config: dict[str, Any]) -> Any:
         return wanted(wanted.config_class(**config)) if library == "transformers" else wanted(**config)
 
 
+def write(module: Any, folder: Path, device: str) -> None:
+    """Write a module of the meta device with random weights, several files at a time: one would take minutes."""
+    folder.mkdir(parents=True)
+    of_transformers = module.__module__.startswith("transformers")
+    (module.config.save_pretrained if of_transformers else module.save_config)(folder)
+    stem = "model" if of_transformers else "diffusion_pytorch_model"
+    entries = [Entry(name, tuple(value.shape), torch.bfloat16) for name, value in module.named_parameters()]
+    shards = split([[entry] for entry in entries], SHARD_BYTES)
+    names = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    with ThreadPoolExecutor(WRITERS) as threads:
+        list(threads.map(lambda name, own: _write_shard(folder / name, own, device), names, shards))
+    weight_map = {entry.name: name for name, own in zip(names, shards, strict=True) for entry in own}
+    index = {"metadata": {"total_size": sum(entry.nbytes for entry in entries)}, "weight_map": weight_map}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _write_shard(file: Path, entries: Sequence[Entry], device: str) -> None:
+    with Shard(file, entries) as shard:
+        for entry in entries:
+            shard.write(entry.name, random_weight(entry.name, entry.shape, device))
+
+
 @torch.no_grad()
-def _random(module: Any, device: str) -> Any:
-    """Give a module on the meta device bfloat16 weights on `device`: uniform, variance 1 / fan_in, norms 1."""
-    module = module.to(torch.bfloat16).to_empty(device=device)
-    if hasattr(module, "tie_weights"):
-        module.tie_weights()
-    for path, parameter in module.named_parameters():
-        if path.endswith(".gamma") or (parameter.ndim == 1 and path.endswith("weight")):
-            parameter.fill_(1.0)
-        else:
-            bound = 0.1 if parameter.ndim == 1 else math.sqrt(3 / (parameter.numel() // parameter.shape[0]))
-            parameter.uniform_(-bound, bound)
-    return module
+def random_weight(name: str, shape: tuple[int, ...], device: str) -> torch.Tensor:
+    """Return bfloat16 numbers such that a forward of 57 blocks stays in float16's range: uniform, half as far as those
+    that would keep the variance; norms 1."""
+    weight = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    if name.endswith(".gamma") or (len(shape) == 1 and name.endswith("weight")):
+        return weight.fill_(1.0)
+    bound = 0.1 if len(shape) == 1 else GAIN * math.sqrt(3 / math.prod(shape[1:]))
+    return weight.uniform_(-bound, bound)
 
 
 def _write_the_rest(family: str, folder: Path) -> None:

@@ -16,24 +16,34 @@ from bench.scratch import scratch
 from safelight import models
 from safelight.config import Config
 from safelight.jobspec import JobSpec
-from safelight.ladder import Circumstances
 from safelight.ledger import Ledger
 from safelight.machine import GIB
 from safelight.models import Models
 from safelight.receipt import Receipt
+from safelight.rung import Circumstances
 
 SAMPLED_EVERY_S = 0.02
 
 USABLE_GIB = {16: 14.8, 12: 10.8, 8: 6.8}
 """Of a card of so many GiB with a desktop on it."""
 
-HOST_GIB = 26.0
-"""What 32 GB of RAM leave to a job."""
+HOST_GIB = 26e9 / GIB
+"""What 32 GB of RAM leave to a job: 26 GB."""
 
 NIGHT = 100
 """Jobs of a shape that wait: what is compiled once serves them all."""
 
 SUBMITTED_AT = "2026-11-22T20:00:00+00:00"
+
+
+class Budget:
+    """No case begins after its end: a lent machine's call ends then."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._ends_at = time.monotonic() + limit_s
+
+    def is_spent(self) -> bool:
+        return time.monotonic() > self._ends_at
 
 
 class Gauge:
@@ -45,6 +55,8 @@ class Gauge:
 
     def __init__(self, device_bytes_before: int) -> None:
         self._device_before = device_bytes_before
+        self.outside_bytes = 0
+        """What the card held for this process besides torch's, at the last look: context, libraries, kernels."""
         self._host_peak = 0
         self._counts_pinned = False
         threading.Thread(target=self._sample, daemon=True).start()
@@ -56,9 +68,13 @@ class Gauge:
             torch.cuda.reset_peak_memory_stats()
         self._host_peak = host_bytes(pinned=self._counts_pinned)
 
+    def settle(self) -> None:
+        fullsize.synchronise()
+
     def peaks(self) -> tuple[int, int]:
         self._host_peak = max(self._host_peak, host_bytes(pinned=self._counts_pinned))
-        return device_peak_bytes(self._device_before), self._host_peak
+        device, self.outside_bytes = device_peak_bytes(self._device_before)
+        return device, self._host_peak
 
     def learn_whether_pinned_is_counted(self) -> None:
         """Pin 64 MiB, and see whether the kernel calls them anonymous memory of this process."""
@@ -86,18 +102,21 @@ def host_bytes(*, pinned: bool) -> int:
     return held + int(torch.cuda.host_memory_stats().get("allocated_bytes.current", 0))
 
 
-def device_peak_bytes(before: int) -> int:
+def device_peak_bytes(before: int) -> tuple[int, int]:
+    """Return what this process held of the card at most, and how much of it outside of torch."""
     import torch
 
     if not torch.cuda.is_initialized():
-        return 0
-    free, total = torch.cuda.mem_get_info()
-    outside = total - free - torch.cuda.memory_reserved() - before
-    return int(torch.cuda.max_memory_reserved()) + outside
+        return 0, 0
+    outside = card_used_bytes() - torch.cuda.memory_reserved() - before
+    return int(torch.cuda.max_memory_reserved()) + outside, outside
 
 
 def card_used_bytes() -> int:
-    """Return what the first card holds, by the driver's word; 0 without one."""
+    """Return what the first card holds, by the driver's word; 0 without one.
+
+    CUDA's own count leaves out what the driver keeps for itself, 0.47 GiB of an H100: the two must not be mixed.
+    """
     import pynvml
 
     try:
@@ -109,16 +128,26 @@ def card_used_bytes() -> int:
 
 @dataclasses.dataclass
 class Place:
-    """An installation whose worker may use so much of the card."""
+    """An installation whose worker may use as much as a card of some size has."""
 
     config: Config
     models: Models
     device: str
-    usable_gib: float
+    device_bytes_before: int
     gauge: Gauge
     setting: Any
     """`safelightd.runjob`'s."""
     jobs: int = 0
+
+    def become(self, cap_gib: int) -> None:
+        """Be a card of that size from here on."""
+        usable = USABLE_GIB[cap_gib]
+        worker = self.config.settings.worker.model_copy(update={"vram_gib": usable, "ram_gib": HOST_GIB})
+        settings = self.config.settings.model_copy(update={"worker": worker})
+        self.config = dataclasses.replace(self.config, settings=settings)
+        self.setting = dataclasses.replace(self.setting, config=self.config)
+        if self.device == "cuda":
+            limit(usable, self.device_bytes_before)
 
     def spec(self, model: str, **written: object) -> JobSpec:
         self.jobs += 1
@@ -127,8 +156,8 @@ class Place:
         update = {"id": f"bench-{self.jobs}", "index": self.jobs, "submitted_at": SUBMITTED_AT, "batch": "bench"}
         return spec.model_copy(update=update)
 
-    def run(self, spec: JobSpec, waiting: int = NIGHT) -> Receipt:
-        """Run one job, give everything back as the engine does, and let this machine's calibration learn from it."""
+    def run(self, spec: JobSpec, waiting: int = NIGHT, *, learn: bool) -> Receipt:
+        """Run one job, give everything back as the engine does; `learn`: this machine's calibration learns from it."""
         from safelightd import calibration, device, runjob
         from safelightd.progress import Watch
 
@@ -138,13 +167,14 @@ class Place:
         finally:
             device.release()
         state = self.config.paths.state
-        calibration.save(state, calibration.learned(calibration.load(state), receipt))
+        if learn:
+            calibration.save(state, calibration.learned(calibration.load(state), receipt))
         return receipt
 
 
 @contextmanager
-def place(device: str, cap_gib: int, folders: dict[str, Path], compiled: Path) -> Iterator[Place]:
-    """Have an installation with these model folders, and torch kept from more memory than the worker may use.
+def place(device: str, folders: dict[str, Path], compiled: Path) -> Iterator[Place]:
+    """Have an installation with these model folders; torch is kept from more memory than the worker may use.
 
     Args:
         compiled: where compiled code stays from one call to the next.
@@ -152,22 +182,20 @@ def place(device: str, cap_gib: int, folders: dict[str, Path], compiled: Path) -
     own = "".join(f'[models.{key}]\npath = "{folder.absolute()}"\n' for key, folder in folders.items())
     with scratch(device=device, more=own) as made:
         before = card_used_bytes()
-        usable = USABLE_GIB[cap_gib]
-        changes = {"vram_gib": usable, "ram_gib": HOST_GIB}
-        worker = made.config.settings.worker.model_copy(update=changes)
-        config = dataclasses.replace(made.config, settings=made.config.settings.model_copy(update={"worker": worker}))
+        config = made.config
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compiled.absolute())
         os.environ["TRITON_CACHE_DIR"] = str(compiled.absolute() / "triton")
         from safelightd import runjob
         from safelightd.assembly import PinnedSet
+        from safelightd.embeddings import Cache
 
         table = models.load(config)
-        setting = runjob.Setting(config, table, Ledger(config.paths), PinnedSet(int(HOST_GIB * GIB)))
+        cache = Cache(config.paths.embeddings, GIB)
+        setting = runjob.Setting(config, table, Ledger(config.paths), PinnedSet(int(HOST_GIB * GIB)), cache)
         gauge = Gauge(before)
         if device == "cuda":
-            limit(usable, before)
             gauge.learn_whether_pinned_is_counted()
-        yield Place(config, table, device, usable, gauge, setting)
+        yield Place(config, table, device, before, gauge, setting)
         setting.pinned.drop_unless([])
 
 
@@ -176,7 +204,7 @@ def limit(usable_gib: float | None, before: int) -> None:
     import torch
 
     torch.zeros(1, device="cuda")
-    free, total = torch.cuda.mem_get_info()
-    context = total - free - torch.cuda.memory_reserved() - before
+    context = card_used_bytes() - torch.cuda.memory_reserved() - before
+    total = torch.cuda.get_device_properties(0).total_memory
     share = 1.0 if usable_gib is None else (usable_gib * GIB - context) / total
     torch.cuda.set_per_process_memory_fraction(share)

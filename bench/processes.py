@@ -13,7 +13,7 @@ from bench import fullsize
 from bench.engine import engine
 from bench.measured import SUBMITTED_AT, card_used_bytes
 from bench.scratch import Scratch, scratch
-from safelight import models
+from safelight import models, prepared
 from safelight.config import Config
 from safelight.jobspec import JobSpec
 from safelight.ledger import Ledger
@@ -21,6 +21,8 @@ from safelight.ledger import Ledger
 WARM_UP_JOBS = 10
 ENDED_WITHIN_S = 2.0
 """After the engine's exit. The driver gives a process's memory back a moment later."""
+
+OOM_STEPS = 60
 
 MIB = 2**20
 
@@ -63,31 +65,73 @@ def run_release(device: str, model: str, folders: dict[str, Path], shrink: int) 
     return [{"part": "release", "name": f"{model} on {device}", "device": device, **line}]
 
 
+def run_prepare(config: Config, model: str, held: str) -> list[Any]:
+    """Prepare a model's transformer in a process of its own; return the most RAM it held besides mapped files."""
+    words = ["--config", str(config.source), "prepare", model, "--precision", held]
+    began = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", "safelightd.cli", *words])
+    held_bytes = 0
+    while process.poll() is None:
+        held_bytes = max(held_bytes, _anonymous_bytes(process.pid))
+        time.sleep(0.02)
+    seconds = time.monotonic() - began
+    stored = sum(manifest.size_bytes for manifest in prepared.usable(config.paths.models, models.load(config)))
+    return [
+        {
+            "part": "prepare", "name": f"{model} {held}", "exit": process.returncode, "seconds": round(seconds, 1),
+            "host_gib": round(held_bytes / 2**30, 3), "stored_gib": round(stored / 2**30, 3),
+        }
+    ]  # fmt: skip
+
+
+def _anonymous_bytes(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+
+
 def run_oom(model: str, folders: dict[str, Path], leave_gib: float, shrink: int) -> list[Any]:
-    """Take the card's memory away while a real worker denoises, give it back, and return how the job ended."""
+    """Take the card's memory away while a real worker denoises, give it back, and return how the job ended.
+
+    What torch holds already nobody can take: it is the phase after that runs out.
+    """
     own = "".join(f'[models.{key}]\npath = "{folder.absolute()}"\n' for key, folder in folders.items())
-    with scratch(device="cuda", more=own) as place:
+    with scratch(device="cuda", more=own) as place, _thief(leave_gib) as thief:
         server = place.start("redis")
         queue = place.connect()
         worker = place.start("worker")
         try:
             size = f"{1024 // shrink}x{1024 // shrink}"
-            job = place.client("add", "a fox", "--model", model, "--size", size).stdout.strip()
+            words = ["add", "a fox", "--model", model, "--size", size, "--steps", str(OOM_STEPS)]
+            job, after = (place.client(*words).stdout.strip() for _ in range(2))
             _await(lambda: _steps(queue.fields(job)) > 0 or _has_ended(place, job))
-            with _thief(leave_gib) as thief:
-                _await(lambda: _overruns(place, job) > 0 or _has_ended(place, job))
-                thief.terminate()
-            _await(lambda: _has_ended(place, job))
-            receipt = Ledger(place.config.paths).receipt(job)
+            assert thief.stdin is not None
+            thief.stdin.write(b"now\n")
+            thief.stdin.flush()
+            _await(lambda: _overruns(place, job) > 0 or _has_ended(place, job))
+            thief.terminate()
+            _await(lambda: _has_ended(place, after))
+            receipts = [Ledger(place.config.paths).receipt(each) for each in (job, after)]
         finally:
             for process in (worker, server):
                 process.terminate()
                 process.wait()
-    assert receipt is not None
-    overruns = [overrun.model_dump(mode="json") for overrun in receipt.overruns]
-    rung = receipt.plan.rung if receipt.plan else None
-    line = {"state": receipt.state, "error": receipt.error, "overruns": overruns, "rung": rung}
-    return [{"part": "oom", "name": f"{model}, all but {leave_gib} GiB taken", **line}]
+            thief.terminate()
+    lines = []
+    for name, receipt in zip(("", ", the next job"), receipts, strict=True):
+        assert receipt is not None
+        lines.append(
+            {
+                "part": "oom", "name": f"{model}, all but {leave_gib} GiB taken{name}", "next": bool(name),
+                "state": receipt.state, "error": receipt.error,
+                "attempts": receipt.attempts, "outputs": len(receipt.outputs),
+                "overruns": [overrun.model_dump(mode="json") for overrun in receipt.overruns],
+                "rung": receipt.plan.rung if receipt.plan else None,
+            }
+        )  # fmt: skip
+    return lines
 
 
 def _steps(fields: dict[str, str]) -> int:
@@ -103,18 +147,23 @@ def _overruns(place: Scratch, job: str) -> int:
 
 
 def _thief(leave_gib: float) -> subprocess.Popen[bytes]:
-    """Start a process that holds the card's memory but for so much, until it is ended."""
+    """Start a process that, from a line on its stdin until its end, holds the card's memory but for so much."""
     program = (
-        "import time, torch\n"
+        "import sys, time, torch\n"
         f"leave = int({leave_gib} * 2**30)\n"
+        "torch.zeros(1, device='cuda')\n"
+        "sys.stdin.readline()\n"
         "held = []\n"
         "while True:\n"
         "    more = torch.cuda.mem_get_info()[0] - leave\n"
         "    if more > 2**21:\n"
-        "        held.append(torch.empty(more, dtype=torch.uint8, device='cuda'))\n"
-        "    time.sleep(0.01)\n"
+        "        try:\n"
+        "            held.append(torch.empty(more, dtype=torch.uint8, device='cuda'))\n"
+        "        except torch.OutOfMemoryError:\n"
+        "            pass  # the job was quicker; there is less to take now\n"
+        "    time.sleep(0.005)\n"
     )
-    return subprocess.Popen([sys.executable, "-c", program])
+    return subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE)
 
 
 def _await(happened: Any, timeout_s: float = 300.0) -> None:

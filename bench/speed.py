@@ -13,10 +13,10 @@ import torch
 from bench import fullsize
 from bench.measured import NIGHT, Place, limit
 from safelight.jobspec import JobSpec
-from safelight.ladder import Circumstances
 from safelight.plan import Plan
 from safelight.planner import make_plan
-from safelightd import calibration, compiling, device, pipelines, probe
+from safelight.rung import Circumstances
+from safelightd import calibration, device, pipelines, probe, runjob
 from safelightd.assembly import PinnedSet
 from safelightd.loading import Loader, model_folder
 from safelightd.progress import Watch
@@ -75,9 +75,7 @@ def run_speed(place: Place, model: str, shrink: int) -> list[Any]:
 
 
 def _plan(place: Place, spec: JobSpec) -> Plan:
-    around = Circumstances(
-        waiting=NIGHT, compiled_here=compiling.compiled_here(), compiled_before=compiling.compiled_before()
-    )
+    around = runjob.now(Circumstances(waiting=NIGHT), place.setting.pinned)
     known = calibration.load(place.config.paths.state)
     return make_plan(spec, probe.read_machine(place.config), place.models, known, around)
 

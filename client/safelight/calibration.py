@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,38 +12,89 @@ from safelight.plan import PhaseName, Plan
 
 
 class Calibration(BaseModel):
-    """What receipts of this machine have shown. Ratios are measured to predicted, by `key`."""
+    """What receipts of this machine have shown. Ratios are measured to predicted, by the functions below."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    v: Literal[2] = 2
-    seconds: dict[str, float] = Field(default_factory=dict)
-    step_seconds: dict[str, float] = Field(default_factory=dict)
+    v: Literal[3] = 3
+    load: dict[str, float] = Field(default_factory=dict)
+    """By `load_key`: reading, quantising, giving back."""
+    pin: dict[str, float] = Field(default_factory=dict)
+    """Of `PIN` alone."""
+    compile: dict[str, float] = Field(default_factory=dict)
+    """By `work_key`."""
+    work: dict[str, float] = Field(default_factory=dict)
+    """By `work_key`: computing."""
+    link: dict[str, float] = Field(default_factory=dict)
+    """By `link_key`: what passes while others compute."""
     device: dict[str, float] = Field(default_factory=dict)
-    """Of the device's memory."""
+    """By `memory_key`: the device's memory."""
     room_bytes: int | None = None
     """GPU memory that was left in the middle of a job when other programs took some: the next ones count on no more."""
+    host_room_bytes: int | None = None
+    """RAM, likewise, after the kernel ended an engine for want of it."""
+
+    def knows(self, model: str) -> bool:
+        """Whether a job of this model has run here."""
+        return any(key.startswith(f"{model}/") for key in self.load)
 
 
 NOTHING_LEARNED = Calibration()
 
+PIN = "pinned"
+
+
+def ratio(ratios: Mapping[str, float], key: str, alike: str = "") -> float:
+    """Return how much longer something takes here than the shipped figures say.
+
+    What has not run is taken to be as slow as what has, of keys with `alike` in them: else a slow disk would make every
+    untried way look fast.
+    """
+    if key in ratios:
+        return ratios[key]
+    known = [value for name, value in ratios.items() if alike in name]
+    return math.exp(sum(map(math.log, known)) / len(known)) if known else 1.0
+
+
+def load_key(plan: Plan, phase: PhaseName) -> str:
+    """Return what plans share whose phase loads alike, wherever its weights then lie."""
+    match phase:
+        case "encode":
+            held = (plan.text_encoder_precision or plan.dtype) + _made(plan, "text_encoder")
+            return f"{plan.model}/encode/{held} on {plan.text_encoder_device}"
+        case "denoise":
+            return f"{plan.model}/denoise/{plan.precision}{_made(plan, 'transformer')}"
+        case "decode":
+            return f"{plan.model}/decode"
+
+
+def _made(plan: Plan, component: str) -> str:
+    return " prepared" if any(name.startswith(component) for name in plan.prepared) else ""
+
+
+def work_key(plan: Plan, phase: PhaseName) -> str:
+    """Return what plans share whose phase computes alike."""
+    match phase:
+        case "encode":
+            return load_key(plan, phase)
+        case "denoise":
+            return f"{plan.model}/denoise/{plan.precision}{' compiled' if plan.compiled else ''}"
+        case "decode":
+            return f"{plan.model}/decode/{'tiled' if plan.vae_tiling else 'whole'}"
+
+
+def link_key(plan: Plan) -> str:
+    """Return what plans share whose transformers are copied alike."""
+    return plan.streamed_from if plan.offload == "partial" else plan.offload
+
 
 def memory_key(plan: Plan, phase: PhaseName) -> str:
     """Return what plans share whose phase is predicted as well: however many blocks are streamed."""
-    return key(plan.model_copy(update={"streamed": {}}), phase)
-
-
-def key(plan: Plan, phase: PhaseName) -> str:
-    """Return what plans share whose phase takes as long: the model and how that phase runs."""
     match phase:
         case "encode":
             streamed = any(name.startswith("text_encoder") for name in plan.streamed)
-            how = f"{plan.text_encoder_precision or plan.dtype} on {plan.text_encoder_device}"
-            return f"{plan.model}/encode/{how}{' streamed' if streamed else ''}"
+            return load_key(plan, phase) + (" streamed" if streamed else "")
         case "denoise":
-            count = max((len(blocks) for name, blocks in plan.streamed.items() if name.startswith("trans")), default=0)
-            compiled = " compiled" if plan.compiled else ""
-            some = f" {plan.streamed_from} {count // 10}0" if count else ""
-            return f"{plan.model}/denoise/{plan.precision}{compiled} {plan.offload}{some}"
+            return f"{work_key(plan, phase)} {plan.offload}"
         case "decode":
-            return f"{plan.model}/decode/{'tiled' if plan.vae_tiling else 'whole'}"
+            return work_key(plan, phase)

@@ -4,30 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from safelight.jobspec import JobSpec
 from safelight.machine import GIB
 from safelight.models import Blocks, ModelFacts
 from safelight.plan import Dtype, Precision
 
 MIB = 2**20
 
-# Measured on one H100 80GB, torch 2.11.0+cu130, 2026-11-23 (bench/techniques.py, FLUX.1-schnell at 1024x1024; Wan's
-# with bench/gpu_phases.py the day before), with a little on top: a prediction must not be below what happens.
+# Measured on one H100 80GB, torch 2.11.0+cu130, 2026-11-25 (bench/memory.py, FLUX.1 at ten sizes; Wan's with
+# bench/gpu_phases.py, 2026-11-22), with a little on top: a prediction must not be below what happens.
 
-CONTEXT_BYTES = int(0.85 * GIB)
-"""CUDA context, cuBLAS, cuDNN and loaded kernels, outside of what torch allocates: 0.75 to 0.83 GiB."""
+CONTEXT_BYTES = int(0.78 * GIB)
+"""CUDA context, cuBLAS, cuDNN and loaded kernels, outside of what torch allocates: 801,964,032 bytes after a job."""
 
-ACTIVATION_BYTES = {"flux": 45.0, "wan": 30.0}
-"""Peak of one forward above the weights, a token and channel: 22.71 GiB for FLUX in bf16 (4608 tokens of 3072); 11.5
-for Wan 5B at 1280x704x121 (27,280 tokens of 3072) with one timestep for all tokens."""
+ACTIVATION_BYTES = {"flux": 36.0, "wan": 30.0}
+"""Of one forward above the weights, a token and channel: 106 kB a token of FLUX, whose channels are 3072; 11.5 GiB in
+all for Wan 5B at 1280x704x121 (27,280 tokens of 3072) with one timestep for all tokens."""
 
 TIMESTEP_A_TOKEN_BYTES = 37.0
 """More than that where each token has a timestep of its own, as Wan 5B's have: 14.54 GiB."""
 
-EAGER_8_BIT_BYTES_PER_TOKEN = 90_000
-"""On top, where 8-bit weights or activations are converted without being compiled: 12.82 GiB for fp8-dynamic."""
+FORWARD_BYTES = 128 * MIB
+"""Of one forward besides, however few its tokens: cuBLAS' workspace, modulation."""
 
-ENCODE_BYTES = 160 * MIB
-"""Peak of a text encoder's forward above its weights."""
+DEQUANTISED: tuple[Precision, ...] = (
+    "fp8-dynamic", "fp8-weight-only", "fp8-quanto", "int8-dynamic", "int8-weight-only",
+)  # fmt: skip
+DEQUANTISED_BYTES_PER_WEIGHT = 10
+"""Of the largest Linear, while eager torchao makes it 16 bit again by way of float32: 0.7 to 1.4 GiB in all."""
+
+ENCODE_BYTES = 48 * MIB
+ENCODE_BYTES_PER_TOKEN = 420_000
+"""Peak of a text encoder's forward above its weights: T5's took 0.19 GiB at 512 tokens."""
 
 DECODE_BYTES_PER_PIXEL = {"flux": 3_070, "wan": 11_950}
 """Of a whole bf16 decode above the VAE: FLUX reserves 3.08 GiB at 1024x1024, Wan 2.2 11.32 GiB at 1280x704x121,
@@ -36,7 +44,12 @@ which gives its frames away as they come and takes the same for fewer."""
 TILED_BYTES_PER_PIXEL_AND_FRAME = 7
 """The clip that the VAE joins of tiles before it gives any: 4.2 GiB in all at 1280x704x121."""
 
-DECODE_TILE_PIXELS = 512 * 512
+TILES = (512, 256)
+"""Sides of the tiles that a VAE may work in, in pixels; smaller ones show more seams."""
+
+TINY_TILES = {"flux": (32,), "wan": (64,)}
+TINY_DECODE = 16
+"""The tiny VAEs are so many times narrower than the real ones."""
 
 QUANTISING_BYTES_PER_WEIGHT = 10
 """Of the largest Linear, while it is quantised on its way: itself, and what torchao computes in float32."""
@@ -93,9 +106,25 @@ def rest_bytes(facts: ModelFacts, component: str, dtype: Dtype) -> int:
     return (facts.components.get(component, 0) - repeated) * WIDTHS[dtype]
 
 
-def ring_bytes(streamed: Sequence[int]) -> int:
-    """Return what the staging ring for blocks of these sizes takes."""
-    return min(2 * max(streamed), sum(streamed)) if streamed else 0
+def ring_bytes(streamed: Sequence[int], at_once: int = 2) -> int:
+    """Return what the staging ring for blocks of these sizes takes, with room for so many of the largest."""
+    return min(at_once * max(streamed), sum(streamed)) if streamed else 0
+
+
+def tiles(spec: JobSpec, facts: ModelFacts) -> tuple[int, ...]:
+    """Return the tiles that the VAE may work in: 0 for the whole picture, then sides in pixels, the largest first."""
+    sides = TINY_TILES[facts.family] if facts.tiny else TILES
+    return (*((0,) if spec.vae_tiling != "on" else ()), *(sides if spec.vae_tiling != "off" else ()))
+
+
+def decode_bytes(spec: JobSpec, facts: ModelFacts, tile: int, width: int) -> int:
+    """Return what a decode in tiles of this side, 0 for whole, takes above the VAE, in floats of `width` bytes."""
+    pixels = spec.width * spec.height
+    at_once = min(pixels, tile * tile) if tile else pixels
+    working = at_once * DECODE_BYTES_PER_PIXEL[facts.family] // (TINY_DECODE if facts.tiny else 1)
+    if tile and spec.num_frames:
+        working += pixels * spec.num_frames * TILED_BYTES_PER_PIXEL_AND_FRAME
+    return working * width // 2
 
 
 def largest_linear(facts: ModelFacts, component: str) -> int:
@@ -130,6 +159,21 @@ def activation_bytes_per_token(facts: ModelFacts) -> int:
     """Return what one token takes on its way through the transformer, in 16 bit."""
     a_channel = ACTIVATION_BYTES[facts.family] + (TIMESTEP_A_TOKEN_BYTES if facts.expand_timesteps else 0.0)
     return int(a_channel * facts.blocks["transformer"][0].width)
+
+
+def forward_bytes(facts: ModelFacts, seen: int, precision: Precision, *, compiled: bool, quantising: bool) -> int:
+    """Return what a forward over `seen` tokens takes above the weights, or quantising before it where that is more.
+
+    Args:
+        quantising: the weights are quantised on their way to the GPU.
+    """
+    if facts.tiny:
+        return largest_linear(facts, "transformer") * QUANTISING_BYTES_PER_WEIGHT if quantising else 0
+    needed = FORWARD_BYTES + seen * activation_bytes_per_token(facts)
+    largest = largest_linear(facts, "transformer")
+    if precision in DEQUANTISED and not compiled:
+        needed += largest * DEQUANTISED_BYTES_PER_WEIGHT
+    return max(needed, largest * QUANTISING_BYTES_PER_WEIGHT if quantising else 0)
 
 
 def tokens(facts: ModelFacts, width: int, height: int, num_frames: int | None, max_sequence_length: int) -> int:

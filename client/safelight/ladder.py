@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, get_args
 
-from safelight import footprint, pace
+from safelight import cpu_ladder, footprint, pace
 from safelight.calibration import Calibration, memory_key
 from safelight.jobspec import JobSpec
 from safelight.machine import Machine
 from safelight.models import ModelFacts
-from safelight.plan import Dtype, Overrun, PhaseName, Placement, Plan, Precision
+from safelight.plan import Dtype, PhaseName, Placement, Plan, Precision
 from safelight.refusals import Way, refused
+from safelight.rung import Circumstances, Pinned, Rung, decode_rung
 
 FAMILIES: dict[str, tuple[Precision, ...]] = {
     "auto": (
@@ -29,37 +29,6 @@ AUTO_PLACEMENTS: tuple[Placement, ...] = ("model", "partial", "leaf", "sequentia
 """Not block: partial with all blocks streamed is the same, and pins less."""
 
 
-@dataclass(frozen=True)
-class Circumstances:
-    """What the planner should know besides the job and the machine."""
-
-    waiting: int = 1
-    """Jobs of this shape that wait, this one included: what is compiled once serves them all."""
-    overruns: tuple[Overrun, ...] = ()
-    refused: tuple[str, ...] = ()
-    """Precisions whose result was refused."""
-    compiled_here: frozenset[str] = frozenset()
-    compiled_before: frozenset[str] = frozenset()
-    """Kinds, "family/precision", that this process has compiled, and those whose code is on disk."""
-
-
-@dataclass(frozen=True)
-class Rung:
-    """One way to run one phase."""
-
-    phase: PhaseName
-    words: str
-    device_bytes: int
-    host_bytes: int
-    seconds: float
-    changes: dict[str, Any] = field(default_factory=dict)
-    """The fields of the plan that say so."""
-    once_seconds: float = 0.0
-    """Of `seconds`, what later jobs of the shape will not take again."""
-    seconds_per_step: float = 0.0
-    load_seconds: float = 0.0
-
-
 def precisions(asked: str) -> tuple[Precision, ...]:
     """Return what a job's word for a precision allows."""
     if asked in FAMILIES:
@@ -70,13 +39,6 @@ def precisions(asked: str) -> tuple[Precision, ...]:
 def dtype_of(precision: Precision, machine: Machine) -> Dtype:
     """Return what a GPU computes in: bf16, where it can and nothing else was asked for."""
     return "float16" if precision == "fp16" or pace.capability(machine) < (8, 0) else "bfloat16"
-
-
-def is_guided(spec: JobSpec, facts: ModelFacts) -> bool:
-    """Whether a step runs the transformer twice."""
-    if facts.family == "wan":
-        return (spec.guidance_scale or 0.0) > 1
-    return spec.negative_prompt is not None and (spec.true_cfg_scale or 0.0) > 1
 
 
 def ways(spec: JobSpec, machine: Machine) -> tuple[list[Way], list[str]]:
@@ -133,7 +95,7 @@ def encode_rungs(spec: JobSpec, facts: ModelFacts, machine: Machine, dtype: Dtyp
         for name in facts.components
         if name.startswith("text_encoder") and name != large
     )
-    passes = 2 if is_guided(spec, facts) else 1
+    passes = 2 if pace.is_guided(spec, facts) else 1
     host = footprint.HOST_BYTES["cuda"] + footprint.READING_BYTES + held
     plain: Precision = "fp16" if dtype == "float16" else "bf16"
     for precision in _encoder_precisions(spec, machine, plain, large, facts):
@@ -142,45 +104,30 @@ def encode_rungs(spec: JobSpec, facts: ModelFacts, machine: Machine, dtype: Dtyp
         rest = footprint.rest_bytes(facts, large, dtype) + others
         files = (sum(of) if is_prepared else sum(footprint.sizes(facts, large, plain, dtype))) + rest
         reading = files / pace.READ_BYTES_PER_SECOND
-        quantising = 0.0 if is_prepared or precision == plain else files * pace.QUANTISE_SECONDS_PER_BYTE
+        quantising = 0.0 if is_prepared or precision == plain else files * pace.QUANTISE_SECONDS_PER_BYTE[precision]
         changes: dict[str, Any] = {
             "text_encoder_device": "cuda",
             "text_encoder_precision": None if precision == plain else precision,
             "prepared": (large,) if is_prepared else (),
         }
-        base = footprint.CONTEXT_BYTES + rest + footprint.ENCODE_BYTES + footprint.SLACK_BYTES
+        working = footprint.ENCODE_BYTES + spec.max_sequence_length * footprint.ENCODE_BYTES_PER_TOKEN
+        base = footprint.CONTEXT_BYTES + rest + working + footprint.SLACK_BYTES
         name = f"text encoder {precision}"
         if spec.text_encoder_device != "cpu":
-            yield Rung(
-                "encode",
-                f"{name} resident",
-                base + sum(of),
-                host,
-                2 * pace.SETUP_SECONDS + reading + quantising,
-                changes,
-            )
+            seconds = 2 * pace.SETUP_SECONDS + reading + quantising
+            yield Rung("encode", f"{name} resident", base + sum(of), host, seconds, changes=changes)
             if precision == plain or is_prepared:
-                yield Rung(
-                    "encode",
-                    f"{name} streamed",
-                    base + footprint.ring_bytes(of),
-                    host,
-                    pace.SETUP_SECONDS + reading * passes,
-                    changes | {"streamed": {large: tuple(range(len(of)))}},
-                )
-        if (
-            spec.text_encoder_device != "gpu"
-            and precision == plain
-            and (spec.text_encoder_device == "cpu" or not facts.tiny)
-        ):
-            yield Rung(
-                "encode",
-                f"{name} on the CPU",
-                0,
-                footprint.HOST_BYTES["cuda"] + held + sum(of) + rest,
-                reading + passes * 2 * facts.components[large] * spec.max_sequence_length / pace.CPU_FLOPS,
-                changes | {"text_encoder_device": "cpu"},
-            )
+                device = base + footprint.ring_bytes(of)
+                seconds = pace.SETUP_SECONDS + reading * passes
+                streamed = {"streamed": {large: tuple(range(len(of)))}}
+                yield Rung("encode", f"{name} streamed", device, host, seconds, changes=changes | streamed)
+        if spec.text_encoder_device != "gpu" and precision == plain:
+            if facts.tiny and spec.text_encoder_device == "auto":
+                continue  # its encoder is as large as the staging of a block: no way is smaller
+            seconds = reading + passes * 2 * facts.components[large] * spec.max_sequence_length / pace.CPU_FLOPS
+            on_cpu = footprint.HOST_BYTES["cuda"] + held + sum(of) + rest
+            elsewhere = changes | {"text_encoder_device": "cpu"}
+            yield Rung("encode", f"{name} on the CPU", 0, on_cpu, seconds, changes=elsewhere)
 
 
 def _encoder_precisions(
@@ -221,77 +168,98 @@ def _denoise(
     of = footprint.sizes(facts, experts[0], way.precision, dtype)
     rest = footprint.rest_bytes(facts, experts[0], dtype)
     seen = footprint.tokens(facts, spec.width, spec.height, spec.num_frames, spec.max_sequence_length)
-    per_token = footprint.activation_bytes_per_token(facts)
-    if way.precision in ("fp8-dynamic", "fp8-weight-only", "fp8-quanto", "int8-dynamic") and not way.compiled:
-        per_token += footprint.EAGER_8_BIT_BYTES_PER_TOKEN
-    activations = 0 if facts.tiny else seen * per_token
-    quantising = footprint.largest_linear(facts, experts[0]) * footprint.QUANTISING_BYTES_PER_WEIGHT
-    working = max(activations, quantising if is_quantised_here else 0)
+    working = footprint.forward_bytes(facts, seen, way.precision, compiled=way.compiled, quantising=is_quantised_here)
     base = footprint.CONTEXT_BYTES + rest + working + footprint.SLACK_BYTES
-    forwards = (2 if is_guided(spec, facts) else 1) * spec.num_inference_steps
+    forwards = (2 if pace.is_guided(spec, facts) else 1) * spec.num_inference_steps
     rate = pace.flops_per_second(machine)
     efficiency = pace.COMPILED_EFFICIENCY if way.compiled else pace.EFFICIENCY
     compute = pace.forward_flop(facts, experts[0], seen) / (rate * efficiency[way.precision])
+    compute = max(compute, len(of) * pace.LAUNCH_SECONDS[way.compiled])
     link = pace.link_bytes_per_second(machine)
     files = len(experts) * (sum(footprint.sizes(facts, experts[0], plain, dtype)) if is_quantised_here else sum(of))
-    kind = f"{facts.family}/{way.precision}"
-    once = 0.0
-    if way.compiled and kind not in circumstances.compiled_here:
-        seen_before = kind in circumstances.compiled_before
-        once = pace.COMPILE_AGAIN_SECONDS if seen_before else pace.COMPILE_SECONDS
+    compiling = _compile_seconds(f"{facts.family}/{way.precision}", circumstances) if way.compiled else 0.0
     host = footprint.HOST_BYTES["cuda"] + footprint.READING_BYTES
     changes: dict[str, Any] = {
         "precision": way.precision, "dtype": dtype, "compiled": way.compiled, "offload": way.placement,
         "prepared": ready, "low_cpu_mem_usage": way.low_cpu_mem_usage,
         "vae_dtype": "float32" if dtype == "float16" else None,
     }  # fmt: skip
-    quantise = files * pace.QUANTISE_SECONDS_PER_BYTE if is_quantised_here else 0.0
-    load = len(experts) * pace.SETUP_SECONDS + (files + rest) / pace.READ_BYTES_PER_SECOND + quantise
+    quantise = files * pace.QUANTISE_SECONDS_PER_BYTE[way.precision] if is_quantised_here else 0.0
+    fetching = files / pace.READ_BYTES_PER_SECOND + quantise
+    setup = len(experts) * pace.SETUP_SECONDS + rest / pace.READ_BYTES_PER_SECOND
 
-    def rung(words: str, device: int, host_bytes: int, step: float, more: dict[str, Any], slower: float = 0.0) -> Rung:
-        label = way.precision + (" compiled" if way.compiled else "") + f", {words}"
-        seconds = load + slower + once + step * forwards
-        per_step = step * forwards / spec.num_inference_steps
-        return Rung("denoise", label, device, host_bytes, seconds, changes | more, once, per_step, load + slower)
+    def rung(
+        words: str,
+        device: int,
+        host_bytes: int,
+        copying: float = 0.0,
+        share: float = 0.0,
+        pin: float = 0.0,
+        **more: Any,
+    ) -> Rung:
+        """Return the way; of what is fetched it does not load a share, which is pinned once."""
+        return Rung(
+            "denoise", f"{way.precision}{' compiled' if way.compiled else ''}, {words}", device, host_bytes,
+            setup + fetching * (1 - share), compute * forwards, changes | more, copying * forwards,
+            spec.num_inference_steps, pin, compiling,
+        )  # fmt: skip
 
     match way.placement:
         case "model":
-            yield rung("resident", base + sum(of), host, compute, {})
+            yield rung("resident", base + sum(of), host)
         case "partial":
-            streamed = _streamed(of, room_bytes - base)
-            if not streamed:
-                return
-            passing = [of[place] for place in streamed]
-            device = base + sum(of) - sum(passing) + footprint.ring_bytes(passing)
-            blocks = dict.fromkeys(experts, streamed)
-            step = pace.overlapped(compute, sum(passing) / link)
-            label = f"{len(streamed)} of {len(of)} blocks streamed"
-            yield rung(
-                label, device, host + sum(passing), step, {"streamed": blocks, "streamed_from": "pinned"},
-                len(experts) * sum(passing) * pace.PIN_SECONDS_PER_BYTE,
-            )  # fmt: skip
-            if way.precision == plain or not is_quantised_here:
-                reading = sum(passing) / min(link, pace.READ_BYTES_PER_SECOND)
-                step = pace.overlapped(compute, reading)
-                yield rung(f"{label} from the file", device, host, step, {"streamed": blocks, "streamed_from": "file"})
+            if spec.offload == "auto" and base + sum(of) <= room_bytes:
+                return  # there is room for all of it
+            there = _pinned_already(circumstances.pinned, facts, experts, way.precision, dtype)
+            for streamed in dict.fromkeys(filter(None, (_streamed(of, room_bytes - base), there))):
+                passing = [of[place] for place in streamed]
+                device = base + sum(of) - sum(passing) + footprint.ring_bytes(passing)
+                blocks = dict.fromkeys(experts, streamed)
+                label = f"{len(streamed)} of {len(of)} blocks streamed"
+                share = sum(passing) / sum(of)
+                is_there = streamed == there
+                pin = fetching * share + len(experts) * sum(passing) * pace.PIN_SECONDS_PER_BYTE
+                yield rung(
+                    label, device, host + sum(passing), sum(passing) / link, share, 0.0 if is_there else pin,
+                    streamed=blocks, streamed_from="pinned", pinned_before=is_there,
+                )  # fmt: skip
+                if way.precision == plain or not is_quantised_here:
+                    reading = sum(passing) / min(link, pace.READ_BYTES_PER_SECOND)
+                    yield rung(f"{label} from the file", device, host, reading, streamed=blocks, streamed_from="file")
         case "block":
             device = base + footprint.ring_bytes(of)
             rounding = footprint.PINNED_ROUNDING if machine.pinned_rounds_up else 1.0
             copies = sum(of) / (link * pace.LIBRARY_RATES["block"])
-            yield rung(
-                "block offload", device, host + int((sum(of) + rest) * rounding), pace.overlapped(compute, copies), {}
-            )
+            yield rung("block offload", device, host + int((sum(of) + rest) * rounding), copies)
         case "leaf":
             device = base - rest + footprint.LEAF_BYTES
             rounding = footprint.PINNED_ROUNDING if machine.pinned_rounds_up and not way.low_cpu_mem_usage else 1.0
             share = pace.LOW_CPU_RATE if way.low_cpu_mem_usage else pace.LIBRARY_RATES["leaf"]
             words = "leaf offload" + (", low_cpu_mem_usage" if way.low_cpu_mem_usage else "")
-            host_bytes = host + int((sum(of) + rest) * rounding)
-            yield rung(words, device, host_bytes, pace.overlapped(compute, sum(of) / (link * share)), {})
+            yield rung(words, device, host + int((sum(of) + rest) * rounding), sum(of) / (link * share))
         case "sequential":
             device = base - rest + footprint.LEAF_BYTES
-            copies = sum(of) / (link * pace.LIBRARY_RATES["sequential"])
-            yield rung("sequential offload", device, host + sum(of) + rest, compute + copies, {})
+            copies = sum(of) / (link * pace.LIBRARY_RATES["sequential"]) + (1 - pace.NOT_OVERLAPPED) * compute
+            yield rung("sequential offload", device, host + sum(of) + rest, copies)
+
+
+def _compile_seconds(kind: str, circumstances: Circumstances) -> float:
+    """Return what compiling takes before the first step, for blocks of this kind."""
+    if kind in circumstances.compiled_here:
+        return 0.0
+    if kind in circumstances.compiled_before:
+        return pace.COMPILE_AGAIN_SECONDS
+    return pace.COMPILE_SECONDS.get(kind.partition("/")[2], max(pace.COMPILE_SECONDS.values()))
+
+
+def _pinned_already(
+    pinned: Pinned | None, facts: ModelFacts, experts: Sequence[str], precision: Precision, dtype: Dtype
+) -> tuple[int, ...]:
+    """Return the blocks that need not be pinned again; a model of two experts exchanges them in every job."""
+    if pinned is None or len(experts) > 1:
+        return ()
+    wanted = Pinned(facts.key, experts[0], precision, dtype, pinned.blocks)
+    return pinned.blocks if pinned == wanted else ()
 
 
 def _streamed(of: Sequence[int], room_bytes: int) -> tuple[int, ...]:
@@ -314,47 +282,14 @@ def decode_rungs(spec: JobSpec, facts: ModelFacts, machine: Machine, dtype: Dtyp
     vae_dtype: Dtype = "float32" if dtype == "float16" else dtype
     width = footprint.WIDTHS[vae_dtype]
     weights = facts.components.get("vae", 0) * width
-    pixels = spec.width * spec.height
-    frames = pixels * (spec.num_frames or 1)
+    frames = spec.width * spec.height * (spec.num_frames or 1)
     host = footprint.HOST_BYTES["cuda"] + held + 12 * frames
-    seconds = pace.SETUP_SECONDS + frames / (pace.DECODE_PIXELS_PER_FLOP[facts.family] * pace.flops_per_second(machine))
+    seconds = frames / (pace.DECODE_PIXELS_PER_FLOP[facts.family] * pace.flops_per_second(machine))
+    seconds += pace.FRAME_SECONDS + frames * pace.WRITE_SECONDS_PER_PIXEL
     base = footprint.CONTEXT_BYTES + weights + footprint.SLACK_BYTES
-    for tiled in (False, True):
-        if spec.vae_tiling in ("auto", "on" if tiled else "off"):
-            at_once = min(pixels, footprint.DECODE_TILE_PIXELS) if tiled else pixels
-            working = 0 if facts.tiny else at_once * footprint.DECODE_BYTES_PER_PIXEL[facts.family] * width // 2
-            if tiled and spec.num_frames:
-                working += frames * footprint.TILED_BYTES_PER_PIXEL_AND_FRAME * width // 2
-            words = "VAE in tiles" if tiled else "VAE whole"
-            changes = {"vae_tiling": tiled}
-            yield Rung("decode", words, base + working, host, seconds * (1.6 if tiled else 1.0), changes)
-
-
-def on_the_cpu(spec: JobSpec, facts: ModelFacts) -> Iterator[Rung]:
-    """Yield the one way of a CPU: float32, one component after another; the VAE in tiles where that is asked for."""
-    host = footprint.HOST_BYTES["cpu"]
-    width = footprint.WIDTHS["float32"]
-    encoders = sum(count for name, count in facts.components.items() if name.startswith("text_encoder")) * width
-    transformer = max(count for name, count in facts.components.items() if name.startswith("transformer")) * width
-    seen = footprint.tokens(facts, spec.width, spec.height, spec.num_frames, spec.max_sequence_length)
-    activations = 0 if facts.tiny else 2 * seen * footprint.activation_bytes_per_token(facts)
-    forwards = (2 if is_guided(spec, facts) else 1) * spec.num_inference_steps
-    compute = pace.forward_flop(facts, "transformer", seen) / pace.CPU_FLOPS
-    yield Rung("encode", "float32", 0, host + encoders, 0.3 + 2 * encoders / pace.READ_BYTES_PER_SECOND)
-    per_step = compute * forwards / spec.num_inference_steps
-    load = 0.2 + transformer / pace.READ_BYTES_PER_SECOND
-    seconds = load + compute * forwards
-    yield Rung("denoise", "float32", 0, host + transformer + activations, seconds, {}, 0.0, per_step, load)
-    vae = facts.components.get("vae", 0) * width
-    pixels = spec.width * spec.height
-    frames = pixels * (spec.num_frames or 1)
-    for tiled in (False, True):
-        if spec.vae_tiling in ("auto", "on" if tiled else "off"):
-            at_once = min(pixels, footprint.DECODE_TILE_PIXELS) if tiled else pixels
-            working = 0 if facts.tiny else at_once * footprint.DECODE_BYTES_PER_PIXEL[facts.family] * 2
-            peak = host + vae + working + frames * footprint.TILED_BYTES_PER_PIXEL_AND_FRAME * 2
-            words = "VAE in tiles" if tiled else "VAE whole"
-            yield Rung("decode", words, 0, peak, 0.3 + frames * 2e-6 * (1.5 if tiled else 1), {"vae_tiling": tiled})
+    for tile in footprint.tiles(spec, facts):
+        device = base + footprint.decode_bytes(spec, facts, tile, width)
+        yield decode_rung(tile, device, host, pace.VAE_SETUP_SECONDS, seconds)
 
 
 def of_phase(
@@ -363,7 +298,7 @@ def of_phase(
 ) -> list[Rung]:  # fmt: skip
     """Return every way to run a phase. `before` is the plan as far as it stands: its dtype is that of all phases."""
     if machine.device == "cpu":
-        return [rung for rung in on_the_cpu(spec, facts) if rung.phase == phase]
+        return list(cpu_ladder.rungs(phase, spec, facts))
     if phase == "encode":
         return list(encode_rungs(spec, facts, machine, before.dtype, held))
     if phase == "denoise":

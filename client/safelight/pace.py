@@ -5,6 +5,7 @@ What the machine really does is learned: `safelight.calibration` multiplies thes
 
 from __future__ import annotations
 
+from safelight.jobspec import JobSpec
 from safelight.machine import Machine
 from safelight.models import ModelFacts
 from safelight.plan import Precision
@@ -24,11 +25,20 @@ ASSUMED_LINK_BYTES_PER_SECOND = 12_000_000_000
 READ_BYTES_PER_SECOND = 3_000_000_000
 """From an NVMe disk; from the page cache it was 13 to 20 GB/s (H100 machine, 2026-11-23)."""
 
-PIN_SECONDS_PER_BYTE = 0.4e-9
-"""Reading included (11.3 GiB in 4.9 s, the same machine)."""
+PIN_SECONDS_PER_BYTE = 0.1e-9
+"""What pinned RAM takes besides reading into it: 10.3 GiB in 0.5 s (H100 machine, 2026-11-25), and a laptop's RAM is
+slower."""
 
-QUANTISE_SECONDS_PER_BYTE = 0.05e-9
-"""Of a bf16 weight on its way to the GPU."""
+QUANTISE_SECONDS_PER_BYTE: dict[Precision, float] = {
+    "fp8-dynamic": 0.08e-9,
+    "fp8-weight-only": 0.08e-9,
+    "fp8-quanto": 0.08e-9,
+    "int8-dynamic": 0.08e-9,
+    "int8-weight-only": 0.08e-9,
+    "int8-bnb": 0.05e-9,
+    "nf4": 0.05e-9,
+}
+"""Of a bf16 weight on its way to the GPU (H100, 2026-11-25)."""
 
 # Share of the card's 16-bit arithmetic that a FLUX forward reaches: bench/techniques.py, H100 80GB, torch 2.11,
 # 1024x1024, 2026-11-23. 171 ms in bf16 are 406 of 989 TFLOP/s.
@@ -50,9 +60,13 @@ COMPILED_EFFICIENCY: dict[Precision, float] = {"bf16": 0.57, "fp16": 0.57, "fp8-
 NOT_OVERLAPPED = 0.12
 """Of the shorter of computing and copying, what streaming does not hide: 243 ms where 222 and 171 overlap."""
 
-COMPILE_SECONDS = 18.0
+COMPILE_SECONDS: dict[str, float] = {"bf16": 21.0, "fp16": 21.0, "fp8-dynamic": 41.0, "nf4": 13.0}
 COMPILE_AGAIN_SECONDS = 4.0
-"""Two kinds of block, cold, and in a new process with the code on disk."""
+"""Two kinds of block for all sizes, cold by precision, and in a new process with the code on disk (H100, torch 2.11,
+2026-11-25)."""
+
+LAUNCH_SECONDS = {False: 2.0e-3, True: 1.5e-3}
+"""What the CPU takes to start one block's kernels, eager and compiled: a forward of a small picture takes no less."""
 
 LIBRARY_RATES = {"block": 0.90, "leaf": 0.81, "sequential": 0.125}
 """Share of the link that diffusers' and accelerate's offloads reach: 480, 534 and 3,505 ms for 23.8 GB at 54.8 GB/s."""
@@ -63,8 +77,18 @@ LOW_CPU_RATE = 0.38
 SETUP_SECONDS = 0.4
 """A component's modules without their weights, and giving them back."""
 
+VAE_SETUP_SECONDS = 0.1
+FRAME_SECONDS = 0.15
+"""Giving the VAE back, and the file to the disk."""
+
+WRITE_SECONDS_PER_PIXEL = 0.4e-6
+"""A frame's way from the GPU into a PNG or the MP4 encoder, on one core."""
+
 DECODE_PIXELS_PER_FLOP = {"flux": 1.0e-7, "wan": 1.6e-8}
 """Output pixels per flop of the card's rate: FLUX decodes 1024x1024 in 0.1 s, Wan 1280x704x121 in 6.3 s (H100)."""
+
+TILED_TIMES = 1.6
+"""What a decode in tiles takes longer: they overlap."""
 
 CPU_FLOPS = 50e9
 """Of a few cores in float32."""
@@ -89,6 +113,13 @@ def flops_per_second(machine: Machine) -> float:
 
 def link_bytes_per_second(machine: Machine) -> int:
     return machine.link_bytes_per_second or ASSUMED_LINK_BYTES_PER_SECOND
+
+
+def is_guided(spec: JobSpec, facts: ModelFacts) -> bool:
+    """Whether a step runs the transformer twice."""
+    if facts.family == "wan":
+        return (spec.guidance_scale or 0.0) > 1
+    return spec.negative_prompt is not None and (spec.true_cfg_scale or 0.0) > 1
 
 
 def forward_flop(facts: ModelFacts, component: str, tokens: int) -> float:

@@ -82,6 +82,11 @@ class Paths:
         return self.outbox / ".unfinished"
 
     @property
+    def embeddings(self) -> Path:
+        """What prompts were encoded to."""
+        return self.state / "embeddings"
+
+    @property
     def redis(self) -> Path:
         """The embedded server's data."""
         return self.state / "redis"

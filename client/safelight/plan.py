@@ -18,6 +18,21 @@ Placement = Literal["none", "model", "partial", "block", "leaf", "sequential"]
 PhaseName = Literal["encode", "denoise", "decode"]
 
 
+class Shipped(BaseModel):
+    """The seconds of a phase by the shipped figures alone, in its parts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    load_seconds: float
+    """Until everything is in place, and until it has been given back; pinning is counted by itself."""
+    pin_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    """All steps, or the decode."""
+    copy_seconds: float = 0.0
+    """What passes meanwhile."""
+
+
 class PhasePrediction(BaseModel):
     """What one phase is expected to take at its peak, and for how long."""
 
@@ -29,6 +44,10 @@ class PhasePrediction(BaseModel):
     """Anonymous and pinned memory of the engine. Mapped files are not in it: the kernel may drop them."""
     seconds: float | None = None
     """Loading and compiling included; None in plans of before it was predicted by phase."""
+    once_seconds: float = 0.0
+    """Of them, what later jobs of this shape will not take again: compiling, and pinning."""
+    shipped: Shipped | None = None
+    """What this machine's calibration has corrected, and learns from; None in older plans."""
 
 
 class Overrun(BaseModel):
@@ -72,6 +91,10 @@ class Plan(BaseModel):
     streamed_from: Literal["pinned", "file"] = "pinned"
     """Where the transformer's come from: a pinned copy in RAM, or the file at every step. A text encoder's, which run
     once, always come from the file."""
+    pinned_before: bool = False
+    """The pinned copy is there already, from the job before."""
+    embeddings_known: bool = False
+    """The prompts were encoded by an earlier job, in the way this plan says; the text encoders are not loaded."""
     text_encoder_device: Literal["cuda", "cpu"]
     text_encoder_precision: Precision | None = None
     """Of the large text encoder; None: as `dtype` says."""
@@ -81,6 +104,8 @@ class Plan(BaseModel):
     vae_dtype: Dtype | None = None
     """None: as `dtype` says."""
     vae_tiling: bool
+    vae_tile_pixels: int = 512
+    """Side of a tile, where there are tiles."""
     predicted: dict[str, PhasePrediction] = Field(default_factory=dict)
     seconds: float | None = None
     """Expected run time; None in plans that could not tell."""
@@ -89,6 +114,13 @@ class Plan(BaseModel):
     """What a person should know before hundreds of these run."""
     passed_over: tuple[str, ...] = ()
     """Faster rungs that were not taken, each with its reason."""
+
+    def seconds_of(self, jobs: int) -> float | None:
+        """Return what so many jobs of this shape take, one after the other: what is done once is counted once."""
+        if self.seconds is None:
+            return None
+        once = sum(phase.once_seconds for phase in self.predicted.values())
+        return jobs * self.seconds - (jobs - 1) * once
 
     @property
     def rung(self) -> str:
@@ -104,5 +136,5 @@ class Plan(BaseModel):
         if self.text_encoder_device != self.device:
             words.append(f"text encoders on the {self.text_encoder_device}")
         if self.vae_tiling:
-            words.append("VAE in tiles")
+            words.append(f"VAE in tiles of {self.vae_tile_pixels}")
         return ", ".join(words)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -12,13 +11,13 @@ from safelight import footprint, ladder
 from safelight.calibration import Calibration
 from safelight.errors import Fault, InvalidJob
 from safelight.jobspec import JobSpec
-from safelight.ladder import Circumstances, Rung
 from safelight.machine import GIB, Machine
 from safelight.models import ModelFacts, Models
-from safelight.plan import Overrun, PhaseName, PhasePrediction, Plan
+from safelight.plan import Overrun, PhaseName, PhasePrediction, Plan, Shipped
+from safelight.rung import Circumstances, Rung
 
 SMALLER = 0.9
-"""A plan after one that ran out of memory takes at most this share of what that one expected."""
+"""A plan after one that ran out of memory takes at most this share of what that one expected to add to the process."""
 
 SLOW = 2.0
 """A plan that takes so many times the fastest one's time deserves a warning."""
@@ -131,16 +130,14 @@ def _plan(
         corrected = [_corrected(rung, plan, calibration) for rung in rungs]
         chosen = _fastest(corrected, limits, circumstances.waiting)
         plan = _with(plan, chosen)
-        predicted[phase] = PhasePrediction(
-            device_bytes=chosen.device_bytes, host_bytes=chosen.host_bytes, seconds=round(chosen.seconds, 3)
-        )
+        predicted[phase] = _prediction(chosen)
         if phase == "denoise":
-            plan = plan.model_copy(update={"seconds_per_step": round(chosen.seconds_per_step, 4)})
-        faster = [
-            rung for rung in corrected if _cost(rung, circumstances.waiting) < _cost(chosen, circumstances.waiting)
-        ]
+            plan = plan.model_copy(update={"seconds_per_step": round(chosen.work_seconds / chosen.steps, 4)})
+        order_of = _order(circumstances.waiting)
+        faster = [rung for rung in corrected if order_of(rung) < order_of(chosen)]
         passed_over += _reasons(faster, limits)
         warnings += _warnings(chosen, faster)
+    warnings += _advice(plan, facts, circumstances.waiting)
     ordered = {phase: predicted[phase] for phase in PHASES}
     return plan.model_copy(
         update={
@@ -149,6 +146,33 @@ def _plan(
             "passed_over": tuple(passed_over),
             "warnings": tuple(warnings),
         }
+    )
+
+
+def with_known_embeddings(plan: Plan) -> Plan:
+    """Return the plan of a job whose prompts an earlier one has encoded just so: no text encoder is loaded."""
+    encode = PhasePrediction(
+        device_bytes=footprint.CONTEXT_BYTES if plan.device == "cuda" else 0,
+        host_bytes=plan.predicted["decode"].host_bytes,
+        seconds=0.0,
+    )
+    saved = plan.predicted["encode"].seconds or 0.0
+    return plan.model_copy(
+        update={
+            "embeddings_known": True,
+            "predicted": {**plan.predicted, "encode": encode},
+            "seconds": round((plan.seconds or 0.0) - saved, 2),
+        }
+    )
+
+
+def _prediction(rung: Rung) -> PhasePrediction:
+    return PhasePrediction(
+        device_bytes=rung.device_bytes,
+        host_bytes=rung.host_bytes,
+        seconds=round(rung.seconds, 3),
+        once_seconds=round(rung.once_seconds, 3),
+        shipped=rung.shipped,
     )
 
 
@@ -173,25 +197,29 @@ def _with(plan: Plan, rung: Rung) -> Plan:
 
 def _corrected(rung: Rung, plan: Plan, calibration: Calibration) -> Rung:
     """Return a rung as this machine has shown it to be."""
-    key = learned.key(_with(plan, rung), rung.phase)
-    device = int(rung.device_bytes * calibration.device.get(learned.memory_key(_with(plan, rung), rung.phase), 1.0))
-    seconds = _ratio(calibration.seconds, key, rung.phase)
-    if rung.seconds_per_step:
-        count = (rung.seconds - rung.load_seconds - rung.once_seconds) / rung.seconds_per_step
-        per_step = rung.seconds_per_step * _ratio(calibration.step_seconds, key, rung.phase)
-        steps = per_step * count
-        rest = (rung.load_seconds + rung.once_seconds) * seconds
-        return replace(rung, device_bytes=device, seconds=rest + steps, seconds_per_step=per_step)
-    return replace(rung, device_bytes=device, seconds=rung.seconds * seconds)
+    held = _with(plan, rung)
+    work = learned.work_key(held, rung.phase)
+    alike = f"/{rung.phase}/"
+    return replace(
+        rung,
+        device_bytes=int(rung.device_bytes * calibration.device.get(learned.memory_key(held, rung.phase), 1.0)),
+        load_seconds=rung.load_seconds * learned.ratio(calibration.load, learned.load_key(held, rung.phase)),
+        pin_seconds=rung.pin_seconds * learned.ratio(calibration.pin, learned.PIN),
+        compile_seconds=rung.compile_seconds * learned.ratio(calibration.compile, work),
+        compute_seconds=rung.compute_seconds * learned.ratio(calibration.work, work, alike),
+        copy_seconds=rung.copy_seconds * calibration.link.get(learned.link_key(held), 1.0),
+        shipped=_shipped(rung),
+    )
 
 
-def _ratio(ratios: Mapping[str, float], key: str, phase: PhaseName) -> float:
-    """Return how much longer something takes here than predicted. What has not run is taken to be as slow as what has:
-    else a slow disk would make every untried rung look fast."""
-    if key in ratios:
-        return ratios[key]
-    of_phase = [ratio for name, ratio in ratios.items() if f"/{phase}/" in name and ratio > 0]
-    return math.exp(sum(map(math.log, of_phase)) / len(of_phase)) if of_phase else 1.0
+def _shipped(rung: Rung) -> Shipped:
+    return Shipped(
+        load_seconds=round(rung.load_seconds, 4),
+        pin_seconds=round(rung.pin_seconds, 4),
+        compile_seconds=round(rung.compile_seconds, 4),
+        compute_seconds=round(rung.compute_seconds, 4),
+        copy_seconds=round(rung.copy_seconds, 4),
+    )
 
 
 def _limits(
@@ -199,19 +227,24 @@ def _limits(
 ) -> tuple[int, int]:
     """Return what the phase may take of the device and of RAM."""
     device, host = machine.vram_free_bytes, machine.ram_available_bytes
-    if calibration.room_bytes is not None:
-        device = min(device, calibration.room_bytes)
+    device = min(device, calibration.room_bytes or device)
+    host = min(host, calibration.host_room_bytes or host)
     for overrun in overruns:
         if overrun.phase == phase and overrun.memory == "device":
-            device = min(device, int(SMALLER * overrun.predicted_bytes))
+            device = min(device, smaller_than(overrun.predicted_bytes, footprint.CONTEXT_BYTES))
         if overrun.phase == phase and overrun.memory == "host":
-            host = min(host, int(SMALLER * overrun.predicted_bytes))
+            host = min(host, smaller_than(overrun.predicted_bytes, footprint.HOST_BYTES[machine.device]))
     return device, host
 
 
-def _cost(rung: Rung, waiting: int) -> float:
-    """Return a rung's seconds for one job among those that wait."""
-    return rung.seconds - rung.once_seconds * (1 - 1 / max(waiting, 1))
+def smaller_than(predicted_bytes: int, base_bytes: int) -> int:
+    """Return what the next plan may take after one that ran out; what any process takes is not made smaller."""
+    return int(base_bytes + SMALLER * max(predicted_bytes - base_bytes, 0))
+
+
+def _order(waiting: int) -> Callable[[Rung], tuple[bool, float]]:
+    """Return what rungs are taken by, the least first: seconds for one job among those that wait."""
+    return lambda rung: (rung.last_resort, rung.seconds - rung.once_seconds * (1 - 1 / max(waiting, 1)))
 
 
 def _fastest(rungs: Sequence[Rung], limits: tuple[int, int], waiting: int) -> Rung:
@@ -223,7 +256,7 @@ def _fastest(rungs: Sequence[Rung], limits: tuple[int, int], waiting: int) -> Ru
     device, host = limits
     fitting = [rung for rung in rungs if _fits(rung, limits)]
     if fitting:
-        return min(fitting, key=lambda rung: _cost(rung, waiting))
+        return min(fitting, key=_order(waiting))
     on_device = [rung for rung in rungs if rung.device_bytes <= device or rung.device_bytes == 0]
     if on_device:
         least = min(on_device, key=lambda rung: rung.host_bytes)
@@ -257,6 +290,18 @@ def _warnings(chosen: Rung, faster: Sequence[Rung]) -> list[str]:
     return [
         f"{chosen.phase} takes {chosen.seconds / best.seconds:.1f} times as long as with "
         f"{best.device_bytes / GIB:.1f} GiB of GPU memory and {best.host_bytes / GIB:.1f} GiB of RAM: {chosen.words}"
+    ]
+
+
+def _advice(plan: Plan, facts: ModelFacts, waiting: int) -> list[str]:
+    """Say where every job of a night would do again what one command does once."""
+    quantised = plan.precision not in ("fp32", "bf16", "fp16")
+    left = [name for name in facts.blocks if name.startswith("transformer") and name not in plan.prepared]
+    if not quantised or not left or waiting < 2 or facts.tiny:
+        return []
+    return [
+        f"each job reads the whole weights and makes {plan.precision} of them. "
+        f"Once for all: safelight models prepare {plan.model} --precision {plan.precision}"
     ]
 
 

@@ -34,6 +34,10 @@ class PhaseRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seconds: float
+    load_seconds: float | None = None
+    """Of them, until what computes was in place; None where the phase does not tell."""
+    first_step_seconds: float | None = None
+    """From then to the end of the first step, or of the decode: compiling is in it."""
     device_peak_bytes: int = 0
     host_peak_bytes: int = 0
 

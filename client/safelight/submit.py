@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from safelight import ladder, planner
+from safelight import planner, rung
 from safelight.calibration import NOTHING_LEARNED, Calibration
 from safelight.errors import Fault, InvalidJob, QueueUnreachable, SafelightError
 from safelight.jobqueue import JobQueue
@@ -63,7 +63,7 @@ def _shape(spec: JobSpec) -> tuple[Any, ...]:
 def _forecast(alike: Sequence[JobSpec], machine: Machine, models: Models, calibration: Calibration) -> Forecast:
     # Without its id a fault names the model: what is wrong is the shape, not this one job of it.
     spec = alike[0].model_copy(update={"id": ""})
-    around = ladder.Circumstances(waiting=len(alike))
+    around = rung.Circumstances(waiting=len(alike))
     try:
         return Forecast(alike[0], len(alike), planner.make_plan(spec, machine, models, calibration, around))
     except InvalidJob as error:

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from safelight.cpu_ladder import STREAMED_AT_ONCE
+from safelight.rung import Pinned
 from safelightd.pinned import PinnedMemory
 from safelightd.precision import Format
 from safelightd.streaming import FromFile, FromPinned, Source, places, stream
@@ -85,27 +87,42 @@ class Order:
     from_file: bool = False
 
 
+@dataclass(frozen=True)
+class PinnedKey:
+    """What tells one set of pinned blocks from another: their files, and how and which of them are held."""
+
+    held: Pinned
+    folder: Path
+    files: tuple[tuple[str, int, int], ...]
+    """Name, size and time of change."""
+
+
 class PinnedSet:
     """At most one set of pinned blocks, kept from one job to the next of the same plan."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
-        self._key: object = None
+        self._key: PinnedKey | None = None
         self._memory: PinnedMemory | None = None
 
-    def drop_unless(self, keys: Sequence[object]) -> None:
+    @property
+    def held(self) -> Pinned | None:
+        """What the planner should know of what is kept."""
+        return self._key.held if self._key else None
+
+    def drop_unless(self, keys: Sequence[PinnedKey]) -> None:
         """Give the set back unless one of these wants it."""
         if self._memory is not None and self._key not in keys:
             self._memory.close()
-            self._key = self._memory = None
+            self._key, self._memory = None, None
 
-    def take(self, key: object) -> PinnedMemory | None:
+    def take(self, key: PinnedKey) -> PinnedMemory | None:
         """Return the set of this key, which is the taker's until `keep`."""
         self.drop_unless([key])
         memory, self._memory, self._key = self._memory, None, None
         return memory
 
-    def keep(self, key: object, memory: PinnedMemory) -> None:
+    def keep(self, key: PinnedKey, memory: PinnedMemory) -> None:
         """Keep a filled set for the next job, where it is within the limit."""
         self.drop_unless([])
         if memory.bytes.numel() <= self._limit_bytes:
@@ -120,7 +137,7 @@ class PinnedSet:
 
 @contextmanager
 def assembled(
-    module: nn.Module, stored: Mapping[str, Stored], order: Order, pinned: PinnedSet, key: object
+    module: nn.Module, stored: Mapping[str, Stored], order: Order, pinned: PinnedSet, key: PinnedKey
 ) -> Iterator[nn.Module]:
     """Have `module`, built on the meta device, filled and placed as `order` says, until the block ends.
 
@@ -275,12 +292,12 @@ def _attach(module: nn.Module, block: Block, views: Mapping[str, torch.Tensor], 
 
 
 def _streamed(
-    module: nn.Module, blocks: Sequence[Block], order: Order, reader: Reader, pinned: PinnedSet, key: object,
+    module: nn.Module, blocks: Sequence[Block], order: Order, reader: Reader, pinned: PinnedSet, key: PinnedKey,
     leaving: ExitStack,
 ) -> torch.Tensor:  # fmt: skip
     """Attach the streamed blocks to a ring and start it; return the ring's memory."""
     sizes = [block.nbytes for block in blocks]
-    layout = places(sizes)
+    layout = places(sizes, at_once=2 if order.device.type == "cuda" else STREAMED_AT_ONCE)
     ring = torch.empty(layout.nbytes, dtype=torch.uint8, device=order.device)
     targets = [ring[begin : begin + size] for begin, size in zip(layout.offsets, sizes, strict=True)]
     for block, target in zip(blocks, targets, strict=True):

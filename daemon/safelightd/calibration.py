@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from safelight import durable
-from safelight.calibration import NOTHING_LEARNED, Calibration, key, memory_key
-from safelight.plan import Overrun, Plan
+from safelight import durable, footprint, pace, planner
+from safelight.calibration import NOTHING_LEARNED, PIN, Calibration, link_key, load_key, memory_key, ratio, work_key
+from safelight.plan import Overrun, PhaseName, PhasePrediction, Plan, Shipped
 from safelight.planner import PHASES
-from safelight.receipt import Receipt
+from safelight.receipt import PhaseRecord, Receipt
 from safelightd.logs import Log
 
 WEIGHT_OF_LAST = 0.5
 """Half of a known ratio is the last job: a night's jobs are alike, and yesterday's machine was not."""
+
+MORE_ROOM = 1.1
+"""After each job that went well; a plan after one that ran out takes 0.9 of it."""
 
 DEVICE_MARGIN = 1.02
 """A ratio of device memory is never learned below what was seen, and this much above."""
@@ -43,50 +48,107 @@ def learned(calibration: Calibration, receipt: Receipt) -> Calibration:
     plan = receipt.plan
     if receipt.state != "done" or plan is None:
         return calibration
-    seconds, steps, device = dict(calibration.seconds), dict(calibration.step_seconds), dict(calibration.device)
+    after = calibration.model_copy(deep=True)
     for phase in PHASES:
         record, predicted = receipt.phases.get(phase), plan.predicted.get(phase)
-        if record is None or predicted is None or not predicted.seconds:
+        if record is None or predicted is None or (plan.embeddings_known and phase == "encode"):
             continue
-        name = key(plan, phase)
-        found, expected = record.seconds, predicted.seconds
-        if phase == "denoise" and receipt.seconds_per_step and plan.seconds_per_step:
-            count = receipt.spec.num_inference_steps
-            _mix(steps, name, receipt.seconds_per_step / plan.seconds_per_step)
-            found, expected = found - count * receipt.seconds_per_step, expected - count * plan.seconds_per_step
-        if expected > 0 and found > 0:
-            _mix(seconds, name, found / expected)
-        if plan.device == "cuda" and record.device_peak_bytes > predicted.device_bytes > 0:
-            short = record.device_peak_bytes / predicted.device_bytes
-            held = memory_key(plan, phase)
-            device[held] = device.get(held, 1.0) * short * DEVICE_MARGIN
-    return Calibration(seconds=seconds, step_seconds=steps, device=device, room_bytes=_more_room(calibration, receipt))
+        after = _with_memory(after, phase, plan, record, predicted)
+        if told := predicted.shipped:
+            after = _with_seconds(after, phase, plan, _took(phase, receipt, record, told), told)
+    vram, ram = (machine.vram_total_bytes, machine.ram_total_bytes) if (machine := receipt.machine) else (0, 0)
+    rooms = {
+        "room_bytes": _more_room(calibration.room_bytes, footprint.CONTEXT_BYTES, vram),
+        "host_room_bytes": _more_room(calibration.host_room_bytes, footprint.HOST_BYTES[plan.device], ram),
+    }
+    return after.model_copy(update=rooms)
 
 
-def _more_room(calibration: Calibration, receipt: Receipt) -> int | None:
-    """Return half as much again, and no limit once that is more than the card has."""
-    if calibration.room_bytes is None:
+def _with_seconds(before: Calibration, phase: PhaseName, plan: Plan, took: _Seconds, told: Shipped) -> Calibration:
+    """Return the calibration with what a phase's seconds show."""
+    loads, works, copies = load_key(plan, phase), work_key(plan, phase), link_key(plan)
+    load, pin, work, link = before.load, before.pin, before.work, before.link
+    if told.pin_seconds and load:  # what the rest took is known from this way or from others
+        rest = ratio(load, loads) * told.load_seconds
+        load = load if loads in load else {**load, loads: ratio(load, loads)}
+        pin = _mixed(pin, PIN, took.load - rest, told.pin_seconds)
+    else:
+        together = told.load_seconds + told.pin_seconds
+        load = _mixed(load, loads, took.load, together)
+        pin = _mixed(pin, PIN, took.load, together) if told.pin_seconds else pin
+    computing = ratio(work, works, f"/{phase}/") * told.compute_seconds
+    copying = link.get(copies, 1.0) * told.copy_seconds
+    if copying > computing:
+        link = _mixed(link, copies, took.work - pace.NOT_OVERLAPPED * computing, told.copy_seconds)
+    else:
+        work = _mixed(work, works, took.work - pace.NOT_OVERLAPPED * copying, told.compute_seconds)
+    compiled = _mixed(before.compile, works, took.compiling, told.compile_seconds)
+    return before.model_copy(update={"load": load, "pin": pin, "compile": compiled, "work": work, "link": link})
+
+
+def _with_memory(
+    before: Calibration, phase: PhaseName, plan: Plan, record: PhaseRecord, predicted: PhasePrediction
+) -> Calibration:
+    """Return the calibration with what a phase held of the GPU, where that was more than predicted."""
+    if plan.device != "cuda" or not record.device_peak_bytes > predicted.device_bytes > 0:
+        return before
+    name = memory_key(plan, phase)
+    ratio = before.device.get(name, 1.0) * record.device_peak_bytes / predicted.device_bytes * DEVICE_MARGIN
+    return before.model_copy(update={"device": {**before.device, name: ratio}})
+
+
+@dataclass(frozen=True)
+class _Seconds:
+    """What a phase's seconds were made of; 0 where it cannot be told."""
+
+    load: float
+    compiling: float = 0.0
+    work: float = 0.0
+
+
+def _took(phase: PhaseName, receipt: Receipt, record: PhaseRecord, told: Shipped) -> _Seconds:
+    load, first = record.load_seconds, record.first_step_seconds
+    if load is None or first is None:
+        return _Seconds(record.seconds)
+    if phase == "decode":
+        return _Seconds(load, work=record.seconds - load)  # writing the file grows with the pixels, too
+    steps = receipt.spec.num_inference_steps
+    if steps == 1:
+        return _Seconds(record.seconds - first, work=0.0 if told.compile_seconds else first)
+    each = receipt.seconds_per_step or first
+    return _Seconds(record.seconds - first - (steps - 1) * each, first - each, steps * each)
+
+
+def _more_room(room_bytes: int | None, base_bytes: int, total_bytes: int) -> int | None:
+    """Return a little more than what any process takes, and no limit once that is more than there is; 0 where that is
+    not known. What is tried again too soon runs out again."""
+    if room_bytes is None:
         return None
-    wider = calibration.room_bytes * 3 // 2
-    return wider if receipt.machine is None or wider < receipt.machine.vram_total_bytes else None
+    wider = max(room_bytes, int(base_bytes + MORE_ROOM * (room_bytes - base_bytes)))
+    return wider if not total_bytes or wider < total_bytes else None
 
 
 def overran(calibration: Calibration, overrun: Overrun, plan: Plan | None) -> Calibration:
-    """Return the calibration after a plan that ran out of GPU memory: the next such job begins on a smaller rung.
+    """Return the calibration after a plan that ran out of memory: the next such job begins on a smaller rung.
 
     Where it held more than predicted the prediction was wrong; else others took what had been free.
     """
-    if overrun.memory != "device" or plan is None or not overrun.predicted_bytes:
+    if plan is None or not overrun.predicted_bytes:
         return calibration
     name = memory_key(plan, overrun.phase)
-    if overrun.reached_bytes > overrun.predicted_bytes:
+    if overrun.memory == "device" and overrun.reached_bytes > overrun.predicted_bytes:
         ratio = calibration.device.get(name, 1.0) * overrun.reached_bytes / overrun.predicted_bytes * DEVICE_MARGIN
         return calibration.model_copy(update={"device": {**calibration.device, name: ratio}})
-    room = overrun.reached_bytes or overrun.predicted_bytes * 9 // 10
-    return calibration.model_copy(update={"room_bytes": min(room, calibration.room_bytes or room)})
+    field = "room_bytes" if overrun.memory == "device" else "host_room_bytes"
+    left = overrun.reached_bytes if overrun.memory == "device" else 0  # what a killed engine reached nobody knows
+    base = footprint.CONTEXT_BYTES if overrun.memory == "device" else footprint.HOST_BYTES[plan.device]
+    room = left or planner.smaller_than(overrun.predicted_bytes, base)
+    return calibration.model_copy(update={field: min(room, getattr(calibration, field) or room)})
 
 
-def _mix(ratios: dict[str, float], name: str, last: float) -> None:
-    """Correct a ratio by what is left of the error after it; the first job's is taken whole."""
-    before = ratios.get(name)
-    ratios[name] = last if before is None else before * (1 - WEIGHT_OF_LAST + WEIGHT_OF_LAST * last)
+def _mixed(ratios: Mapping[str, float], name: str, found: float, expected: float) -> dict[str, float]:
+    """Return ratios with one moved towards what was found; the first job's is taken whole."""
+    if found <= 0 or expected <= 0:
+        return dict(ratios)
+    before = ratios.get(name, found / expected)
+    return {**ratios, name: before * (1 - WEIGHT_OF_LAST) + WEIGHT_OF_LAST * found / expected}

@@ -29,6 +29,10 @@ class ProcessMeter:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
+    def settle(self) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+
     def peaks(self) -> tuple[int, int]:
         """Return peak bytes on the device and in RAM since `reset`."""
         device = torch.cuda.max_memory_reserved() + context_bytes() if torch.cuda.is_available() else 0

@@ -55,6 +55,11 @@ class Keys:
     negative: str | None
     """None where the job is not guided away from anything."""
 
+    def are_all_in(self, known: Mapping[str, torch.Tensor]) -> bool:
+        """Whether nothing of the job is left to be encoded."""
+        prompt = any(not name.startswith(NEGATIVE) for name in known)
+        return prompt and (self.negative is None or any(name.startswith(NEGATIVE) for name in known))
+
 
 def keys(spec: JobSpec, plan: Plan, facts: ModelFacts, models_folder: Path, gpu: str, *, is_guided: bool) -> Keys:
     """Return the names of a job's embeddings: of all that decides their bits, and of nothing else.
@@ -127,11 +132,6 @@ class Cache:
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self._folder = folder
         self._limit_bytes = limit_bytes
-
-    def has(self, keys: Keys) -> bool:
-        """Whether nothing of a job is left to be encoded, as far as the files' names tell."""
-        files = [self._file(key) for key in (keys.prompt, keys.negative) if key]
-        return self._limit_bytes > 0 and all(file.is_file() for file in files)
 
     def get(self, keys: Keys) -> dict[str, torch.Tensor]:
         """Return what is known of a job's embeddings, by field: all, one text's, or nothing."""

@@ -22,11 +22,11 @@ from safelight import models
 from safelight.config import Config
 from safelight.errors import InvalidJob, SafelightError
 from safelight.jobspec import JobSpec
-from safelight.ladder import Circumstances
 from safelight.ledger import Ledger
 from safelight.machine import GIB
 from safelight.plan import Overrun
 from safelight.planner import make_plan
+from safelight.rung import Circumstances
 from safelightd import calibration, logs, probe
 from safelightd.link import EngineGone, Link
 from safelightd.logs import Log
@@ -60,8 +60,15 @@ class Engine:
         threading.Thread(target=self._read, daemon=True).start()
         from safelightd import runjob  # torch and diffusers: seconds, once
         from safelightd.assembly import PinnedSet
+        from safelightd.embeddings import Cache
 
-        setting = runjob.Setting(self._config, self._models, self._ledger, PinnedSet(_pinned_limit(self._config)))
+        setting = runjob.Setting(
+            self._config,
+            self._models,
+            self._ledger,
+            PinnedSet(_pinned_limit(self._config)),
+            Cache(self._config.paths.embeddings, int(self._config.settings.worker.embeddings_gib * GIB)),
+        )
         while (message := self._jobs.get()) is not None:
             if not self._answer(message, setting):
                 return 1

@@ -24,8 +24,9 @@ from safelight import models, prepared
 from safelight.models import Blocks, ModelFacts
 from safelight.plan import Plan, Precision
 from safelight.refusals import BY_LIBRARY
+from safelight.rung import Pinned
 from safelightd import compiling, precision, skeleton, tiny
-from safelightd.assembly import Order, PinnedSet, assembled
+from safelightd.assembly import Order, PinnedKey, PinnedSet, assembled
 from safelightd.weights import BadModelFolder, stored_tensors
 
 CLASSES = {
@@ -218,11 +219,11 @@ class Loader:
         assert self._models_folder is not None
         return prepared.folder(self._models_folder, self._plan.model, self._precision(name), name)
 
-    def _pinned_key(self, name: str) -> tuple[Any, ...]:
-        """Return what tells one pinned set from another: the files, how their weights are held, and which blocks."""
+    def _pinned_key(self, name: str) -> PinnedKey:
         folder = self._source(name)
         files = tuple((file.name, (at := file.stat()).st_size, at.st_mtime_ns) for file in sorted(folder.glob("*")))
-        return (folder, files, self._precision(name), self._plan.dtype, self._plan.streamed.get(name, ()))
+        blocks = self._plan.streamed.get(name, ())
+        return PinnedKey(Pinned(self._plan.model, name, self._precision(name), self._plan.dtype, blocks), folder, files)
 
     def tokenizer(self, name: str = "tokenizer") -> Any:
         """Return a tokenizer."""

@@ -29,6 +29,10 @@ class Meter(Protocol):
         """Return the peak bytes on the device and in host RAM since `reset`."""
         ...
 
+    def settle(self) -> None:
+        """Return when the device has done all that it was told: only then is a clock read that means anything."""
+        ...
+
 
 class Watch:
     """Passed down through a job: it tells the worker how far the job is and stops it when asked.
@@ -48,7 +52,9 @@ class Watch:
         self._plan_told: Plan | None = None
         self.records: dict[str, PhaseRecord] = {}
         self.seconds_per_step: float | None = None
-        self._phase_started = self._first_step_ended = time.monotonic()
+        self._phase_started = self._last_heard = self._first_step_ended = time.monotonic()
+        self._load_seconds: float | None = None
+        self._first_step_seconds: float | None = None
 
     def check(self) -> None:
         if self._stop.is_set():
@@ -59,7 +65,8 @@ class Watch:
         """Run one phase of the job: announced, timed, and its peaks recorded."""
         self.check()
         self.current = name
-        self._phase_started = time.monotonic()
+        self._phase_started = self._last_heard = time.monotonic()
+        self._load_seconds = self._first_step_seconds = None
         self._meter.reset()
         self._send({"type": "phase", "phase": name, **self._news_of_plan()})
         yield
@@ -68,6 +75,8 @@ class Watch:
         before = self.records.get(name, PhaseRecord(seconds=0.0))
         self.records[name] = PhaseRecord(
             seconds=round(before.seconds + seconds, 3),
+            load_seconds=self._load_seconds,
+            first_step_seconds=self._first_step_seconds,
             device_peak_bytes=max(before.device_peak_bytes, device),
             host_peak_bytes=max(before.host_peak_bytes, host),
         )
@@ -82,18 +91,29 @@ class Watch:
         """Return the peak bytes on the device and in host RAM since the phase began."""
         return self._meter.peaks()
 
+    def loaded(self) -> None:
+        """Say that what computes is in place: from here on it is steps. A second expert's loading is no step either."""
+        self._meter.settle()
+        now = time.monotonic()
+        waited = now - self._last_heard
+        self._load_seconds = round((self._load_seconds or 0.0) + waited, 3)
+        self._first_step_ended += waited
+        self._last_heard = now
+
     def step(self, i: int, n: int) -> None:
         """Say that `i` of `n` steps of this phase are done (denoise) or parts (decode).
 
-        A step's seconds are taken from the end of the first, so that loading is not counted as denoising.
+        A step's seconds are taken from the end of the first, which may have compiled.
         """
+        self._meter.settle()
         self.check()
         now = time.monotonic()
-        if i <= 1:
+        if self._first_step_seconds is None:
+            self._first_step_seconds = rate = round(now - self._last_heard, 4)
             self._first_step_ended = now
-            rate = now - self._phase_started
         else:
-            rate = (now - self._first_step_ended) / (i - 1)
+            rate = (now - self._first_step_ended) / max(i - 1, 1)
+        self._last_heard = now
         if self.current == "denoise":
             self.seconds_per_step = round(rate, 4)
         seconds_left = round(rate * (n - i), 1)

@@ -15,14 +15,14 @@ from PIL import Image, ImageOps
 from safelight.config import Config
 from safelight.errors import SafelightError
 from safelight.jobspec import JobSpec
-from safelight.ladder import Circumstances
 from safelight.ledger import Ledger
 from safelight.machine import Machine
 from safelight.models import Models
 from safelight.plan import Plan
-from safelight.planner import NO_CIRCUMSTANCES, make_plan
+from safelight.planner import NO_CIRCUMSTANCES, make_plan, with_known_embeddings
 from safelight.receipt import Output, Receipt
-from safelightd import calibration, compiling, device, metadata, outputs, pipelines, probe, verify
+from safelight.rung import Circumstances
+from safelightd import calibration, compiling, device, embeddings, metadata, outputs, pipelines, probe, verify
 from safelightd.assembly import PinnedSet
 from safelightd.loading import Loader, model_folder
 from safelightd.progress import Watch
@@ -36,6 +36,8 @@ class Setting:
     models: Models
     ledger: Ledger
     pinned: PinnedSet
+    """What stays in RAM from one job to the next."""
+    embeddings: embeddings.Cache
 
 
 def run_job(
@@ -57,13 +59,17 @@ def run_job(
 
     with watch.phase("plan"):
         machine = probe.read_machine(setting.config)
-        here, before = compiling.compiled_here(), compiling.compiled_before()
-        around = dataclasses.replace(circumstances, compiled_here=here, compiled_before=before)
+        around = now(circumstances, setting.pinned)
         plan = watch.plan = make_plan(spec, machine, setting.models, calibration.load(paths.state), around)
     with watch.phase("load"):
         facts = setting.models[spec.model]
+        family, folder = pipelines.family(facts.family), model_folder(facts, paths.models)
+        keys = embeddings.keys(spec, plan, facts, paths.models, machine.gpu, is_guided=family.is_guided(spec))
+        known = setting.embeddings.get(keys)
+        if keys.are_all_in(known):
+            plan = watch.plan = with_known_embeddings(plan)
         loader = Loader(
-            model_folder(facts, paths.models),
+            folder,
             plan,
             facts.component_paths,
             blocks=facts.blocks,
@@ -71,11 +77,11 @@ def run_job(
             pinned=setting.pinned,
         )
         image, last_image = _input(spec.image, paths.inputs), _input(spec.last_image, paths.inputs)
-        family = pipelines.family(facts.family)
     with watch.phase("encode"):
-        embeddings = family.encode(spec, plan, loader, watch, image)
+        embeds = family.encode(spec, plan, loader, watch, image, known)
+        setting.embeddings.put(keys, embeds)
     with watch.phase("denoise"):
-        latents = family.denoise(spec, plan, loader, embeddings, watch, image, last_image)
+        latents = family.denoise(spec, plan, loader, embeds, watch, image, last_image)
     if plan.compiled:
         compiling.remember(f"{facts.family}/{plan.precision}")
     with watch.phase("decode"):
@@ -86,6 +92,12 @@ def run_job(
         device.release()
         receipt_of = _receipt_of(spec, plan, machine, attempt, started_at, watch, around)
         return outputs.publish(receipt_of, file, spec, ledger, paths)
+
+
+def now(circumstances: Circumstances, pinned: PinnedSet) -> Circumstances:
+    """Return what the worker told, and what this process knows besides."""
+    here, before = compiling.compiled_here(), compiling.compiled_before()
+    return dataclasses.replace(circumstances, compiled_here=here, compiled_before=before, pinned=pinned.held)
 
 
 def _receipt_of(

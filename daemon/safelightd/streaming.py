@@ -33,12 +33,12 @@ class Places:
     soon as that one has run. Itself, where nothing else does."""
 
 
-def places(sizes: Sequence[int]) -> Places:
+def places(sizes: Sequence[int], at_once: int = 2) -> Places:
     """Return the places for blocks of these sizes, which run in this order again and again.
 
     Room for two of the largest: one runs while the next arrives; of smaller ones more are under way.
     """
-    room = min(2 * max(sizes), sum(sizes))
+    room = min(at_once * max(sizes), sum(sizes))
     offsets, end = [], 0
     for size in sizes:
         begin = end if end + size <= room else 0

@@ -6,21 +6,21 @@ import itertools
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safelight import footprint, jobspec, models
-from safelight.calibration import NOTHING_LEARNED, Calibration, memory_key
-from safelight.calibration import key as calibration_key
+from safelight import footprint, jobspec, models, plandoc
+from safelight.calibration import NOTHING_LEARNED, Calibration, load_key, memory_key, work_key
 from safelight.errors import InvalidJob
 from safelight.jobspec import JobSpec
-from safelight.ladder import Circumstances
 from safelight.machine import GIB, Machine
 from safelight.plan import Overrun, Plan
-from safelight.planner import DoesNotFit, make_plan
+from safelight.planner import DoesNotFit, make_plan, with_known_embeddings
+from safelight.rung import Circumstances, Pinned
 from tests.integration.making import image_spec
 
 TABLE = models.load()
@@ -74,13 +74,15 @@ def test_flux_runs_on_cards_of_16_12_and_8_gb_beside_32_and_16_gb_of_ram(
 
 
 def test_a_night_of_jobs_pays_for_compiling_and_one_job_does_not() -> None:
-    assert plan_of(job(), gpu(14.8), waiting=100).rung.startswith("fp8-dynamic compiled, offload model")
-    assert not plan_of(job(), gpu(14.8), waiting=1).compiled
-    assert plan_of(job(), gpu(14.8), compiled_here=frozenset({"flux/fp8-dynamic"})).compiled
+    card = gpu(14.8, prepared=("flux-schnell/fp8-dynamic/transformer",))
+
+    assert plan_of(job(), card, waiting=100).rung.startswith("fp8-dynamic compiled, offload model")
+    assert not plan_of(job(), card, waiting=1).compiled
+    assert plan_of(job(), card, compiled_here=frozenset({"flux/fp8-dynamic"})).compiled
 
 
 def test_a_smaller_card_streams_a_part_and_says_what_it_passed_over() -> None:
-    plan = plan_of(job(), gpu(10.8), waiting=100)
+    plan = plan_of(job(precision="bf16", compile="off"), gpu(10.8))
 
     assert plan.offload == "partial"
     assert 0 < len(plan.streamed["transformer"]) < 57
@@ -246,7 +248,9 @@ def test_each_plan_that_ran_out_is_followed_by_a_smaller_one_until_none_is_left(
         over = Overrun(phase=phase, memory="device", rung=found.rung, predicted_bytes=needs[-1])
         overruns = (*overruns, over)
 
-    assert all(after <= 0.9 * before for before, after in itertools.pairwise(needs))
+    base = footprint.CONTEXT_BYTES  # any process takes it, however small its plan
+    added = [need - base for need in needs if need]
+    assert all(after <= 0.9 * before for before, after in itertools.pairwise(added))
     assert len(needs) >= (5 if phase == "denoise" else 1)
 
 
@@ -257,14 +261,14 @@ def test_a_precision_whose_result_was_refused_is_not_taken_again_unless_it_was_a
 
 
 def test_a_plan_that_takes_much_longer_than_with_more_memory_warns() -> None:
-    assert plan_of(job(), gpu(48), waiting=100).warnings == ()
+    assert plan_of(job(), gpu(48)).warnings == ()
     assert any("times as long" in said for said in plan_of(job(precision="bf16"), gpu(6.8, ram_gib=10)).warnings)
 
 
 def test_what_a_machine_has_shown_corrects_memory_and_seconds() -> None:
     plan = plan_of(job(), gpu(40))
-    name = calibration_key(plan, "denoise")
-    shown = NOTHING_LEARNED.model_copy(update={"device": {name: 1.2}, "step_seconds": {name: 0.5}})
+    memory, work = memory_key(plan, "denoise"), work_key(plan, "denoise")
+    shown = NOTHING_LEARNED.model_copy(update={"device": {memory: 1.2}, "work": {work: 0.5}})
     corrected = make_plan(job(precision=plan.precision, compile="off", offload="model"), gpu(60), TABLE, shown)
 
     assert corrected.predicted["denoise"].device_bytes == int(plan.predicted["denoise"].device_bytes * 1.2)
@@ -391,3 +395,89 @@ def test_a_refusal_names_only_what_was_asked_for() -> None:
         make_plan(job(precision="nf4", offload="leaf"), gpu(14.8), TABLE, NOTHING_LEARNED)
 
     assert len(refused.value.faults) == 1
+
+
+def test_a_slow_disk_slows_every_way_of_loading_and_not_the_ones_it_has_shown_alone() -> None:
+    """Else each untried precision looks fast, and a night tries them all."""
+    first = plan_of(job(), gpu(40))
+    slow = Calibration(load={load_key(first, "denoise"): 5.0})
+
+    assert make_plan(job(), gpu(40), TABLE, slow).precision == first.precision
+
+
+def test_what_is_pinned_already_is_taken_again_and_costs_nothing() -> None:
+    asked = {"precision": "bf16", "compile": "off", "offload": "partial"}
+    large = plan_of(job(width=1536, height=1536, **asked), gpu(14.8))
+    left = Pinned("flux-schnell", "transformer", "bf16", "bfloat16", large.streamed["transformer"])
+    alone, after = (plan_of(job(width=512, height=512, **asked), gpu(14.8), pinned=pinned) for pinned in (None, left))
+
+    assert alone.streamed["transformer"] != large.streamed["transformer"]
+    assert (after.streamed, after.pinned_before) == (
+        large.streamed | {"text_encoder_2": after.streamed["text_encoder_2"]},
+        True,
+    )
+    assert (after.seconds or 0) < (alone.seconds or 0)
+    assert after.predicted["denoise"].once_seconds == 0 < alone.predicted["denoise"].once_seconds
+
+
+def test_what_is_done_once_is_counted_once_for_many_jobs() -> None:
+    plan = plan_of(job(), gpu(14.8), waiting=100)
+    once = plan.predicted["denoise"].once_seconds
+
+    assert once > 10
+    assert plan.seconds_of(100) == pytest.approx(100 * ((plan.seconds or 0) - once) + once)
+
+
+def test_tiles_are_a_last_resort_however_fast_they_look() -> None:
+    """They change pixels; a machine that once decoded slowly must not change what comes out."""
+    whole = plan_of(job(), gpu(40))
+    shown = Calibration(work={work_key(whole, "decode"): 50.0, "flux-schnell/decode/tiled": 0.01})
+
+    assert not make_plan(job(), gpu(40), TABLE, shown).vae_tiling
+
+
+def test_smaller_tiles_follow_larger_ones() -> None:
+    first = plan_of(job(vae_tiling="on"), gpu(40))
+    over = Overrun(phase="decode", memory="device", rung=first.rung,
+                   predicted_bytes=first.predicted["decode"].device_bytes)  # fmt: skip
+    after = plan_of(job(vae_tiling="on"), gpu(40), overruns=(over,))
+
+    assert (first.vae_tile_pixels, after.vae_tile_pixels) == (512, 256)
+
+
+@pytest.mark.parametrize("phase", ["encode", "denoise", "decode"])
+def test_each_phase_of_the_cpu_has_a_smaller_way_after_memory_ran_out(phase: Any) -> None:
+    spec = job(model="tiny-flux-schnell")
+    first = plan_of(spec, CPU)
+    over = Overrun(phase=phase, memory="host", rung=first.rung, predicted_bytes=first.predicted[phase].host_bytes)
+    after = plan_of(spec, CPU, overruns=(over,))
+
+    assert after.rung != first.rung
+    assert after.predicted[phase].host_bytes < first.predicted[phase].host_bytes
+    assert (after.precision, after.dtype, after.device) == (first.precision, first.dtype, first.device)
+
+
+def test_known_embeddings_load_no_text_encoder() -> None:
+    plan = plan_of(job(), gpu(14.8))
+    known = with_known_embeddings(plan)
+
+    assert known.embeddings_known
+    assert known.predicted["encode"].device_bytes == footprint.CONTEXT_BYTES
+    assert known.seconds == pytest.approx((plan.seconds or 0) - (plan.predicted["encode"].seconds or 0), abs=0.02)
+
+
+def test_a_night_that_quantises_in_every_job_is_told_how_to_do_it_once() -> None:
+    asked = job(precision="nf4")
+    made = ("flux-schnell/nf4/transformer",)
+
+    assert any(
+        "models prepare flux-schnell --precision nf4" in said for said in plan_of(asked, gpu(14.8), waiting=9).warnings
+    )
+    assert plan_of(asked, gpu(14.8), waiting=1).warnings == ()
+    assert plan_of(asked, gpu(14.8, prepared=made), waiting=9).warnings == ()
+
+
+def test_the_page_of_plans_says_what_the_planner_says() -> None:
+    written = (Path(__file__).parents[2] / "docs/plans.md").read_text(encoding="utf-8")
+
+    assert written == plandoc.document(), "make docs"

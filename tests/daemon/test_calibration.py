@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from safelight import models
-from safelight.calibration import NOTHING_LEARNED, Calibration, key, memory_key
+from safelight import models, pace
+from safelight.calibration import NOTHING_LEARNED, PIN, Calibration, load_key, memory_key, work_key
 from safelight.machine import GIB, Machine
 from safelight.plan import Overrun, Plan
-from safelight.planner import make_plan
+from safelight.planner import make_plan, with_known_embeddings
 from safelight.receipt import PhaseRecord, Receipt
+from safelight.rung import Circumstances
 from safelightd import calibration
 from tests.integration.making import image_spec
 
@@ -29,14 +30,27 @@ def plan(learned: Calibration = NOTHING_LEARNED) -> Plan:
 
 
 def receipt(of: Plan, slower: float = 1.0, larger: float = 1.0, state: str = "done") -> Receipt:
-    """A job that took `slower` times the seconds of `of`, and `larger` times its GPU memory."""
-    records = {
-        phase: PhaseRecord(seconds=(found.seconds or 0) * slower, device_peak_bytes=int(found.device_bytes * larger))
-        for phase, found in of.predicted.items()
-    }
+    """A job that took `slower` times the seconds of the shipped figures, and `larger` times the GPU memory of `of`."""
+    records = {}
+    for phase, found in of.predicted.items():
+        told = found.shipped
+        assert told is not None
+        load = told.load_seconds + told.pin_seconds
+        work = pace.overlapped(told.compute_seconds, told.copy_seconds)
+        steps = SPEC.num_inference_steps if phase == "denoise" else 1
+        first = told.compile_seconds + work / steps
+        records[phase] = PhaseRecord(
+            seconds=(load + told.compile_seconds + work) * slower,
+            load_seconds=None if phase == "encode" else load * slower,
+            first_step_seconds=None if phase == "encode" else first * slower,
+            device_peak_bytes=int(found.device_bytes * larger),
+        )
+    told = of.predicted["denoise"].shipped
+    assert told is not None
+    each = pace.overlapped(told.compute_seconds, told.copy_seconds) / SPEC.num_inference_steps
     return Receipt.model_validate(
         {"id": "a", "state": state, "spec": SPEC, "plan": of, "phases": records,
-         "seconds_per_step": (of.seconds_per_step or 0) * slower, "finished_at": "2026-11-22T12:00:00+00:00"}
+         "seconds_per_step": each * slower, "finished_at": "2026-11-22T12:00:00+00:00"}
     )  # fmt: skip
 
 
@@ -50,11 +64,10 @@ def test_after_one_job_its_like_are_predicted_right() -> None:
 
 def test_further_jobs_correct_half_of_what_is_left() -> None:
     learned = calibration.learned(NOTHING_LEARNED, receipt(plan(), slower=3.0))
-    name = key(plan(), "decode")
-    before = learned.seconds[name]
-    after = calibration.learned(learned, receipt(plan(learned), slower=2.0)).seconds[name]
+    name = work_key(plan(), "decode")
+    after = calibration.learned(learned, receipt(plan(learned), slower=2.0))
 
-    assert after == pytest.approx(1.5 * before, rel=0.01)
+    assert (learned.work[name], after.work[name]) == (pytest.approx(3.0), pytest.approx(2.5))
 
 
 def test_more_memory_than_predicted_is_predicted_the_next_time_and_less_is_not_relied_on() -> None:
@@ -97,7 +110,7 @@ def test_memory_that_others_took_is_not_counted_on_and_slowly_forgotten() -> Non
     left = first.predicted["denoise"].device_bytes // 2
     smaller = make_plan(SPEC, MACHINE, TABLE, after)
     later = after
-    for _ in range(12):
+    for _ in range(30):
         later = calibration.learned(later, receipt(first).model_copy(update={"machine": MACHINE}))
 
     assert after.room_bytes == left
@@ -124,3 +137,82 @@ def test_a_damaged_or_older_file_is_learned_again_and_fails_no_job(
         assert calibration.load(tmp_path) == NOTHING_LEARNED
 
     assert "calibration.damaged" in caplog.text
+
+
+STREAMING = SPEC.model_copy(update={"precision": "bf16", "offload": "partial", "compile": "off"})
+
+
+def streaming(learned: Calibration = NOTHING_LEARNED, **machine: object) -> Plan:
+    small = MACHINE.model_copy(update={"vram_free_bytes": 12 * GIB, **machine})
+    return make_plan(STREAMING, small, TABLE, learned, Circumstances(waiting=100))
+
+
+def test_a_slow_link_is_told_from_a_slow_card() -> None:
+    """A step that waits for the link says nothing of how fast the card is, and the other way round."""
+    first = streaming(link_bytes_per_second=5_000_000_000)
+    slow_link = calibration.learned(NOTHING_LEARNED, receipt(first, slower=2.0))
+    slow_card = calibration.learned(NOTHING_LEARNED, receipt(plan(), slower=2.0))
+
+    assert first.streamed_from == "pinned"
+    assert slow_link.link["pinned"] > 2
+    assert work_key(first, "denoise") not in slow_link.work
+    assert slow_card.link == {}
+    assert slow_card.work[work_key(plan(), "denoise")] == pytest.approx(2.0)
+
+
+def test_slow_pinning_is_told_from_slow_reading_once_reading_is_known() -> None:
+    read = calibration.learned(NOTHING_LEARNED, receipt(plan(), slower=1.0))
+    first = streaming(read)
+    slow = receipt(first)
+    record = slow.phases["denoise"]
+    told = first.predicted["denoise"].shipped
+    assert told is not None
+    assert told.pin_seconds > 0
+    longer = record.model_copy(update={"seconds": record.seconds + told.pin_seconds})
+    after = calibration.learned(read, slow.model_copy(update={"phases": {**slow.phases, "denoise": longer}}))
+
+    assert after.pin[PIN] == pytest.approx(2.0, rel=0.01)
+    assert after.load[load_key(first, "denoise")] == pytest.approx(1.0)
+
+
+def test_compiling_is_no_part_of_a_step() -> None:
+    night = make_plan(SPEC, MACHINE.model_copy(update={"compiler": True}), TABLE, NOTHING_LEARNED, Circumstances(100))
+    after = calibration.learned(NOTHING_LEARNED, receipt(night, slower=1.5))
+
+    assert night.compiled
+    assert after.compile[work_key(night, "denoise")] == pytest.approx(1.5)
+    assert after.work[work_key(night, "denoise")] == pytest.approx(1.5, rel=0.01)
+
+
+def test_a_way_that_has_not_run_is_taken_to_be_as_slow_as_others_and_then_known_by_itself() -> None:
+    """What others have shown is no part of what a first job of a kind shows."""
+    slow = calibration.learned(NOTHING_LEARNED, receipt(plan(), slower=4.0))
+    other = SPEC.model_copy(update={"precision": "nf4", "compile": "off"})
+    first = make_plan(other, MACHINE, TABLE, slow)
+    after = calibration.learned(slow, receipt(first, slower=4.0))
+
+    assert after.load[load_key(first, "denoise")] == pytest.approx(4.0)
+    assert make_plan(other, MACHINE, TABLE, after).seconds == pytest.approx(first.seconds, rel=0.01)
+
+
+def test_encoding_that_did_not_happen_teaches_nothing() -> None:
+    known = with_known_embeddings(plan())
+    after = calibration.learned(NOTHING_LEARNED, receipt(plan()).model_copy(update={"plan": known}))
+
+    assert not any("/encode/" in name for name in after.load)
+
+
+def test_an_engine_that_the_kernel_ended_makes_the_next_plans_smaller_and_is_slowly_forgotten() -> None:
+    first = streaming()
+    held = first.predicted["denoise"].host_bytes
+    over = Overrun(phase="denoise", memory="host", rung=first.rung, predicted_bytes=held)
+    after = calibration.overran(NOTHING_LEARNED, over, first)
+    smaller = streaming(after)
+    later = after
+    for _ in range(30):
+        later = calibration.learned(later, receipt(smaller).model_copy(update={"machine": MACHINE}))
+
+    assert after.host_room_bytes is not None
+    assert after.host_room_bytes < held
+    assert smaller.predicted["denoise"].host_bytes <= after.host_room_bytes
+    assert later.host_room_bytes is None

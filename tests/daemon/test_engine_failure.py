@@ -48,6 +48,8 @@ class Held:
 
     def reset(self) -> None: ...
 
+    def settle(self) -> None: ...
+
     def peaks(self) -> tuple[int, int]:
         return 14 * GIB, 3 * GIB
 

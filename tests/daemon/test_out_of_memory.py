@@ -374,6 +374,8 @@ def test_jobs_alike_are_counted_among_the_next_of_the_line_only(installation: In
 class NoMeter:
     def reset(self) -> None: ...
 
+    def settle(self) -> None: ...
+
     def peaks(self) -> tuple[int, int]:
         return 3, 2
 
@@ -410,21 +412,36 @@ def starving(installation: Installation, queue: JobQueue, tmp_path: Path) -> Ite
         running.kill()
 
 
-def test_the_engine_ends_after_running_out_and_a_fresh_one_says_where_no_smaller_way_is(
+@pytest.mark.parametrize("phase", ["encode", "denoise", "decode"])
+def test_memory_that_runs_out_in_any_phase_ends_in_one_output_from_a_fresh_engine_on_a_smaller_rung(
+    starving: Callable[[str, int], Running], phase: str
+) -> None:
+    worker = starving(phase, 1)
+    spec, next_one = worker.submit("a fox", "an owl")
+    worker.all_in([spec, next_one], "done", timeout_s=100)
+    receipt, after = receipt_of(worker, spec), receipt_of(worker, next_one)
+
+    assert receipt.plan is not None
+    assert after.plan is not None
+    assert [(overrun.phase, overrun.memory) for overrun in receipt.overruns] == [(phase, "host")]
+    assert receipt.overruns[0].reached_bytes > 2 << 30
+    assert receipt.plan.rung != receipt.overruns[0].rung
+    assert (receipt.attempts, len(receipt.outputs)) == (2, 1)
+    assert (receipt.spec.seed, receipt.spec.num_inference_steps) == (spec.seed, spec.num_inference_steps)
+    assert (after.attempts, after.overruns, after.plan.rung) == (1, (), receipt.plan.rung)
+
+
+def test_memory_that_runs_out_on_every_rung_fails_the_job_with_what_it_needs(
     starving: Callable[[str, int], Running],
 ) -> None:
-    """A tiny VAE has none: its pictures are smaller than a tile."""
-    worker = starving("decode", 1)
-    spec, next_one = worker.submit("a fox", "an owl")
+    worker = starving("decode", 2)
+    (spec,) = worker.submit("a fox")
     worker.all_in([spec], "failed", timeout_s=100)
-    worker.all_in([next_one], "done", timeout_s=100)
     receipt = receipt_of(worker, spec)
 
-    assert [(overrun.phase, overrun.memory) for overrun in receipt.overruns] == [("decode", "host")]
-    assert receipt.overruns[0].reached_bytes > 2 << 30
-    assert (receipt.attempts, receipt.phase) == (2, "plan")
+    assert len(receipt.overruns) == 2
+    assert (receipt.attempts, receipt.phase) == (3, "plan")
     assert "decode of tiny-flux-schnell at 64x64 needs" in (receipt.error or "")
-    assert receipt_of(worker, next_one).attempts == 1
 
 
 def test_a_broken_result_fails_at_once_with_its_reason_where_there_is_one_precision(

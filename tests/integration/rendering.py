@@ -45,6 +45,8 @@ class NoMeter:
 
     def reset(self) -> None: ...
 
+    def settle(self) -> None: ...
+
     def peaks(self) -> tuple[int, int]:
         return 0, 0
 
@@ -179,7 +181,7 @@ def stock_answer(run: Run, *, tiled: bool = False) -> tuple[torch.Tensor, list[F
     """Return the stock pipeline's latents and frames for the run's job."""
     pipe = stock_pipeline(run)
     if tiled:
-        run.family.tile(pipe.vae)  # type: ignore[attr-defined]  # not every family need have it
+        run.family.tile(pipe.vae, run.plan.vae_tile_pixels)  # type: ignore[attr-defined]  # not every family need have it
     latents = stock(run, pipe, "latent")
     pictures = stock(run, pipe, "pil")
     if run.spec.kind == "video":

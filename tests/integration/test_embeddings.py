@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +13,19 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from safelight.machine import GIB
 from safelight.models import ModelFacts
 from safelight.plan import Plan
-from safelightd import embeddings
+from safelightd import embeddings, runjob
+from safelightd.assembly import PinnedSet
 from safelightd.embeddings import Cache, Keys
-from safelightd.loading import model_folder
-from tests.integration.rendering import MODELS, Run, spec_for
+from safelightd.loading import Loader, model_folder
+from safelightd.progress import Watch
+from tests.conftest import Installation
+from tests.daemon.test_worker import specs_of
+from tests.integration.rendering import MODELS, NoMeter, Run, spec_for
 
 GPU = "NVIDIA GeForce RTX 4090 Laptop GPU"
 
@@ -71,12 +77,12 @@ def test_what_was_encoded_once_gives_the_same_picture_without_text_encoders(
 ) -> None:
     run = Run(spec_for(**fields), tiny_models_folder)
     made = run.encode()
-    assert not cache.has(keys_of(run))
+    assert not keys_of(run).are_all_in(cache.get(keys_of(run)))
     cache.put(keys_of(run), made)
 
     known = cache.get(keys_of(run))
 
-    assert cache.has(keys_of(run))
+    assert keys_of(run).are_all_in(known)
     without = _without_text_encoders(run, tmp_path)
     read = without.family.encode(without.spec, without.plan, without.loader, without.watch, None, known)
     for field in dataclasses.fields(made):
@@ -105,7 +111,7 @@ def test_clips_share_what_their_negative_prompt_makes(tiny_models_folder: Path, 
     known = cache.get(keys_of(second))
 
     assert list(known) == ["negative_prompt_embeds"]
-    assert not cache.has(keys_of(second))
+    assert not keys_of(second).are_all_in(known)
     made = second.family.encode(second.spec, second.plan, second.loader, second.watch, None, known)
     whole = second.encode()
     assert torch.equal(whole.prompt_embeds, made.prompt_embeds)
@@ -237,7 +243,7 @@ def test_the_least_recently_used_leave_first(tmp_path: Path) -> None:
 
     cache.put(key(4), of(4.0))
 
-    assert [cache.has(key(number)) for number in (1, 2, 3, 4)] == [True, False, True, True]
+    assert [bool(cache.get(key(number))) for number in (1, 2, 3, 4)] == [True, False, True, True]
 
 
 def _make_old(tmp_path: Path, number: int, age_s: float) -> None:
@@ -257,7 +263,6 @@ def test_a_limit_of_nothing_reads_nothing_and_removes_what_was_kept(cache: Cache
     cache.put(key(1), of(1.0))
     off = Cache(tmp_path / "embeddings", 0)
 
-    assert not off.has(key(1))
     assert off.get(key(1)) == {}
     off.put(key(2), of(2.0))
     assert files(tmp_path) == []
@@ -314,3 +319,31 @@ def test_what_a_killed_process_left_unfinished_goes_after_an_hour(cache: Cache, 
 
     assert not old.exists()
     assert young.exists()
+
+
+def test_a_second_job_of_a_prompt_loads_no_text_encoder_and_gives_the_same_picture(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = runjob.Setting(
+        installation.config, installation.models, installation.ledger, PinnedSet(0),
+        Cache(installation.paths.embeddings, 1 * GIB),
+    )  # fmt: skip
+    loaded: list[str] = []
+    component = Loader.component
+
+    def noted(self: Loader, name: str, device: Any) -> Any:
+        loaded.append(name)
+        return component(self, name, device)
+
+    monkeypatch.setattr(Loader, "component", noted)
+    plans, pictures = [], []
+    for spec in specs_of(installation, ["a fox", "a fox"]):
+        same = spec.model_copy(update={"seed": 7})
+        watch = Watch(lambda _told: None, threading.Event(), NoMeter())
+        receipt = runjob.run_job(same, 1, setting, watch)
+        plans.append(receipt.plan)
+        pictures.append(Image.open(installation.paths.outbox / receipt.outputs[0].path).convert("RGB").tobytes())
+
+    assert [plan is not None and plan.embeddings_known for plan in plans] == [False, True]
+    assert loaded == ["text_encoder", "text_encoder_2", "transformer", "vae", "transformer", "vae"]
+    assert pictures[0] == pictures[1]

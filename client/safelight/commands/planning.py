@@ -191,7 +191,7 @@ SHAPE_FIELDS = ("model", "kind", "width", "height", "num_frames", "num_inference
 
 def _seconds(found: list[Forecast]) -> float | None:
     """Return the time of all jobs, None as soon as one of them has no estimate."""
-    known = [shape.plan.seconds * shape.jobs for shape in found if shape.plan and shape.plan.seconds is not None]
+    known = [seconds for shape in found if shape.plan and (seconds := shape.plan.seconds_of(shape.jobs)) is not None]
     return round(sum(known), 1) if len(known) == len(found) else None
 
 

@@ -49,19 +49,20 @@ def measure(queue: JobQueue, models: Models) -> Waiting:
         if expected is None:
             unknown += count
         else:
-            seconds += count * expected
+            seconds += expected
     return Waiting(jobs, seconds, unknown)
 
 
 def _seconds(spec: JobSpec, machine: Machine, models: Models, calibration: Calibration, waiting: int) -> float | None:
-    """Return what one such job takes; None where its model has not run here yet, or no way of running it fits."""
-    from safelight import ladder, planner
+    """Return what all such jobs take; None where their model has not run here yet, or no way of running it fits."""
+    from safelight import planner, rung
     from safelight.errors import InvalidJob
 
-    if not any(key.startswith(f"{spec.model}/") for key in calibration.seconds):
+    if not calibration.knows(spec.model):
         return None
     try:
-        return planner.make_plan(spec, machine, models, calibration, ladder.Circumstances(waiting=waiting)).seconds
+        around = rung.Circumstances(waiting=waiting)
+        return planner.make_plan(spec, machine, models, calibration, around).seconds_of(waiting)
     except InvalidJob:
         return None
 

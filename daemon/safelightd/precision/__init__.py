@@ -51,10 +51,12 @@ NO_NEWS: Mapping[str, str] = {
     "torchao.kernel.intmm": "Warning: Detected no triton",
     "torch.utils._pytree": "%s is an Enum subclass",
     "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
 }
 """By logger, how messages begin that say nothing to anybody here: kernels for other cards that are in torchao's wheel,
-what torchao still tells torch, the cast to float16 at each of thousands of products, a file format of diffusers'."""
+what torchao still tells torch, the cast to float16 at each of thousands of products, a faster CPU kernel that some CPUs
+could have fetched, a file format of diffusers'."""
 
 
 class Format(Protocol):

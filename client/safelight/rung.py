@@ -1,0 +1,84 @@
+"""One way to run one phase of a job, with what it takes; and what the planner knows besides job and machine. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from safelight import pace
+from safelight.plan import Dtype, Overrun, PhaseName, Precision, Shipped
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """The blocks that the job before has left in pinned RAM."""
+
+    model: str
+    component: str
+    precision: Precision
+    dtype: Dtype
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What the planner should know besides the job and the machine."""
+
+    waiting: int = 1
+    """Jobs of this shape that wait, this one included: what is compiled once serves them all."""
+    overruns: tuple[Overrun, ...] = ()
+    refused: tuple[str, ...] = ()
+    """Precisions whose result was refused."""
+    compiled_here: frozenset[str] = frozenset()
+    compiled_before: frozenset[str] = frozenset()
+    """Kinds, "family/precision", that this process has compiled, and those whose code is on disk."""
+    pinned: Pinned | None = None
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to run one phase."""
+
+    phase: PhaseName
+    words: str
+    device_bytes: int
+    host_bytes: int
+    load_seconds: float
+    """Until everything is in place, and until it has been given back."""
+    compute_seconds: float = 0.0
+    """All steps, or the decode. What is encoded is counted as loading: the weights pass once."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """The fields of the plan that say so."""
+    copy_seconds: float = 0.0
+    """What passes meanwhile, in all steps."""
+    steps: int = 1
+    pin_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    shipped: Shipped | None = None
+    """The seconds before they were corrected."""
+    last_resort: bool = False
+    """Taken only where nothing else fits, however fast it looks: it changes pixels, or reads again at every step what
+    there would be room for."""
+
+    @property
+    def work_seconds(self) -> float:
+        return pace.overlapped(self.compute_seconds, self.copy_seconds)
+
+    @property
+    def seconds(self) -> float:
+        return self.load_seconds + self.pin_seconds + self.compile_seconds + self.work_seconds
+
+    @property
+    def once_seconds(self) -> float:
+        """Of `seconds`, what later jobs of the shape will not take again."""
+        return self.pin_seconds + self.compile_seconds
+
+
+def decode_rung(tile: int, device_bytes: int, host_bytes: int, load_seconds: float, seconds: float) -> Rung:
+    """Return a way to decode: in tiles of this side, or 0 for whole, which takes so many seconds."""
+    if not tile:
+        return Rung("decode", "VAE whole", device_bytes, host_bytes, load_seconds, seconds, {"vae_tiling": False})
+    return Rung(
+        "decode", f"VAE in tiles of {tile}", device_bytes, host_bytes, load_seconds, seconds * pace.TILED_TIMES,
+        {"vae_tiling": True, "vae_tile_pixels": tile}, last_resort=True,
+    )  # fmt: skip

@@ -1,0 +1,64 @@
+"""Compiled blocks: one compilation of each kind of block serves every size and every block."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from safelightd import compiling
+from safelightd.loading import Loader, model_folder
+from tests.integration.rendering import MODELS, Run, spec_for
+
+SIZES = ((128, 128), (96, 64), (128, 96), (32, 48), (64, 64))
+"""The first has as many tokens as the model has channels: that must not be taken for a rule."""
+
+
+@pytest.fixture
+def compiled_kinds(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Counts what dynamo hands to its back end, which computes as torch does: inductor would take half a minute."""
+    seen: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        seen.append(1)
+        return graph
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
+    yield seen
+    torch._dynamo.reset()
+
+
+def test_each_kind_of_block_is_compiled_once_for_all_sizes_with_the_same_bits(
+    tiny_models_folder: Path, compiled_kinds: list[int]
+) -> None:
+    for width, height in SIZES:
+        latents = []
+        for compiled in (False, True):
+            run = Run(spec_for("tiny-flux-schnell", width=width, height=height), tiny_models_folder)
+            run.plan = run.plan.model_copy(update={"compiled": compiled})
+            facts = MODELS[run.spec.model]
+            run.loader = Loader(model_folder(facts, tiny_models_folder), run.plan, blocks=facts.blocks)
+            latents.append(run.latents())
+        assert torch.equal(*latents)
+
+    assert len(compiled_kinds) == 2  # double and single blocks
+
+
+def test_a_view_becomes_what_it_would_have_been_by_itself_in_the_same_memory() -> None:
+    joined = torch.arange(24.0).view(1, 6, 4)
+    part = joined[:, 2:]
+    plain = compiling._plain(part)
+
+    assert part._base is not None
+    assert plain._base is None
+    assert (plain.stride(), plain.data_ptr()) == ((16, 4, 1), part.data_ptr())
+    assert torch.equal(plain, part)
+
+
+@pytest.mark.parametrize("value", [None, 3, "x", torch.arange(6).view(2, 3).t()])
+def test_what_is_not_contiguous_or_no_tensor_stays_as_it_is(value: object) -> None:
+    assert compiling._plain(value) is value
