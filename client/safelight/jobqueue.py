@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import redis
+from pydantic import ValidationError
 
 from safelight.calibration import NOTHING_LEARNED, Calibration
 from safelight.errors import Fault, InvalidJob
@@ -407,5 +408,9 @@ class JobQueue:
         self.server.set("safelight:calibration", calibration.model_dump_json())
 
     def calibration(self) -> Calibration:
+        """Return what this machine has shown; nothing where an older version wrote it and no worker has since."""
         raw = cast("bytes | None", self.server.get("safelight:calibration"))
-        return Calibration.model_validate_json(raw) if raw else NOTHING_LEARNED
+        try:
+            return Calibration.model_validate_json(raw) if raw else NOTHING_LEARNED
+        except ValidationError:
+            return NOTHING_LEARNED

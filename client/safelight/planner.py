@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from safelight import calibration as learned
@@ -13,7 +13,7 @@ from safelight.errors import Fault, InvalidJob
 from safelight.jobspec import JobSpec
 from safelight.machine import GIB, Machine
 from safelight.models import ModelFacts, Models
-from safelight.plan import Overrun, PhaseName, PhasePrediction, Plan, Shipped
+from safelight.plan import PhaseName, PhasePrediction, Plan, Shipped
 from safelight.rung import Circumstances, Rung
 
 SMALLER = 0.9
@@ -125,17 +125,20 @@ def _plan(
     order: tuple[PhaseName, ...] = ("denoise", "encode", "decode")
     for phase in order:
         pinned = 0 if phase == "denoise" else _pinned(plan, facts)
-        limits = _limits(phase, machine, calibration, circumstances.overruns)
-        rungs = ladder.of_phase(phase, spec, facts, machine, circumstances, limits[0], plan, pinned, calibration)
+        limits = _limits(phase, machine, circumstances)
+        comfortable = _comfortable(limits, calibration)
+        rungs = ladder.of_phase(
+            phase, spec, facts, machine, circumstances, comfortable.device, plan, pinned, calibration
+        )
         corrected = [_corrected(rung, plan, calibration) for rung in rungs]
-        chosen = _fastest(corrected, limits, circumstances.waiting)
+        chosen = _fastest(corrected, limits, comfortable, circumstances.waiting)
         plan = _with(plan, chosen)
         predicted[phase] = _prediction(chosen)
         if phase == "denoise":
             plan = plan.model_copy(update={"seconds_per_step": round(chosen.work_seconds / chosen.steps, 4)})
         order_of = _order(circumstances.waiting)
         faster = [rung for rung in corrected if order_of(rung) < order_of(chosen)]
-        passed_over += _reasons(faster, limits)
+        passed_over += _reasons(faster, comfortable)
         warnings += _warnings(chosen, faster)
     warnings += _advice(plan, facts, circumstances.waiting)
     ordered = {phase: predicted[phase] for phase in PHASES}
@@ -222,19 +225,38 @@ def _shipped(rung: Rung) -> Shipped:
     )
 
 
-def _limits(
-    phase: PhaseName, machine: Machine, calibration: Calibration, overruns: Sequence[Overrun]
-) -> tuple[int, int]:
-    """Return what the phase may take of the device and of RAM."""
+@dataclass(frozen=True)
+class _Limits:
+    """What a phase may take, in bytes."""
+
+    device: int
+    host: int
+
+    def holds(self, rung: Rung) -> bool:
+        return (rung.device_bytes == 0 or rung.device_bytes <= self.device) and rung.host_bytes <= self.host
+
+    def excess(self, rung: Rung) -> float:
+        """Return how many times over these limits a rung is, by the worse of the two."""
+        return max(rung.device_bytes / max(self.device, 1), rung.host_bytes / max(self.host, 1))
+
+
+def _limits(phase: PhaseName, machine: Machine, circumstances: Circumstances) -> _Limits:
+    """Return what the phase may take at most: what is free, and less than what this job has run out with."""
     device, host = machine.vram_free_bytes, machine.ram_available_bytes
-    device = min(device, calibration.room_bytes or device)
-    host = min(host, calibration.host_room_bytes or host)
-    for overrun in overruns:
+    for overrun in circumstances.overruns:
         if overrun.phase == phase and overrun.memory == "device":
             device = min(device, smaller_than(overrun.predicted_bytes, footprint.CONTEXT_BYTES))
         if overrun.phase == phase and overrun.memory == "host":
             host = min(host, smaller_than(overrun.predicted_bytes, footprint.HOST_BYTES[machine.device]))
-    return device, host
+    return _Limits(device, host)
+
+
+def _comfortable(limits: _Limits, calibration: Calibration) -> _Limits:
+    """Return what is wise to take after other programs took memory in the middle of jobs."""
+    return _Limits(
+        min(limits.device, calibration.room_bytes or limits.device),
+        min(limits.host, calibration.host_room_bytes or limits.host),
+    )
 
 
 def smaller_than(predicted_bytes: int, base_bytes: int) -> int:
@@ -247,32 +269,27 @@ def _order(waiting: int) -> Callable[[Rung], tuple[bool, float]]:
     return lambda rung: (rung.last_resort, rung.seconds - rung.once_seconds * (1 - 1 / max(waiting, 1)))
 
 
-def _fastest(rungs: Sequence[Rung], limits: tuple[int, int], waiting: int) -> Rung:
-    """Return the fastest rung within the limits.
+def _fastest(rungs: Sequence[Rung], limits: _Limits, comfortable: _Limits, waiting: int) -> Rung:
+    """Return the fastest rung that is comfortable; where none is, the one that is nearest to it within the limits: what
+    others once took may be free again, and is no reason to refuse a job.
 
     Raises:
-        _Lacking: there is none.
+        _Lacking: none is within the limits.
     """
-    device, host = limits
-    fitting = [rung for rung in rungs if _fits(rung, limits)]
-    if fitting:
+    if fitting := [rung for rung in rungs if comfortable.holds(rung)]:
         return min(fitting, key=_order(waiting))
-    on_device = [rung for rung in rungs if rung.device_bytes <= device or rung.device_bytes == 0]
-    if on_device:
+    if tight := [rung for rung in rungs if limits.holds(rung)]:
+        return min(tight, key=comfortable.excess)
+    if on_device := [rung for rung in rungs if rung.device_bytes <= limits.device or rung.device_bytes == 0]:
         least = min(on_device, key=lambda rung: rung.host_bytes)
-        raise _Lacking(least, "RAM", least.host_bytes, host)
+        raise _Lacking(least, "RAM", least.host_bytes, limits.host)
     least = min(rungs, key=lambda rung: rung.device_bytes)
-    raise _Lacking(least, "GPU memory", least.device_bytes, device)
+    raise _Lacking(least, "GPU memory", least.device_bytes, limits.device)
 
 
-def _fits(rung: Rung, limits: tuple[int, int]) -> bool:
-    device, host = limits
-    return (rung.device_bytes == 0 or rung.device_bytes <= device) and rung.host_bytes <= host
-
-
-def _reasons(faster: Iterable[Rung], limits: tuple[int, int]) -> list[str]:
+def _reasons(faster: Iterable[Rung], limits: _Limits) -> list[str]:
     """Say of the fastest rungs that were not taken what they need."""
-    device, host = limits
+    device, host = limits.device, limits.host
     found = []
     for rung in sorted(faster, key=lambda rung: rung.seconds)[:PASSED_OVER_MAX]:
         if rung.device_bytes > device:

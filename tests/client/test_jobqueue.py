@@ -471,13 +471,17 @@ def test_a_submission_a_retry_and_a_lifted_hold_wake_every_worker(queue: JobQueu
 
 
 def test_what_this_machine_has_shown_is_there_for_clients(queue: JobQueue) -> None:
-    shown = Calibration(seconds={"flux-dev/decode/whole": 0.5}, room_bytes=7)
+    shown = Calibration(work={"flux-dev/decode/whole": 0.5}, room_bytes=7)
 
     assert queue.calibration() == NOTHING_LEARNED
 
     queue.set_calibration(shown)
 
     assert shown == queue.calibration()
+
+    queue.server.set("safelight:calibration", b'{"v":2,"seconds":{"flux-dev/decode/whole":0.5}}')
+
+    assert queue.calibration() == NOTHING_LEARNED  # an older version's, until a worker writes its own
 
 
 # -- the server --------------------------------------------------------------------------------------------------------

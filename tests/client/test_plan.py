@@ -481,3 +481,16 @@ def test_the_page_of_plans_says_what_the_planner_says() -> None:
     written = (Path(__file__).parents[2] / "docs/plans.md").read_text(encoding="utf-8")
 
     assert written == plandoc.document(), "make docs"
+
+
+@pytest.mark.parametrize("memory", ["room_bytes", "host_room_bytes"])
+def test_memory_that_others_once_took_makes_plans_small_and_refuses_no_job(memory: str) -> None:
+    """It may be free again: a hundred jobs must not fail for one browser tab of the evening."""
+    crowded = Calibration.model_validate({memory: GIB // 10})
+    plan = make_plan(job(), gpu(14.8), TABLE, crowded)
+    usual = plan_of(job(), gpu(14.8))
+    of = "device_bytes" if memory == "room_bytes" else "host_bytes"
+
+    assert getattr(plan.predicted["denoise"], of) < getattr(usual.predicted["denoise"], of)
+    with pytest.raises(DoesNotFit):
+        plan_of(job(offload="model", precision="bf16"), gpu(14.8))

@@ -212,7 +212,12 @@ def test_watch_in_a_terminal_draws_and_ends_with_its_jobs(installation: Installa
 def test_status_says_when_all_will_be_done(safelight: Safelight, queue: JobQueue) -> None:
     safelight("add", "a red fox", "-n", "3", "--steps", "2")
     safelight("add", "a red fox", "--model", "tiny-flux-dev")
-    shown = Calibration(seconds={"tiny-flux-schnell/decode/whole": 100.0})
+    shown = Calibration(
+        load={
+            "tiny-flux-schnell/encode/float32 on cpu": 1.0, "tiny-flux-schnell/denoise/fp32": 1.0,
+            "tiny-flux-schnell/decode": 100.0,
+        }
+    )  # fmt: skip
     queue.set_calibration(shown)
     queue.publish_worker(WORKER, 60, device="cpu", machine=CPU.model_dump_json(), engine="idle")
 
