@@ -104,7 +104,7 @@ def _is_learned(place: Place, spec: JobSpec, waiting: int) -> bool:
     around = runjob.now(Circumstances(waiting=waiting), place.setting.pinned)
     plan = make_plan(spec, probe.read_machine(place.config), place.models, known, around)
     return (
-        all(load_key(plan, phase) in known.load for phase in PHASES)
+        all(load_key(plan, phase) in known.load for phase in ("encode", "denoise"))
         and all(work_key(plan, phase) in known.work for phase in ("denoise", "decode"))
         and not compiles(plan)
     )

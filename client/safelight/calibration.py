@@ -65,7 +65,7 @@ def load_key(plan: Plan, phase: PhaseName) -> str:
         case "denoise":
             return f"{plan.model}/denoise/{plan.precision}{_made(plan, 'transformer')}"
         case "decode":
-            return f"{plan.model}/decode"
+            return work_key(plan, phase)
 
 
 def _made(plan: Plan, component: str) -> str:

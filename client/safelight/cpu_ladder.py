@@ -76,7 +76,7 @@ def _decode(spec: JobSpec, facts: ModelFacts) -> Iterator[Rung]:
     clip = frames * footprint.TILED_BYTES_PER_PIXEL_AND_FRAME * 2  # what is joined, whole or not
     for tile in footprint.tiles(spec, facts):
         host = HOST + vae + clip + footprint.decode_bytes(spec, facts, tile, WIDTH)
-        yield decode_rung(tile, 0, host, SETUP_SECONDS, frames * DECODE_SECONDS_PER_PIXEL)
+        yield decode_rung(tile, 0, host, SETUP_SECONDS + frames * DECODE_SECONDS_PER_PIXEL)
 
 
 def _spared(of: Sequence[int]) -> int:

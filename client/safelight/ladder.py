@@ -285,11 +285,11 @@ def decode_rungs(spec: JobSpec, facts: ModelFacts, machine: Machine, dtype: Dtyp
     frames = spec.width * spec.height * (spec.num_frames or 1)
     host = footprint.HOST_BYTES["cuda"] + held + 12 * frames
     seconds = frames / (pace.DECODE_PIXELS_PER_FLOP[facts.family] * pace.flops_per_second(machine))
-    seconds += pace.FRAME_SECONDS + frames * pace.WRITE_SECONDS_PER_PIXEL
+    seconds += pace.VAE_SECONDS + frames * pace.WRITE_SECONDS_PER_PIXEL
     base = footprint.CONTEXT_BYTES + weights + footprint.SLACK_BYTES
     for tile in footprint.tiles(spec, facts):
         device = base + footprint.decode_bytes(spec, facts, tile, width)
-        yield decode_rung(tile, device, host, pace.VAE_SETUP_SECONDS, seconds)
+        yield decode_rung(tile, device, host, seconds)
 
 
 def of_phase(

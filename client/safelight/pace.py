@@ -77,9 +77,8 @@ LOW_CPU_RATE = 0.38
 SETUP_SECONDS = 0.4
 """A component's modules without their weights, and giving them back."""
 
-VAE_SETUP_SECONDS = 0.1
-FRAME_SECONDS = 0.15
-"""Giving the VAE back, and the file to the disk."""
+VAE_SECONDS = 0.25
+"""Loading the VAE, giving it back, and the file to the disk."""
 
 WRITE_SECONDS_PER_PIXEL = 0.4e-6
 """A frame's way from the GPU into a PNG or the MP4 encoder, on one core."""

@@ -74,11 +74,11 @@ class Rung:
         return self.pin_seconds + self.compile_seconds
 
 
-def decode_rung(tile: int, device_bytes: int, host_bytes: int, load_seconds: float, seconds: float) -> Rung:
-    """Return a way to decode: in tiles of this side, or 0 for whole, which takes so many seconds."""
+def decode_rung(tile: int, device_bytes: int, host_bytes: int, seconds: float) -> Rung:
+    """Return a way to decode: in tiles of this side, or 0 for whole, which takes so many seconds, loading included."""
     if not tile:
-        return Rung("decode", "VAE whole", device_bytes, host_bytes, load_seconds, seconds, {"vae_tiling": False})
+        return Rung("decode", "VAE whole", device_bytes, host_bytes, 0.0, seconds, {"vae_tiling": False})
     return Rung(
-        "decode", f"VAE in tiles of {tile}", device_bytes, host_bytes, load_seconds, seconds * pace.TILED_TIMES,
+        "decode", f"VAE in tiles of {tile}", device_bytes, host_bytes, 0.0, seconds * pace.TILED_TIMES,
         {"vae_tiling": True, "vae_tile_pixels": tile}, last_resort=True,
     )  # fmt: skip

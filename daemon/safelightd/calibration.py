@@ -107,11 +107,11 @@ class _Seconds:
 
 
 def _took(phase: PhaseName, receipt: Receipt, record: PhaseRecord, told: Shipped) -> _Seconds:
-    load, first = record.load_seconds, record.first_step_seconds
-    if load is None or first is None:
-        return _Seconds(record.seconds)
     if phase == "decode":
-        return _Seconds(load, work=record.seconds - load)  # writing the file grows with the pixels, too
+        return _Seconds(0.0, work=record.seconds)  # the VAE is small, and writing the file grows with the pixels
+    first = record.first_step_seconds
+    if first is None:
+        return _Seconds(record.seconds)
     steps = receipt.spec.num_inference_steps
     if steps == 1:
         return _Seconds(record.seconds - first, work=0.0 if told.compile_seconds else first)

@@ -213,10 +213,7 @@ def test_status_says_when_all_will_be_done(safelight: Safelight, queue: JobQueue
     safelight("add", "a red fox", "-n", "3", "--steps", "2")
     safelight("add", "a red fox", "--model", "tiny-flux-dev")
     shown = Calibration(
-        load={
-            "tiny-flux-schnell/encode/float32 on cpu": 1.0, "tiny-flux-schnell/denoise/fp32": 1.0,
-            "tiny-flux-schnell/decode": 100.0,
-        }
+        load={"tiny-flux-schnell/encode/float32 on cpu": 1.0}, work={"tiny-flux-schnell/decode/whole": 100.0}
     )  # fmt: skip
     queue.set_calibration(shown)
     queue.publish_worker(WORKER, 60, device="cpu", machine=CPU.model_dump_json(), engine="idle")

@@ -152,10 +152,7 @@ def test_dry_run_queues_nothing_and_says_what_it_would_take(
     safelight: Safelight, installation: Installation, queue: JobQueue
 ) -> None:
     shown = Calibration(
-        load={
-            "tiny-flux-schnell/encode/float32 on cpu": 1.0, "tiny-flux-schnell/denoise/fp32": 1.0,
-            "tiny-flux-schnell/decode": 100.0,
-        }
+        load={"tiny-flux-schnell/encode/float32 on cpu": 1.0}, work={"tiny-flux-schnell/decode/whole": 100.0}
     )  # fmt: skip
     queue.set_calibration(shown)
     queue.publish_worker(WORKER, 60, device="cpu", machine=CPU.model_dump_json(), engine="")
