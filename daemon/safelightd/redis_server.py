@@ -18,11 +18,21 @@ from safelight import durable, queueserver
 from safelight.config import Config
 from safelight.errors import BadConfig, QueueUnreachable, SafelightError
 from safelightd import linux, systemd
+from safelightd.logs import Log
 
 NAMES = ("valkey-server", "redis-server")
 
+APPEND_ONLY_FOLDER = "appendonlydir"
+"""The server's own name for it (its default `appenddirname`)."""
+
 DYING_S = 3.0
 """A killed server frees its memory before it lets go of its data: that must not end its successor for good."""
+
+
+KILLED = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
+"""Statuses of a server that somebody ended: they say nothing of its data."""
+
+log = Log("safelight.redis")
 
 
 def find_binary() -> Path:
@@ -101,12 +111,7 @@ def serve(config: Config) -> int:
     paths.socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = _lock(paths.redis)
     refuse_downgrade(paths.redis, *version)
-    server = subprocess.Popen(
-        command(binary, paths.socket, paths.redis),
-        stdout=sys.stderr,
-        pass_fds=[lock],  # held for as long as the server lives, also when this process is killed before it
-        preexec_fn=linux.die_with_parent(os.getpid()),
-    )
+    server = _started(binary, paths.socket, paths.redis, lock)
     asked_to_stop = False
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
@@ -116,12 +121,61 @@ def serve(config: Config) -> int:
 
     signal.signal(signal.SIGTERM, pass_on)
     signal.signal(signal.SIGINT, pass_on)
-    if _answers(config, server):
+    serves = _answers(config.url, server)
+    if (
+        not serves
+        and not asked_to_stop
+        and server.wait() not in KILLED
+        and _serves_without_data(paths.redis, binary, lock)
+    ):
+        aside = _set_aside(paths.redis)
+        log.error("queue.damaged", moved_to=aside, next="starting empty; the worker fills the queue from the ledger")
+        server = _started(binary, paths.socket, paths.redis, lock)
+        serves = _answers(config.url, server)
+    if serves:
         systemd.notify("READY=1", f"STATUS=Serving on {paths.socket}")
     status = server.wait()
     if asked_to_stop:
         return 0
     raise SafelightError(f"The queue server ended with status {status}; its log says why.")
+
+
+def _started(binary: Path, socket: Path, data: Path, lock: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command(binary, socket, data),
+        stdout=sys.stderr,
+        pass_fds=[lock],  # held for as long as the server lives, also when this process is killed before it
+        preexec_fn=linux.die_with_parent(os.getpid()),
+    )
+
+
+def _serves_without_data(data: Path, binary: Path, lock: int) -> bool:
+    """Whether the server that ended at once runs on an empty folder beside its data: then it was the data.
+
+    A full disk, a socket in use or a binary that does not run would end it there as well.
+    """
+    trial = data / "trial"
+    shutil.rmtree(trial, ignore_errors=True)
+    trial.mkdir()
+    socket = trial / "s"  # its own: nobody may take it for the queue
+    server = _started(binary, socket, trial, lock)
+    try:
+        return _answers(f"unix://{socket}", server)
+    finally:
+        server.kill()
+        server.wait()
+        shutil.rmtree(trial, ignore_errors=True)
+
+
+def _set_aside(data: Path) -> Path:
+    """Move what the server cannot read to a folder of its own; a person may still look into it."""
+    aside = data / f"damaged-{time.strftime('%Y%m%d-%H%M%S')}"
+    aside.mkdir()
+    for name in (APPEND_ONLY_FOLDER, "dump.rdb"):
+        if (data / name).exists():
+            (data / name).rename(aside / name)
+    durable.sync_folder(data)
+    return aside
 
 
 def _lock(data: Path) -> int:
@@ -137,12 +191,12 @@ def _lock(data: Path) -> int:
     return descriptor
 
 
-def _answers(config: Config, server: subprocess.Popen[bytes]) -> bool:
+def _answers(url: str, server: subprocess.Popen[bytes]) -> bool:
     """Wait until the server answers PING, or has ended: loading 100,000 jobs took 2 s (Valkey 9.1, 2 cores,
     2026-11-22)."""
     while server.poll() is None:
         try:
-            queueserver.connect(config.url, timeout_s=2.0, retries=0).close()
+            queueserver.connect(url, timeout_s=2.0, retries=0).close()
         except QueueUnreachable:
             time.sleep(0.02)  # the server has no way to tell us: PING until it answers
             continue

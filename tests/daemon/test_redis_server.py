@@ -252,3 +252,79 @@ def test_nothing_listens_on_the_network(start: Start, installation: Installation
 
     assert server_of(process).net_connections("inet") == []
     assert os.environ.get("NOTIFY_SOCKET") is None
+
+
+def filled(start: Start, installation: Installation) -> Path:
+    """Have a server write a hundred keys and end; return the file that it appended them to."""
+    process = start()
+    eventually(lambda: answers(installation))
+    server = queueserver.connect(installation.config.url)
+    for i in range(100):
+        server.set(f"key:{i}", "x" * 100)
+    server.close()
+    process.terminate()
+    process.communicate(timeout=20)
+    (file,) = (installation.paths.redis / "appendonlydir").glob("*.incr.aof")
+    return file
+
+
+def keys(installation: Installation) -> int:
+    server = queueserver.connect(installation.config.url)
+    found = server.dbsize()
+    server.close()
+    return int(found)
+
+
+def test_an_append_only_file_that_was_cut_is_served_up_to_the_cut(start: Start, installation: Installation) -> None:
+    file = filled(start, installation)
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size - 50)
+    start()
+    eventually(lambda: answers(installation))
+
+    assert keys(installation) == 99
+    assert list(installation.paths.redis.glob("damaged-*")) == []
+
+
+def test_data_that_the_server_cannot_read_is_set_aside_and_it_serves_all_the_same(
+    start: Start, installation: Installation
+) -> None:
+    """A night must not end for a flipped bit: the ledger fills an empty server."""
+    file = filled(start, installation)
+    content = bytearray(file.read_bytes())
+    content[2000:2100] = b"\x00" * 100
+    file.write_bytes(content)
+    process = start()
+    eventually(lambda: answers(installation), timeout_s=30)
+    (aside,) = installation.paths.redis.glob("damaged-*")
+
+    assert keys(installation) == 0
+    assert (aside / "appendonlydir" / file.name).read_bytes() == content
+    assert not (installation.paths.redis / "trial").exists()
+
+    process.terminate()
+    _, errors = process.communicate(timeout=20)
+
+    assert "queue.damaged" in errors
+    assert str(aside) in errors
+
+
+def test_a_server_that_does_not_run_at_all_touches_no_data(installation: Installation, tmp_path: Path) -> None:
+    """What the disk or the machine refuses would be refused without the data as well."""
+    data = installation.paths.redis
+    (data / "appendonlydir").mkdir(parents=True)
+    (data / "appendonlydir" / "mine").write_text("x")
+    broken = tmp_path / "valkey-server"
+    broken.write_text("#!/bin/sh\nif [ $1 = --version ]; then echo 'Valkey server v=9.1.2 sha=0'; exit 0; fi\nexit 1\n")
+    broken.chmod(0o755)
+    program = (
+        "import sys; from pathlib import Path; from safelight import config; from safelightd import redis_server\n"
+        f"redis_server.find_binary = lambda: Path({str(broken)!r})\n"
+        "redis_server.serve(config.load())"
+    )
+    env = {**installation.env, "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=60)
+
+    assert "ended with status 1" in done.stderr
+    assert (data / "appendonlydir" / "mine").read_text() == "x"
+    assert sorted(path.name for path in data.iterdir()) == ["appendonlydir", "server.json"]

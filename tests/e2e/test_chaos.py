@@ -21,6 +21,7 @@ from safelight.jobqueue import JobQueue
 from safelight.ledger import submission_of
 from safelight.receipt import Receipt
 from safelightd import verify
+from tests.cli_steps import runner
 from tests.conftest import Installation
 
 REPOSITORY = Path(__file__).parents[2]
@@ -200,3 +201,43 @@ def test_a_wiped_queue_and_a_stopped_daemon_lose_nothing(installation: Installat
         ("four", "done"), ("one", "done"), ("three", "done"), ("two", "done"),
     ]  # fmt: skip
     assert len([file for file in paths.outbox.rglob("*.png") if "latest" not in file.parts]) == 4
+
+
+def test_a_damaged_queue_goes_on_from_the_ledger_with_the_persons_pause_and_renders_nothing_twice(
+    installation: Installation,
+) -> None:
+    paths = installation.paths
+    paths.inbox.mkdir(parents=True)
+    safelight = runner(installation)
+    daemon = Daemon(installation)
+    try:
+        drop(paths.inbox, "night.txt", "one\ntwo\nthree\nfour\n")
+        deadline = time.monotonic() + 120
+        while not installation.ledger.ended():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        safelight("pause", "dinner")
+        assert daemon.stop() == 0
+        done_before = set(installation.ledger.ended())
+        (file,) = (paths.redis / "appendonlydir").glob("*.incr.aof")
+        content = bytearray(file.read_bytes())
+        content[len(content) // 3 : len(content) // 3 + 200] = b"\xff" * 200
+        file.write_bytes(content)
+        daemon = Daemon(installation)
+        while "dinner" not in safelight("status").stdout:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        still = set(installation.ledger.ended())
+        safelight("resume")
+        while len(installation.ledger.ended()) < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        ended = receipts(installation)
+    finally:
+        daemon.stop()
+
+    assert still == done_before
+    assert sorted(receipt.spec.prompt for receipt in ended) == ["four", "one", "three", "two"]
+    assert all(receipt.state == "done" for receipt in ended)
+    assert len([file for file in paths.outbox.rglob("*.png") if "latest" not in file.parts]) == 4
+    assert len(list(paths.redis.glob("damaged-*"))) == 1
