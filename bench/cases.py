@@ -15,7 +15,7 @@ from safelight.plan import Plan
 from safelight.planner import PHASES, make_plan
 from safelight.receipt import Receipt
 from safelight.rung import Circumstances
-from safelightd import calibration, probe, runjob
+from safelightd import calibration, device, probe, runjob
 
 SIZES = ("512x512", "768x768", "1024x1024", "1536x1024", "640x1152")
 LEARNED_AT = ("448x576", "704x832", "960x1088", "1472x1088", "704x1024")
@@ -102,7 +102,7 @@ def _is_learned(place: Place, spec: JobSpec, waiting: int) -> bool:
     """Whether this machine has run each phase in the way that the job's plan will."""
     known = calibration.load(place.config.paths.state)
     around = runjob.now(Circumstances(waiting=waiting), place.setting.pinned)
-    plan = make_plan(spec, probe.read_machine(place.config), place.models, known, around)
+    plan = make_plan(spec, probe.read_machine(place.config, device.own()), place.models, known, around)
     return (
         all(load_key(plan, phase) in known.load for phase in ("encode", "denoise"))
         and all(work_key(plan, phase) in known.work for phase in ("denoise", "decode"))

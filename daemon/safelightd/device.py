@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 
+from safelight import footprint
 from safelight.errors import NoUsableGpu
 from safelightd import loading
+from safelightd.probe import Own
 
 _libc = ctypes.CDLL(None)
 
@@ -36,7 +38,7 @@ class ProcessMeter:
     def peaks(self) -> tuple[int, int]:
         """Return peak bytes on the device and in RAM since `reset`."""
         device = torch.cuda.max_memory_reserved() + context_bytes() if torch.cuda.is_available() else 0
-        return device, _resident_peak_bytes()
+        return device, _status("VmHWM")
 
 
 def context_bytes() -> int:
@@ -69,9 +71,18 @@ def _used_by_this_process() -> int | None:
     return int(found[0]) if found and found[0] else None
 
 
-def _resident_peak_bytes() -> int:
+def own() -> Own:
+    """Return what this process holds between two jobs: the bare context, and RAM with what stays pinned."""
+    if not torch.cuda.is_initialized():
+        return Own(host_bytes=_status("RssAnon"))
+    held = _used_by_this_process()
+    # Where the driver cannot tell processes apart, what the predictions count for a context.
+    return Own(footprint.CONTEXT_BYTES if held is None else held, _status("RssAnon"))
+
+
+def _status(field: str) -> int:
     status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    line = next(line for line in status.splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024
 
 

@@ -135,11 +135,14 @@ class Engine:
 
     def _has_another(self, message: dict[str, Any], precision: str) -> bool:
         """Whether the job could run in a precision whose result has not been refused; a person's own word stands."""
+        from safelightd import device
+
         known = circumstances_of(message)
         around = replace(known, refused=(*known.refused, precision))
         learned = calibration.load(self._config.paths.state)
         try:
-            plan = make_plan(spec_of(message), probe.read_machine(self._config), self._models, learned, around)
+            machine = probe.read_machine(self._config, device.own())
+            plan = make_plan(spec_of(message), machine, self._models, learned, around)
         except InvalidJob:
             return False
         return plan.precision not in around.refused

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
@@ -52,14 +53,29 @@ LINK_SHARE = 0.85
 """Of that, what copies from pinned memory reach: 54.8 of 63.0 GB/s (H100, generation 5, 16 lanes, 2026-11-22)."""
 
 
-def read_machine(config: Config) -> Machine:
+@dataclass(frozen=True)
+class Own:
+    """What the process that asks holds already, and what its next job will use: not taken by others."""
+
+    device_bytes: int = 0
+    host_bytes: int = 0
+    """Anonymous memory, pinned included."""
+
+
+NOTHING = Own()
+
+
+def read_machine(config: Config, own: Own = NOTHING) -> Machine:
     """Return what the planner may use now.
+
+    Args:
+        own: the engine's, which a plan's predictions count as well: a warm engine would shrink its own next plan.
 
     Raises:
         NoUsableGpu: the configured GPU is not there, or its driver does not answer.
         BadConfig: a model in the settings is wrong.
     """
-    machine = _read_device(config)
+    machine = _read_device(config, own)
     usable = prepared.usable(config.paths.models, models.load(config))
     return machine.model_copy(
         update={
@@ -70,17 +86,21 @@ def read_machine(config: Config) -> Machine:
     )
 
 
-def _read_device(config: Config) -> Machine:
+def _read_device(config: Config, own: Own) -> Machine:
     worker = config.settings.worker
-    ram_total, ram_available = _ram()
+    ram_total, ram_available = _ram(own.host_bytes)
     if worker.ram_gib != "auto":
         ram_available = min(ram_available, int(float(worker.ram_gib) * GIB))
     cpus = len(os.sched_getaffinity(0))
     if worker.device == "cpu":
         return Machine(device="cpu", ram_total_bytes=ram_total, ram_available_bytes=ram_available, cpus=cpus)
-    machine = _read_gpu(worker.gpu).model_copy(
-        update={"ram_total_bytes": ram_total, "ram_available_bytes": ram_available, "cpus": cpus}
-    )
+    machine = _read_gpu(worker.gpu)
+    machine = machine.model_copy(
+        update={
+            "ram_total_bytes": ram_total, "ram_available_bytes": ram_available, "cpus": cpus,
+            "vram_free_bytes": min(machine.vram_free_bytes + own.device_bytes, machine.vram_total_bytes),
+        }
+    )  # fmt: skip
     if worker.vram_gib == "auto":
         return machine
     limit = int(float(worker.vram_gib) * GIB)
@@ -171,13 +191,13 @@ def _torch_version() -> str:
         return ""
 
 
-def _ram() -> tuple[int, int]:
+def _ram(own_bytes: int) -> tuple[int, int]:
     """Return RAM in all, and what a job may take: available, within the cgroup, less a reserve."""
     fields = {}
     for line in Path("/proc/meminfo").read_text().splitlines():
         name, _, rest = line.partition(":")
         fields[name] = int(rest.split()[0]) * 1024
-    available = min([fields["MemAvailable"], *cgroup_room()])
+    available = min([fields["MemAvailable"], *cgroup_room()]) + own_bytes
     return fields["MemTotal"], max(available - RESERVE_BYTES, 0)
 
 

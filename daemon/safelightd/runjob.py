@@ -58,7 +58,7 @@ def run_job(
     started_at = _now()
 
     with watch.phase("plan"):
-        machine = probe.read_machine(setting.config)
+        machine = probe.read_machine(setting.config, device.own())
         around = now(circumstances, setting.pinned)
         plan = watch.plan = make_plan(spec, machine, setting.models, calibration.load(paths.state), around)
     with watch.phase("load"):

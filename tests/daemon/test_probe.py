@@ -140,6 +140,17 @@ def test_a_person_may_lower_what_a_job_may_take_and_cannot_raise_it(installation
     assert abs(raised - available) < GIB
 
 
+def test_what_an_engine_holds_itself_is_there_for_its_next_job(installation: Installation) -> None:
+    """Else the blocks that stay pinned from one job to the next would make the next one's plan smaller."""
+    before = probe.read_machine(installation.config).ram_available_bytes
+    own = probe.Own(host_bytes=8 * GIB)
+    after = probe.read_machine(installation.config, own).ram_available_bytes
+    limited = probe.read_machine(with_worker(installation.config, ram_gib=0.5), own).ram_available_bytes
+
+    assert after - before == pytest.approx(8 * GIB, abs=GIB)
+    assert limited == GIB // 2
+
+
 def test_a_cpu_worker_asks_no_gpu(installation: Installation) -> None:
     assert probe.gpu_is_well(installation.config, None) is None
 
