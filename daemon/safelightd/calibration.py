@@ -93,8 +93,8 @@ def _with_memory(
     if plan.device != "cuda" or not record.device_peak_bytes > predicted.device_bytes > 0:
         return before
     name = memory_key(plan, phase)
-    ratio = before.device.get(name, 1.0) * record.device_peak_bytes / predicted.device_bytes * DEVICE_MARGIN
-    return before.model_copy(update={"device": {**before.device, name: ratio}})
+    larger = before.device.get(name, 1.0) * record.device_peak_bytes / predicted.device_bytes * DEVICE_MARGIN
+    return before.model_copy(update={"device": {**before.device, name: larger}})
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ def overran(calibration: Calibration, overrun: Overrun, plan: Plan | None) -> Ca
         return calibration
     name = memory_key(plan, overrun.phase)
     if overrun.memory == "device" and overrun.reached_bytes > overrun.predicted_bytes:
-        ratio = calibration.device.get(name, 1.0) * overrun.reached_bytes / overrun.predicted_bytes * DEVICE_MARGIN
-        return calibration.model_copy(update={"device": {**calibration.device, name: ratio}})
+        larger = calibration.device.get(name, 1.0) * overrun.reached_bytes / overrun.predicted_bytes * DEVICE_MARGIN
+        return calibration.model_copy(update={"device": {**calibration.device, name: larger}})
     field = "room_bytes" if overrun.memory == "device" else "host_room_bytes"
     left = overrun.reached_bytes if overrun.memory == "device" else 0  # what a killed engine reached nobody knows
     base = footprint.CONTEXT_BYTES if overrun.memory == "device" else footprint.HOST_BYTES[plan.device]
