@@ -34,6 +34,7 @@ COMMANDS = {
     "pause": "changing:pause",
     "resume": "changing:resume",
     "collect": "results:collect",
+    "prune": "results:prune",
     "rerun": "results:rerun",
     "plan": "planning:plan",
     "up": "machine:up",

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from safelight import durable
 from safelight.errors import SafelightError
+from safelight.paths import Paths
 from safelight.receipt import Output, Receipt
 from safelight.rename import rename_new
 
@@ -46,6 +49,37 @@ def collect(receipts: Iterable[Receipt], outbox: Path, target: Path, *, move: bo
         for receipt in receipts
         for output in receipt.outputs
     ]
+
+
+def note(copied: Sequence[Copied], paths: Paths, now: datetime) -> None:
+    """Write down which jobs a person has the outputs of; durable when this returns. Retention goes by it.
+
+    A job counts when each of its outputs lies in a file of its own outside our names for it: what was "collected" into
+    the outbox itself is still the only copy.
+
+    Raises:
+        OSError: the state folder cannot be written, as on another host than the daemon's.
+    """
+    by_job: dict[str, list[Copied]] = {}
+    for one in copied:
+        by_job.setdefault(one.id, []).append(one)
+    durable.write_all(
+        (paths.collected / f"{job}.json", _note(job, outputs, now))
+        for job, outputs in by_job.items()
+        if all(_is_a_copy(one) for one in outputs)
+    )
+
+
+def _is_a_copy(one: Copied) -> bool:
+    if one.target is None or not one.target.is_file():
+        return False
+    return not (one.source.exists() and one.source.samefile(one.target))
+
+
+def _note(job: str, outputs: Sequence[Copied], now: datetime) -> bytes:
+    to = [str(one.target) for one in outputs]
+    written = {"v": 1, "id": job, "collected_at": now.isoformat(timespec="seconds"), "to": to}
+    return json.dumps(written, ensure_ascii=False).encode(errors="surrogateescape") + b"\n"
 
 
 def _collect_one(job: str, output: Output, outbox: Path, target: Path, *, move: bool) -> Copied:

@@ -6,6 +6,7 @@ import difflib
 import math
 import os
 import re
+import shlex
 import socket
 import tomllib
 from collections.abc import Mapping
@@ -33,6 +34,14 @@ def _window(value: str) -> str:
     return value
 
 
+def _command(value: str) -> str:
+    try:
+        shlex.split(value)
+    except ValueError as error:
+        raise ValueError(f"it cannot be split into words: {str(error).lower()}") from error
+    return value
+
+
 def _gib(value: object) -> object:
     is_size = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
     if not is_size and value != "auto":
@@ -40,7 +49,15 @@ def _gib(value: object) -> object:
     return value
 
 
+def _limit(value: object) -> object:
+    is_size = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    if not is_size and value != "off":
+        raise ValueError('write a number, or "off"')
+    return value
+
+
 Gib = Annotated[float | Literal["auto"], BeforeValidator(_gib)]
+Limit = Annotated[float | Literal["off"], BeforeValidator(_limit)]
 
 
 class _Section(BaseModel):
@@ -98,6 +115,24 @@ class PolicySection(_Section):
     on_battery: Literal["pause", "run"] = "pause"
     window: Annotated[str, AfterValidator(_window)] = ""
     min_free_disk_gib: float = Field(default=2, ge=0)
+    thermal_ceiling_c: Limit = "off"
+    gpu_busy_gib: Limit = "off"
+
+
+class RetentionSection(_Section):
+    """How long what has ended is kept; 0 = for ever."""
+
+    outputs_days: float = Field(default=0, ge=0)
+    uncollected: Literal["keep", "remove"] = "keep"
+    ledger_days: float = Field(default=0, ge=0)
+
+
+class NotifySection(_Section):
+    """How a person is told that the line is empty, that a hold lasts, or that a job was set aside."""
+
+    command: Annotated[str, AfterValidator(_command)] = ""
+    desktop: bool = False
+    hold_minutes: float = Field(default=10, gt=0)
 
 
 class OutputSection(_Section):
@@ -114,6 +149,8 @@ class Settings(_Section):
     inbox: InboxSection = InboxSection()
     policy: PolicySection = PolicySection()
     output: OutputSection = OutputSection()
+    notify: NotifySection = NotifySection()
+    retention: RetentionSection = RetentionSection()
     models: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 

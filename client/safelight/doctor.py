@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import grp
 import json
 import os
-import pwd
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 from safelight import config as settings
-from safelight import models, queueserver
+from safelight import models, prepared, queueserver, tonight
 from safelight.config import Config
 from safelight.errors import BadConfig, NoUsableGpu, QueueUnreachable
+from safelight.finding import Finding, fail, ok, warn
 from safelight.jobqueue import JobQueue, WorkerRow
+from safelight.ledger import Ledger
 from safelight.machine import GIB, Machine
 from safelight.models import ModelFacts, Models
+from safelight.paths import SYSTEM_CONFIG
 
 DAEMON_PACKAGES = ("torch", "diffusers", "transformers", "rq", "pynvml", "imageio_ffmpeg")
 
@@ -30,44 +33,12 @@ SERVERS = ("valkey-server", "redis-server")
 
 NVIDIA = Path("/proc/driver/nvidia")
 
+PICTURE_BYTES_PER_PIXEL = 3.0
+CLIP_BYTES_PER_PIXEL = 0.3
+"""A PNG of noise, which does not compress; of a clip, each frame: H.264 at our quality of a scene full of motion."""
+
 PROBE_TIMEOUT_S = 60.0
 """The probe itself gives up after 30 s."""
-
-LINGER = Path("/var/lib/systemd/linger")
-"""A file a lingering user: what `loginctl show-user` reports, also of users that are not logged in."""
-
-EXIT_ORDER = (BadConfig.exit_code, NoUsableGpu.exit_code, QueueUnreachable.exit_code)
-"""Of several faults the first of these is told: without an installation nothing else matters."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One fact, how it looks, and what to do about it."""
-
-    name: str
-    look: Literal["ok", "warn", "fail"]
-    says: str
-    remedy: str = ""
-    exit_code: int = 0
-    """Of a `fail`."""
-
-
-def ok(name: str, says: str) -> Finding:
-    return Finding(name, "ok", says)
-
-
-def warn(name: str, says: str, remedy: str) -> Finding:
-    return Finding(name, "warn", says, remedy)
-
-
-def fail(name: str, says: str, remedy: str, exit_code: int = BadConfig.exit_code) -> Finding:
-    return Finding(name, "fail", says, remedy, exit_code)
-
-
-def exit_code(findings: Iterable[Finding]) -> int:
-    """Return 0, or the code of the gravest failure."""
-    codes = {found.exit_code for found in findings if found.look == "fail"}
-    return next((code for code in EXIT_ORDER if code in codes), 0)
 
 
 def examine(file: Path | None) -> list[Finding]:
@@ -77,8 +48,10 @@ def examine(file: Path | None) -> list[Finding]:
         table = models.load(config)
     except BadConfig as error:
         return [fail("settings", fault, "Mend the settings file.") for fault in str(error).splitlines()]
-    found = [_settings(config), *_folders(config), _claiming(config), _disk(config), *_models(config, table)]
-    found += [_daemon(), _units(), *_lingering()]
+    found = [_settings(config), *_folders(config), _claiming(config), *_sharing(config), _disk(config)]
+    found += [*_models(config, table), *_prepared(config, table)]
+    found += [_daemon(), _units(), *_services(), *tonight.lid(), *tonight.idle()]
+    found += [*tonight.swap(), tonight.clock(datetime.now().astimezone(), Ledger(config.paths).open_submissions())]
     workers: list[WorkerRow] = []
     try:
         server = queueserver.connect(config.url)
@@ -90,12 +63,12 @@ def examine(file: Path | None) -> list[Finding]:
         queue = JobQueue(server)
         try:
             workers = queue.workers()
-            found += [_server(config, queue), _workers(workers)]
+            found += [_server(config, queue), _workers(workers), *_room(config, queue)]
         except queueserver.AWAY as error:
             found.append(_no_server(config, f"The queue stopped answering: {error}"))
         finally:
             server.close()
-    return [*found, *_device(config, workers), *_suspend(config), *_paused(config)]
+    return [*found, *_device(config, workers), *_suspend(config, workers), *_paused(config)]
 
 
 def _settings(config: Config) -> Finding:
@@ -124,9 +97,12 @@ def _nearest(folder: Path) -> Path:
 def _claiming(config: Config) -> Finding:
     """Files are taken from the inbox by rename(2): only a rename proves that no mount lies between."""
     inbox, claimed = config.paths.inbox, config.paths.claimed
-    if not (claimed.is_dir() and os.access(inbox, os.W_OK)):
+    if not (os.access(inbox, os.W_OK | os.X_OK) and claimed.is_dir()):
         return ok("claiming", "not tried: the inbox has not been used yet")
-    descriptor, name = tempfile.mkstemp(prefix=".safelight-doctor-", dir=inbox)
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=".safelight-doctor-", dir=inbox)
+    except OSError as error:
+        return fail("claiming", f"no file can be made in {inbox}: {error.strerror}", "Make room there.")
     os.close(descriptor)
     probe = Path(name)
     try:
@@ -137,6 +113,38 @@ def _claiming(config: Config) -> Finding:
     finally:
         probe.unlink()
     return ok("claiming", "files can be taken from the inbox by rename")
+
+
+def _sharing(config: Config) -> Iterator[Finding]:
+    """Whose files the inbox takes: the group's for the system's, this person's else."""
+    if not os.path.isdir(config.paths.inbox):  # noqa: PTH112 - Path.is_dir raises below a folder that is closed to us
+        return
+    mode = config.paths.inbox.stat().st_mode
+    if config.source == SYSTEM_CONFIG:
+        yield shared_inbox(config.paths.inbox, "safelight")
+    elif mode & stat.S_IWOTH:
+        says = f"everybody on this machine may drop jobs into {config.paths.inbox}"
+        yield warn("sharing", says, f"chmod o-w {config.paths.inbox}")
+
+
+def shared_inbox(inbox: Path, group: str) -> Finding:
+    """Whether all members of a group can drop files which the daemon, of the same group, can take."""
+    anew = f"sudo chgrp {group} {inbox} && sudo chmod 2770 {inbox}"
+    try:
+        entry = grp.getgrnam(group)
+    except KeyError:
+        return fail("sharing", f"there is no group {group}", "sudo safelight service install --system")
+    found = inbox.stat()
+    if found.st_gid != entry.gr_gid:
+        return fail("sharing", f"{inbox} is not of the group {group}", anew)
+    wanted = stat.S_ISGID | stat.S_IRWXG
+    if found.st_mode & wanted != wanted:
+        mode = stat.S_IMODE(found.st_mode)
+        return fail("sharing", f"{inbox} has mode {mode:o}: what one member drops is not the group's", anew)
+    if entry.gr_gid not in (os.getegid(), *os.getgroups()) and os.geteuid() != 0:
+        remedy = f"sudo usermod -aG {group} {tonight.current_user()}, and log in again."
+        return fail("sharing", f"you are not in the group {group}, which {inbox} is for", remedy)
+    return ok("sharing", f"members of {group} share {inbox}")
 
 
 def _disk(config: Config) -> Finding:
@@ -150,6 +158,27 @@ def _disk(config: Config) -> Finding:
     if tight:
         return fail("disk", f"{'; '.join(tight)}: jobs wait below min_free_disk_gib = {least:g}", "Make room.")
     return ok("disk", f"{shutil.disk_usage(existing).free / GIB:.0f} GiB free")
+
+
+def _room(config: Config, queue: JobQueue) -> Iterator[Finding]:
+    """Whether what waits would fit beside the reserve, by the most that such outputs are known to take."""
+    shapes = queue.shapes(queue.waiting_ids())
+    jobs = sum(count for count, _ in shapes.values())
+    need = sum(count * output_bytes(json.loads(f"{shape}}}")) for shape, (count, _) in shapes.items())
+    free = shutil.disk_usage(_nearest(config.paths.outbox)).free
+    reserve = config.settings.policy.min_free_disk_gib * GIB
+    if need > free - reserve:
+        waiting = f"{jobs} job{'s' if jobs != 1 else ''}"
+        says = f"what waits ({waiting}) may need {need / GIB:.1f} GiB at {config.paths.outbox}"
+        remedy = "Make room: safelight collect --move takes files out of the outbox, safelight prune what is old."
+        yield warn("disk", f"{says}; {free / GIB:.1f} are free, of which {reserve / GIB:g} stay", remedy)
+
+
+def output_bytes(shape: dict[str, int | None]) -> float:
+    """Return about the most that the output of a job of this size takes."""
+    pixels = (shape.get("width") or 0) * (shape.get("height") or 0)
+    frames = shape.get("num_frames")
+    return pixels * frames * CLIP_BYTES_PER_PIXEL if frames else pixels * PICTURE_BYTES_PER_PIXEL
 
 
 def _models(config: Config, table: Models) -> Iterator[Finding]:
@@ -176,6 +205,22 @@ def _completeness(facts: ModelFacts, folder: Path) -> Finding:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         return fail("models", f"{facts.key} at {folder} lacks {shown}", "Copy it again, whole.")
     return ok("models", f"{facts.key}: complete")
+
+
+def _prepared(config: Config, table: Models) -> Iterator[Finding]:
+    """Names and sizes; `safelight models verify` reads every byte."""
+    current = {manifest.name: is_current for manifest, is_current in prepared.manifests(config.paths.models, table)}
+    whole = 0
+    for folder in prepared.folders(config.paths.models):
+        name = "/".join(folder.parts[-3:])
+        if wrong := prepared.mismatch(folder):
+            yield fail("prepared", f"{name}: {wrong}", prepared.remedy(folder))
+        elif current.get(name) is False:
+            yield warn("prepared", f"{name} was made of other weights and is not used", prepared.remedy(folder))
+        else:
+            whole += 1
+    if whole:
+        yield ok("prepared", f"{whole} of the sizes they were written with; safelight models verify reads them")
 
 
 def missing_files(facts: ModelFacts, folder: Path) -> list[str]:
@@ -226,15 +271,13 @@ def _units() -> Finding:
     return warn("units", "no systemd units", "safelight service install, or run safelight up by hand.")
 
 
-def _lingering() -> Iterator[Finding]:
-    """A user's services stop at log-out without it, in the middle of the night's work."""
-    user = pwd.getpwuid(os.getuid()).pw_name
-    if _unit_folders()[0] not in _installed_units():
-        return
-    if (LINGER / user).exists():
-        yield ok("lingering", f"services of {user} outlive the log-out")
-    else:
-        yield warn("lingering", "your services stop when you log out", f"loginctl enable-linger {user}")
+def _services() -> Iterator[Finding]:
+    """What services lack that `safelight up` in a person's session has."""
+    installed = _installed_units()
+    if _unit_folders()[0] in installed:
+        yield tonight.lingering(tonight.current_user())
+    if installed:
+        yield tonight.staying_awake()
 
 
 def _no_server(config: Config, says: str) -> Finding:
@@ -250,6 +293,9 @@ def _server(config: Config, queue: JobQueue) -> Finding:
     except BadConfig as error:
         return fail("queue", str(error), "Use the embedded server, or change the settings of yours.")
     facts = queue.server.info()
+    if facts.get("aof_last_write_status", "ok") != "ok" or facts.get("aof_last_bgrewrite_status", "ok") != "ok":
+        remedy = "See its log, and make room on its disk; jobs are in the ledger and not lost."
+        return fail("queue", "the server cannot write its append-only file", remedy)
     name = facts.get("server_name", "redis")
     version = facts.get("valkey_version") or facts["redis_version"]
     where = "embedded" if config.embedded else "configured"
@@ -308,17 +354,10 @@ def _cards(nvidia: Path) -> list[str]:
     return cards
 
 
-def _suspend(config: Config, nvidia: Path = NVIDIA) -> Iterator[Finding]:
-    """Without it the driver forgets GPU memory in suspend, and CUDA may be lost until a reboot."""
-    if config.settings.worker.device == "cpu" or not (nvidia / "params").is_file():
-        return
-    params = dict(line.partition(":")[::2] for line in (nvidia / "params").read_text().splitlines())
-    keeps = [params.get(name, "0").strip() for name in ("PreserveVideoMemoryAllocations", "UseKernelSuspendNotifiers")]
-    if "1" in keeps:
-        yield ok("suspend", "the driver keeps GPU memory over suspend")
-    else:
-        remedy = "On a laptop set NVreg_PreserveVideoMemoryAllocations=1 and enable nvidia-suspend.service."
-        yield warn("suspend", "the driver does not keep GPU memory over suspend", remedy)
+def _suspend(config: Config, workers: Sequence[WorkerRow]) -> Iterator[Finding]:
+    if config.settings.worker.device != "cpu":
+        cards = [worker.machine.vram_total_bytes for worker in workers if worker.machine]
+        yield from tonight.suspend(sum(cards) or None)
 
 
 def _paused(config: Config) -> Iterator[Finding]:

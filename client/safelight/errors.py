@@ -67,3 +67,7 @@ class NoUsableGpu(SafelightError):
 
 class LedgerDamaged(SafelightError):
     """A file of the ledger cannot be read back."""
+
+
+class Forgotten(LedgerDamaged):
+    """The job has ended and its record was removed since; who meets it again must not run it."""

@@ -5,23 +5,26 @@
     state/attempts/<id>.json         written before the GPU starts
     state/publishing/<id>.json       the receipt to be, while outputs are being renamed into place
     state/receipts/<id>.json         done, failed, quarantined or cancelled
+    state/forgotten.txt              submissions whose records were removed (safelight.retention)
 
 Every file is written whole (safelight.durable). Knows no Redis.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from safelight import durable
-from safelight.errors import LedgerDamaged
+from safelight.errors import Forgotten, LedgerDamaged
 from safelight.jobspec import JobSpec
 from safelight.paths import Paths
 from safelight.plan import Overrun
@@ -115,11 +118,14 @@ class Ledger:
         """Return the open submissions that were written down from `after` until before `before` (epoch seconds)."""
         if not self.paths.jobs.is_dir():
             return []
+        found = []
         with os.scandir(self.paths.jobs) as files:
-            written = [(file.name, file.stat().st_mtime) for file in files if file.name.endswith(".jsonl")]
-        return sorted(
-            name.removesuffix(".jsonl") for name, moment in written if name[0] != "." and after <= moment < before
-        )
+            for file in files:
+                if file.name.endswith(".jsonl") and file.name[0] != ".":
+                    with suppress(FileNotFoundError):  # closed meanwhile
+                        if after <= file.stat().st_mtime < before:
+                            found.append(file.name.removesuffix(".jsonl"))
+        return sorted(found)
 
     def submission(self, submission: str) -> list[JobSpec]:
         """Return the specs of one submission, closed or not; [] when there is none.
@@ -128,9 +134,8 @@ class Ledger:
             LedgerDamaged: its file cannot be read.
         """
         for folder in self._folders:
-            file = folder / f"{submission}.jsonl"
-            if file.is_file():
-                return list(_read_specs(file))
+            with suppress(FileNotFoundError):
+                return list(_read_specs(folder / f"{submission}.jsonl"))
         return []
 
     def spec(self, job: str) -> JobSpec | None:
@@ -150,8 +155,14 @@ class Ledger:
     def close_ended(self) -> None:
         """Move the submissions whose every job has a receipt aside, so that a start reads only what is open.
 
-        A damaged one stays where it is: nobody can tell what it holds.
+        A damaged one stays where it is: nobody can tell what it holds. While another process moves records nothing is
+        done, since it is only for speed.
         """
+        with self._alone(wait=False) as alone:
+            if alone:
+                self._close_ended()
+
+    def _close_ended(self) -> None:
         ended = self.ended()
         closed = self.paths.jobs / "closed"
         for file in sorted(self.paths.jobs.glob("[!.]*.jsonl")):
@@ -163,20 +174,51 @@ class Ledger:
                 closed.mkdir(exist_ok=True)
                 file.replace(closed / file.name)
 
+    @contextmanager
+    def _alone(self, *, wait: bool = True) -> Iterator[bool]:
+        """Keep other processes from moving records meanwhile.
+
+        Yields False, without `wait`, where one moves some now, or nobody can tell because the disk is full.
+        """
+        try:
+            self.paths.state.mkdir(parents=True, exist_ok=True)
+            lock = (self.paths.state / "ledger.lock").open("ab")
+        except OSError:
+            if wait:
+                raise
+            yield False
+            return
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                alone = True
+            except BlockingIOError:
+                alone = False
+            yield alone
+
     def ended(self) -> set[str]:
         """Return the ids of all jobs that have a receipt."""
-        try:
-            return {name[:-5] for name in os.listdir(self.paths.receipts) if name.endswith(".json") and name[0] != "."}
-        except FileNotFoundError:
-            return set()
+        return _jobs_in(self.paths.receipts)
+
+    def collected(self) -> set[str]:
+        """Return the jobs whose outputs a person has copied."""
+        return _jobs_in(self.paths.collected)
+
+    def outputs_removed(self) -> set[str]:
+        """Return the jobs whose outputs were removed from the outbox."""
+        return _jobs_in(self.paths.removed)
 
     def receipt(self, job: str) -> Receipt | None:
         """Return how a job ended, or None.
 
         Raises:
             LedgerDamaged: the file is there and cannot be read back.
+            Forgotten: it has ended, and its record was removed.
         """
-        return _read_receipt(self.paths.receipts / f"{job}.json")
+        found = _read_receipt(self.paths.receipts / f"{job}.json")
+        if found is None:
+            self._refuse_forgotten(job)
+        return found
 
     def record(self, receipt: Receipt) -> None:
         """Write down how a job ended; it is durable when this returns."""
@@ -186,7 +228,16 @@ class Ledger:
         durable.write_all((self.paths.receipts / f"{r.id}.json", _json(r)) for r in receipts)
 
     def reopen(self, job: str) -> None:
-        """Put a receipt aside, so that the job can run again; the old one is kept as receipts/old/<id>.<n>.json."""
+        """Put a receipt aside, so that the job can run again; the old one is kept as receipts/old/<id>.<n>.json.
+
+        Raises:
+            Forgotten: its record is being removed.
+        """
+        with self._alone():
+            self._refuse_forgotten(job)
+            self._reopen(job)
+
+    def _reopen(self, job: str) -> None:
         for name in (f"{submission_of(job)}.jsonl", f"{job}.jsonl"):
             closed = self.paths.jobs / "closed" / name
             if closed.is_file():  # first: a job that is neither open nor ended would never be queued again
@@ -199,6 +250,74 @@ class Ledger:
         taken = len(list(old.glob(f"{job}.*.json")))
         receipt.replace(old / f"{job}.{taken + 1}.json")
         durable.sync_folder(self.paths.receipts)
+
+    def forgotten(self) -> set[str]:
+        """Return the submissions, and the jobs that were written down alone, whose records were removed."""
+        try:
+            return set(self.paths.forgotten.read_text(encoding="ascii", errors="replace").split())
+        except FileNotFoundError:
+            return set()
+
+    def _refuse_forgotten(self, job: str) -> None:
+        """A queue restored from an old copy of its file may hold a job that has long ended."""
+        if not {job, submission_of(job)}.isdisjoint(self.forgotten()):
+            raise Forgotten(
+                f"{job}: it has ended, and its record was removed as [retention] says. It does not run again: submit "
+                "it anew."
+            )
+
+    def forget(self, submissions: Mapping[str, Sequence[str]]) -> list[str]:
+        """Remove all records of submissions whose every job has ended, and return which these were.
+
+        That they are forgotten is on disk first, and their own files go last: a run that is interrupted leaves jobs
+        that cannot run again, and `half_forgotten` finds them.
+
+        Args:
+            submissions: the jobs of each; a job that no submission names is one of its own.
+        """
+        with self._alone():
+            # A job may have been retried since somebody decided.
+            ended = self.ended()
+            going = {name: jobs for name, jobs in submissions.items() if ended.issuperset(jobs) and self._closed(name)}
+            if going:
+                lines = sorted(self.forgotten() | going.keys())
+                durable.write(self.paths.forgotten, "".join(f"{line}\n" for line in lines).encode("ascii"))
+                self._remove_records(going)
+            return list(going)
+
+    def half_forgotten(self) -> dict[str, list[str]]:
+        """Return the submissions, with their jobs, whose removal was interrupted."""
+        forgotten, found = self.forgotten(), dict[str, list[str]]()
+        for name in sorted(forgotten):
+            if (self.paths.jobs / "closed" / f"{name}.jsonl").is_file():
+                found[name] = [spec.id for spec in self.submission(name)]
+            elif (self.paths.receipts / f"{name}.json").is_file():
+                found[name] = [name]
+        return found
+
+    def finish_forgetting(self) -> None:
+        """Remove what an interrupted `forget` left."""
+        with self._alone():
+            self._remove_records(self.half_forgotten())
+
+    def _closed(self, name: str) -> bool:
+        return not (self.paths.jobs / f"{name}.jsonl").exists()
+
+    def _remove_records(self, submissions: Mapping[str, Sequence[str]]) -> None:
+        old = self.paths.receipts / "old"
+        retried = os.listdir(old) if old.is_dir() else []
+        jobs = {job for group in submissions.values() for job in group}
+        for name in retried:
+            if name.split(".", 1)[0] in jobs:
+                (old / name).unlink(missing_ok=True)
+        for folder in (self.paths.attempts, self.paths.collected, self.paths.removed, self.paths.receipts):
+            for job in jobs:
+                (folder / f"{job}.json").unlink(missing_ok=True)
+            if folder.is_dir():
+                durable.sync_folder(folder)
+        closed = self.paths.jobs / "closed"
+        for name in submissions:
+            (closed / f"{name}.jsonl").unlink(missing_ok=True)
 
     def intend(self, receipt: Receipt) -> None:
         """Write down what is about to be published: from here on the job is finished, whatever dies."""
@@ -258,6 +377,13 @@ class Ledger:
     def note(self, attempts: Attempts) -> None:
         """Write the attempts of a job; durable when this returns."""
         durable.write(self.paths.attempts / f"{attempts.id}.json", _json(attempts))
+
+
+def _jobs_in(folder: Path) -> set[str]:
+    try:
+        return {name[:-5] for name in os.listdir(folder) if name.endswith(".json") and name[0] != "."}
+    except FileNotFoundError:
+        return set()
 
 
 def _json(value: BaseModel) -> bytes:

@@ -47,6 +47,26 @@ class Paths:
         return self.state / "publishing"
 
     @property
+    def collected(self) -> Path:
+        """One file a job whose outputs a person has copied."""
+        return self.state / "collected"
+
+    @property
+    def removing(self) -> Path:
+        """One file a job whose outputs are being removed from the outbox."""
+        return self.state / "removing"
+
+    @property
+    def removed(self) -> Path:
+        """One file a job whose outputs were removed from the outbox."""
+        return self.state / "removed"
+
+    @property
+    def forgotten(self) -> Path:
+        """The submissions whose records were removed, a line each: their jobs must not run again."""
+        return self.state / "forgotten.txt"
+
+    @property
     def inputs(self) -> Path:
         """Input images by their sha256."""
         return self.state / "inputs"

@@ -209,6 +209,24 @@ def damage(found: Path) -> list[str]:
     return [f"{found / file.name}: {problem}. {remedy(found)}" for file, problem in wrong if problem]
 
 
+def mismatch(found: Path) -> str | None:
+    """Return what is wrong with a prepared folder as far as names and sizes tell; no weight is read."""
+    try:
+        manifest = read(found)
+    except DamagedFolder:
+        return f"its {MANIFEST} cannot be read"
+    if manifest is None or manifest.name != _name(found):
+        return f"its {MANIFEST} is missing, or another folder's"
+    for file in manifest.files:
+        try:
+            size = (found / file.name).stat().st_size
+        except OSError as error:
+            return f"{file.name}: {error.strerror}"
+        if size != file.size_bytes:
+            return f"{file.name} is {size} bytes long and was {file.size_bytes}"
+    return None
+
+
 def _wrong(path: Path, file: StoredFile) -> str | None:
     try:
         with path.open("rb") as stream:

@@ -24,6 +24,7 @@ from safelightd import systemd
 from safelightd.inbox_watch import Watch, remote_name
 from safelightd.intake import Intake
 from safelightd.logs import Log
+from safelightd.pruning import Pruning
 
 DEBOUNCE_S = 0.1
 """From a hint to the look, so that the files of one copy are seen together."""
@@ -99,6 +100,7 @@ class _Service:
         settle_s = max(config.settings.inbox.settle_s, REMOTE_SETTLE_S if remote else 0.0)
         patience = Patience(settle_s, config.settings.inbox.partner_s)
         self._intake = Intake(config, models.load(config), Ledger(config.paths), patience)
+        self._pruning = Pruning(config)
         self._queue: JobQueue | None = None
         self._folder: tuple[int, int] | None = self._identity()
         self._idle_s = BUSY_S
@@ -110,8 +112,11 @@ class _Service:
         log.info("inbox.ready", folder=self._config.paths.inbox)
         try:
             while not self._wake.stopping:
-                self._wait(self._turn_or_hold())
+                wait_s = self._turn_or_hold()
+                self._pruning.look()
+                self._wait(wait_s)
         finally:
+            self._pruning.stop()
             systemd.notify("STOPPING=1")
         return 0
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from tests.conftest import Installation
 from tests.integration import making
 
 ROOT = Path(__file__).parents[2]
+NOW = datetime(2026, 11, 23, 7, tzinfo=UTC)
 
 
 @pytest.fixture
@@ -290,6 +293,47 @@ def test_collectors_at_once_copy_each_output_once(tmp_path: Path, target: Path) 
 
     expected = sorted(content for outbox in set(outboxes) for content in _files(outbox).values())
     assert sorted(_files(target).values()) == expected
+
+
+def test_what_was_collected_whole_is_written_down(installation: Installation, target: Path) -> None:
+    outbox = installation.paths.outbox
+    whole, gone, changed = (_publish(outbox, f"2026-11-22/night/{n}.png", b"fox", f"job-{n}") for n in range(3))
+    (outbox / gone.outputs[0].path).unlink()
+    (outbox / changed.outputs[0].path).write_bytes(b"another fox")
+
+    collecting.note(collect([whole, gone, changed], outbox, target), installation.paths, NOW)
+
+    assert installation.ledger.collected() == {whole.id}
+    written = json.loads((installation.paths.collected / f"{whole.id}.json").read_text())
+    assert written == {"v": 1, "id": whole.id, "collected_at": "2026-11-23T07:00:00+00:00",
+                       "to": [str(target / "night/0.png")]}  # fmt: skip
+
+
+def test_moved_and_collected_again_is_still_collected(installation: Installation, target: Path) -> None:
+    receipt = _publish(installation.paths.outbox, "2026-11-22/night/0.png", b"fox")
+
+    for _ in range(2):
+        collecting.note(collect([receipt], installation.paths.outbox, target, move=True), installation.paths, NOW)
+
+    assert installation.ledger.collected() == {receipt.id}
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_what_lies_in_the_outbox_alone_does_not_count_as_collected(
+    installation: Installation, target: Path, *, link: bool
+) -> None:
+    """It would be removed as if there were another copy."""
+    outbox = installation.paths.outbox
+    receipt = _publish(outbox, "2026-11-22/night/0.png", b"fox")
+    folder = outbox / "2026-11-22"
+    if link:
+        target.symlink_to(folder)
+    copied = collect([receipt], outbox, target if link else folder)
+
+    collecting.note(copied, installation.paths, NOW)
+
+    assert _outcomes(copied) == ["already there"]
+    assert installation.ledger.collected() == set()
 
 
 def test_module_needs_no_daemon() -> None:

@@ -88,6 +88,8 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path) -> None:
     "text",
     [
         "[policy]\nwindow = '08:00-08:00'",
+        "[policy]\nthermal_ceiling_c = 'hot'",
+        "[policy]\ngpu_busy_gib = -1",
         "[worker]\nvram_gib = -1",
         "[worker]\nvram_gib = inf",
         "[worker]\nram_gib = true",

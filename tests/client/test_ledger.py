@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from datetime import UTC, datetime, timedelta
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safelight.errors import LedgerDamaged
+from safelight.errors import Forgotten, LedgerDamaged
 from safelight.ledger import Attempts, Ledger, job_id, submission_id, submission_of
 from safelight.receipt import Receipt
 from tests.client.test_paths import at
@@ -122,6 +123,50 @@ def test_a_job_that_is_retried_loses_its_receipt_and_attempts_and_is_open_again(
     assert ledger.open_submissions() == [FIRST]
     old = ledger.paths.receipts / "old"
     assert sorted(file.name for file in old.iterdir()) == [f"{job}.1.json", f"{job}.2.json"]
+
+
+def test_forgotten_jobs_are_known_to_have_ended_and_cannot_be_opened_again(ledger: Ledger) -> None:
+    ledger.accept({FIRST: specs(FIRST), SECOND: specs(SECOND, 1)})
+    ledger.record_all([receipt(job_id(FIRST, 1), "failed"), receipt(job_id(FIRST, 2)), receipt(job_id(SECOND, 1))])
+    ledger.close_ended()
+
+    assert ledger.forget({FIRST: [job_id(FIRST, 1), job_id(FIRST, 2)]}) == [FIRST]
+    assert ledger.ended() == {job_id(SECOND, 1)}
+    for refused in (ledger.receipt, ledger.reopen):
+        with pytest.raises(Forgotten, match=f"{job_id(FIRST, 1)}: .*submit it anew"):
+            refused(job_id(FIRST, 1))
+    assert ledger.receipt(job_id(FIRST[:-1] + "e", 1)) is None
+
+
+def test_what_is_open_or_has_not_ended_is_not_forgotten(ledger: Ledger) -> None:
+    """It may have been retried since somebody decided."""
+    ledger.accept({FIRST: specs(FIRST), SECOND: specs(SECOND)})
+    ledger.record_all([receipt(spec.id, "failed") for spec in [*specs(FIRST), *specs(SECOND, 1)]])
+
+    asked = {name: [spec.id for spec in specs(name)] for name in (FIRST, SECOND)}
+
+    assert ledger.forget(asked) == []
+
+    ledger.close_ended()
+    ledger.reopen(job_id(FIRST, 2))
+
+    assert ledger.forget(asked) == []
+    assert ledger.forgotten() == set()
+    assert len(ledger.ended()) == 2
+
+
+def test_a_start_does_not_wait_for_whoever_moves_records(ledger: Ledger) -> None:
+    ledger.accept({FIRST: specs(FIRST)})
+    ledger.record_all([receipt(spec.id) for spec in specs(FIRST)])
+    with (ledger.paths.state / "ledger.lock").open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        ledger.close_ended()
+
+    assert ledger.open_submissions() == [FIRST]
+
+    ledger.close_ended()
+
+    assert ledger.open_submissions() == []
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"v": 1}\n', "[]\n", "\x00\n", '{"v": 2, "id": "x"}\n'])

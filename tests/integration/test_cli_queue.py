@@ -353,6 +353,21 @@ def test_doctor_finds_nothing_wrong_with_a_running_installation(safelight: Safel
     assert (looks["queue"], looks["worker"], looks["device"], looks["settings"]) == ("ok", "ok", "ok", "ok")
 
 
+def test_doctor_reckons_what_waits_against_the_room_beside_the_reserve(
+    safelight: Safelight, queue: JobQueue, installation: Installation
+) -> None:
+    ids_of(safelight("add", "a red fox"))
+    calm = [found["says"] for found in json.loads(safelight("doctor", "--json").stdout) if found["name"] == "disk"]
+    written = installation.config.source.read_text()
+    installation.config.source.write_text(written.replace("min_free_disk_gib = 0", "min_free_disk_gib = 1e6"))
+
+    found = [found for found in json.loads(safelight("doctor", "--json").stdout) if found["name"] == "disk"]
+
+    assert len(calm) == 1
+    assert [one["look"] for one in found] == ["fail", "warn"]
+    assert "what waits (1 job) may need" in found[1]["says"]
+
+
 def test_doctor_refuses_a_server_that_evicts(safelight: Safelight, queue: JobQueue) -> None:
     queue.server.config_set("maxmemory-policy", "allkeys-lru")
 

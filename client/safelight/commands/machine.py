@@ -80,14 +80,15 @@ def _become_daemon(ctx: click.Context, command: str, *words: str, settings: Path
 @pass_client
 @click.pass_context
 def doctor(ctx: click.Context, client: Client, *, as_json: bool) -> None:
-    """Say what is wrong with the installation.
+    """Say what is wrong with the installation, and what would hurt tonight.
 
-    A line a fact, with its remedy. Changes nothing. Exit code 0 when nothing is FAIL; else 3 for settings or
-    installation, 5 for the GPU, 4 for a queue that does not answer: the first of these.
+    A line a fact, with its remedy: folders, models, services, sleep and lid, GPU, disk, swap, clock. Changes
+    nothing. Exit code 0 when nothing is FAIL; else 3 for settings or installation, 5 for the GPU, 4 for a queue that
+    does not answer: the first of these.
     """
     from dataclasses import asdict
 
-    from safelight import display
+    from safelight import display, finding
     from safelight import doctor as examination
 
     findings = examination.examine(client.config_file)
@@ -100,7 +101,7 @@ def doctor(ctx: click.Context, client: Client, *, as_json: bool) -> None:
             click.echo(f"{look}  {found.name:<9} {display.line(found.says)}")
             if found.remedy:
                 click.echo(f"{'':16}{display.line(found.remedy)}")
-    ctx.exit(examination.exit_code(findings))
+    ctx.exit(finding.exit_code(findings))
 
 
 @click.group()

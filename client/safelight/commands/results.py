@@ -1,4 +1,4 @@
-"""`collect` and `rerun`: what to do with finished pictures and clips."""
+"""`collect`, `prune` and `rerun`: what to do with finished pictures and clips."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from safelight.commands.client import Client, pass_client
 from safelight.commands.selecting import batch_option, jobs_argument
 
 if TYPE_CHECKING:
+    from safelight.collect import Copied
     from safelight.embedded import Embedded
     from safelight.errors import Fault
     from safelight.jobspec import JobSpec
@@ -58,6 +59,7 @@ def collect(
         ctx.exit(1 if ids or damaged else 0)
     folder = target.expanduser().absolute()
     copied = collecting.collect(receipts, client.config.paths.outbox, folder, move=move)
+    _note(client, copied)
     for one in copied:
         if one.target:
             click.echo(str(one.target))
@@ -68,6 +70,17 @@ def collect(
     click.echo(", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) + ".", err=True)
     incomplete = ids and (counts["missing"] or len(receipts) < len(ids))
     ctx.exit(1 if counts["changed"] or incomplete or damaged else 0)
+
+
+def _note(client: Client, copied: list[Copied]) -> None:
+    """Where it cannot be written down, outputs are kept too long and not too short."""
+    from safelight import collect as collecting
+
+    try:
+        collecting.note(copied, client.config.paths, datetime.now().astimezone())
+    except OSError as error:
+        if client.config.settings.retention.outputs_days:
+            click.echo(f"{error.filename}: {error.strerror}. [retention] takes these for not collected.", err=True)
 
 
 def _named(client: Client, written: tuple[str, ...]) -> Iterator[Receipt]:
@@ -87,7 +100,7 @@ def _done(client: Client, batch: str | None, day: str | None, damaged: list[str]
     """Yield the receipts that fit; one that cannot be read is named in `damaged` and keeps no other from its owner."""
     from safelight.errors import LedgerDamaged
 
-    for job in sorted(client.ledger.ended()):
+    for job in sorted(client.ledger.ended() - client.ledger.outputs_removed()):
         try:
             receipt = client.ledger.receipt(job)
         except LedgerDamaged as error:
@@ -109,6 +122,33 @@ def _day(written: str | None) -> str | None:
         return date.fromisoformat(written).isoformat()
     except ValueError:
         raise click.UsageError(f"--date {written!r} is not a date. Write it as 2026-11-22.") from None
+
+
+@click.command()
+@DRY_RUN
+@pass_client
+def prune(client: Client, *, dry_run: bool) -> None:
+    """Remove what [retention] in the settings says is too old.
+
+    Outputs that were collected, and records of jobs that ended; the daemon does the same once a day. What was not
+    collected stays unless the settings say `uncollected = "remove"`. What waits, runs or is quarantined stays, and so
+    does every file in the outbox that is not as it was published. Prints what it removed, a line each.
+    """
+    from safelight import display, retention
+
+    rules = retention.Rules.of(client.config.settings)
+    if not rules:
+        click.echo("Everything is kept: set [retention] outputs_days or ledger_days.", err=True)
+        return
+    size_bytes = 0
+    counts = Counter[str]()
+    for gone in retention.prune(client.config, client.ledger, datetime.now().astimezone(), dry_run=dry_run):
+        click.echo(f"{gone.what} {display.line(gone.name)}")
+        counts[gone.what] += 1
+        size_bytes += gone.bytes
+    shown = ", ".join(f"{count} {what}{'s' if count != 1 else ''}" for what, count in sorted(counts.items()))
+    verb = "Would remove" if dry_run else "Removed"
+    click.echo(f"{verb} {shown or 'nothing'} ({display.gib(size_bytes)}).", err=True)
 
 
 @click.command()
