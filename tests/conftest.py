@@ -68,6 +68,7 @@ def installation(tiny_models_folder: Path) -> Iterator[Installation]:
     file.write_text(SETTINGS.format(root=root, models=tiny_models_folder))
     env = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "SAFELIGHT_"))}
     env |= {"SAFELIGHT_CONFIG": str(file), "XDG_RUNTIME_DIR": str(root / "run"), "HOME": str(root)}
+    env |= {"DBUS_SYSTEM_BUS_ADDRESS": f"unix:path={root}/no-bus"}  # a test does not keep this machine awake
     config = settings.load(env)
     yield Installation(root, env, config, models.load(config), ledger.Ledger(config.paths))
     shutil.rmtree(root, ignore_errors=True)

@@ -6,9 +6,11 @@ what it does; what each setting of a unit is for stands in the templates.
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,9 +35,12 @@ HIDDEN = tuple(Path(folder) for folder in ("/home", "/root", "/run/user", "/tmp"
 """What ProtectHome= and PrivateTmp= of the system units hide."""
 
 _PLACES = {"sysusers.conf": "etc/sysusers.d/safelight.conf", "tmpfiles.conf": "etc/tmpfiles.d/safelight.conf"}
+_RULE = "etc/polkit-1/rules.d/50-safelight.rules"
+"""Where polkit reads it; only root may write there, and often only polkit's own account may look."""
+
 _SYSTEM_UNITS = "etc/systemd/system"
 _GPU = re.compile(r"[0-9A-Za-z:_.-]{1,120}")
-_PLACEHOLDER = re.compile(r"@(safelightd|environment|state|inbox|outbox|models|families|gpu)@")
+_PLACEHOLDER = re.compile(r"@(safelightd|environment|state|inbox|outbox|models|families|gpu|person)@")
 _WORKER = re.compile(r"^Wants=(safelight-worker@\S+)$", re.MULTILINE)
 _PLAIN_WORD = re.compile(r"[\w./:=,+@-]+", re.ASCII)
 
@@ -59,6 +64,7 @@ def render(kind: Kind, *, program: Path, config: Config, gpu: str) -> dict[str, 
         "environment": " ".join(_word(f"{name}={value}") for name, value in _environment(config).items()),
         "families": "AF_UNIX" if local else "AF_UNIX AF_INET AF_INET6",
         "gpu": gpu,
+        "person": json.dumps("safelight" if kind == "system" else pwd.getpwuid(os.getuid()).pw_name),
         **{name: _word(str(getattr(config.paths, name))) for name in SYSTEM_FOLDERS},
     }
     unwanted = () if local else ("PrivateNetwork=", "IPAddressDeny=")
@@ -276,6 +282,8 @@ class _Machine:
         return self.root / path.relative_to("/")
 
     def place(self, name: str) -> Path:
+        if name == "polkit.rules":
+            return self.root / _RULE if self.kind == "system" else self.units.parents[1] / "safelight" / name
         return self.root / _PLACES[name] if name in _PLACES else self.units / name
 
     @property
@@ -354,6 +362,11 @@ class _Machine:
         name = pwd.getpwuid(os.getuid()).pw_name
         if not (self.root / "var/lib/systemd/linger" / name).exists():
             lines.append(f"The services stop when you log out. To keep them: loginctl enable-linger {name}")
+        if not os.access(self.root / _RULE, os.F_OK):
+            lines.append(
+                "A job cannot keep the machine awake while you are logged out: sleep then puts it back into the queue. "
+                f"To allow it: sudo install -m 644 {shlex.quote(str(self.place('polkit.rules')))} /{_RULE}"
+            )
         return lines
 
 

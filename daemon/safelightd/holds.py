@@ -14,6 +14,7 @@ from safelight import durable
 from safelight.config import Config
 from safelight.jobspec import PRIORITIES
 from safelight.machine import GIB
+from safelightd.power import on_battery
 
 PROBE_AGAIN_S = (5.0, 15.0, 60.0)
 """Waits between probes of a GPU that failed one; the last repeats."""
@@ -68,19 +69,23 @@ class Setback:
         return self._reason if time.monotonic() < self._until else None
 
 
-def read(config: Config, *, user_hold: str | None, gpu: str | None, machine: str | None = None) -> dict[str, str]:
+def read(
+    config: Config, *, user_hold: str | None, gpu: str | None, machine: str | None = None, sleep: str | None = None
+) -> dict[str, str]:
     """Return the holds in force, name -> reason for a person.
 
     Args:
         user_hold: what the queue says of the user's hold; the file of this installation counts as well.
         gpu: what is wrong with the GPU, None when nothing is.
         machine: why the machine took the last job back, None when it did not or that is long enough ago.
+        sleep: that the machine goes to sleep, None when it does not.
     """
     found = {
         "user": _user(config.paths.user_hold, user_hold),
         "disk": _look(_disk, config),
         "models": _look(_models, config),
         "machine": machine,
+        "sleep": sleep,
     }
     if config.settings.worker.device != "cpu":
         found["gpu"] = gpu
@@ -133,30 +138,17 @@ def _models(config: Config) -> str | None:
     return f"the models in {folder} are gone; is its disk mounted? If you removed them, remove {seen} too"
 
 
-def on_battery(power: Path = Path("/sys/class/power_supply")) -> bool:
-    """Whether the machine's own battery discharges and no mains supply is online; a mouse has a battery, too."""
-    discharging = False
-    for supply in sorted(power.glob("*")):
-        if _word(supply / "scope") == "Device":
-            continue
-        kind = _word(supply / "type")
-        if kind in ("Mains", "USB") and _word(supply / "online") == "1":
-            return False
-        discharging |= kind == "Battery" and _word(supply / "status") == "Discharging"
-    return discharging
-
-
-def _word(file: Path) -> str:
-    try:
-        return file.read_text().strip()
-    except OSError:
-        return ""
+def wall_clock() -> datetime:
+    """Return the local time, by the zone that the machine is in now: a long process would keep that of its start."""
+    time.tzset()
+    return datetime.now()  # noqa: DTZ005 - a window is local wall clock
 
 
 def open_classes(window: str, now: datetime) -> list[int]:
     """Return the priority classes whose jobs may start now, in order.
 
-    `night` waits for the window; with none it comes after everything else at any hour.
+    `night` waits for the window; with none it comes after everything else at any hour. The window is what the clock on
+    the wall says: in the nights when it is changed, the window is an hour shorter or longer.
     """
     classes = list(range(len(PRIORITIES)))
     if window and not in_window(window, now.time()):

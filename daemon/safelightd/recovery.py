@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,10 @@ from safelight.ledger import Ledger
 from safelightd import gpulock
 from safelightd.execution import Place, conclude, give_back, rejected, settle_job, spec_of
 from safelightd.logs import Log
+
+LATE_S = 5.0
+"""A client hands its jobs over at once after writing them down; the idle worker looks after this long whether it did.
+Sending them twice does no harm: each is queued at most once."""
 
 log = Log("safelight.recovery")
 
@@ -102,3 +107,16 @@ def _restore_ended(place: Place, ids: list[str]) -> None:
             continue
         if receipt and remembered.get(job) != receipt.state:
             place.queue.restore(receipt)
+
+
+def written_late(ledger: Ledger, looked_until: float, now: float) -> tuple[list[str], float]:
+    """Return the submissions that a client wrote down and did not live to hand over, and until when was looked now.
+
+    Args:
+        looked_until: what the look before returned; epoch seconds. After a clock that was set back, everything since
+            then is looked at once: what was written by the old clock would else be found an hour later.
+    """
+    until = now - LATE_S
+    if -LATE_S <= until - looked_until < LATE_S:
+        return [], looked_until
+    return ledger.written_between(looked_until, until if until >= looked_until else math.inf), until

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from datetime import datetime
 from types import FrameType
 from typing import Any
 
@@ -25,25 +24,24 @@ import redis
 from rq import Worker
 from rq.exceptions import StopRequested
 from rq.serializers import JSONSerializer
+from rq.timeouts import HorseMonitorTimeoutException
 
 from safelight import jobqueue, models, queueserver
 from safelight.config import Config
-from safelight.errors import NoUsableGpu, QueueUnreachable
+from safelight.errors import LedgerDamaged, NoUsableGpu, QueueUnreachable
 from safelight.jobqueue import JobQueue
 from safelight.ledger import Ledger
 from safelight.machine import Machine
 from safelight.queueserver import AWAY
-from safelightd import calibration, gpulock, holds, linux, missing_gpu, probe, recovery, shortage, systemd
+from safelightd import calibration, gpulock, gpustate, holds, linux, missing_gpu, probe, recovery, shortage, systemd
+from safelightd.awake import Awake
 from safelightd.execution import Execution, Place
 from safelightd.horse import Requests, Shared
 from safelightd.link import ENGINE, EngineProcess
 from safelightd.logs import Log
+from safelightd.notices import Notices
 from safelightd.patience import patiently
-from safelightd.safejob import SafeJob, SafeQueue
-
-JOB_FUNCTION = "safelight.job"
-RESULT_TTL_S = 2 * 86_400
-"""RQ's copy of a result, for whoever looks with RQ's tools; the record is on disk."""
+from safelightd.safejob import JOB_FUNCTION, RESULT_TTL_S, SafeJob, SafeQueue
 
 HEARTBEAT_S = 5
 WORKER_TTL_S = 30
@@ -55,10 +53,6 @@ SERVER_TIMEOUT_S = 10.0
 a call on a server that hangs takes 20 s, well within the watchdog's time."""
 
 FORGOTTEN_S = 90
-LATE_S = 5.0
-"""A client hands its jobs over at once after writing them down; the idle worker looks after this long whether it did.
-Sending them twice does no harm: each is queued at most once."""
-
 HOLD_POLL_S = 2.0
 """How often holds are looked at while one is in force or nothing waits; a submission wakes the worker at once."""
 
@@ -71,7 +65,14 @@ class GpuWorker(Worker):
     queue_class = SafeQueue
     job_class = SafeJob
 
-    def __init__(self, config: Config, machine: Machine, server: redis.Redis, engine: Sequence[str] = ENGINE) -> None:
+    def __init__(
+        self,
+        config: Config,
+        machine: Machine,
+        server: redis.Redis,
+        engine: Sequence[str] = ENGINE,
+        awake: Awake | None = None,
+    ) -> None:
         self.config = config
         self.machine = machine
         name = f"{socket.gethostname()}-{machine.uuid or 'cpu'}"
@@ -92,6 +93,9 @@ class GpuWorker(Worker):
         self.requests = Requests()
         self.trouble = holds.GpuTrouble()
         self.setback = holds.Setback()
+        self.awake = awake or Awake()
+        self.card = gpustate.Watch(config, machine.uuid)
+        self.notices = Notices(config.settings.notify)
         self.stopping = threading.Event()
         self._waiting = False
         self._unsure = False
@@ -131,6 +135,8 @@ class GpuWorker(Worker):
             raise QueueUnreachable(f"The queue server went away while the worker started: {error}") from error
         finally:
             self.engine.stop(timeout_s=10)
+            self.awake.leave()
+            self.notices.close()
             with suppress(*AWAY):
                 self.line.forget_worker(self.name)
             os.close(held)
@@ -183,15 +189,16 @@ class GpuWorker(Worker):
         self._wait(lambda: time.sleep(AWAY_POLL_S))  # a signal ends it
 
     def _take(self) -> tuple[SafeJob, SafeQueue] | None:
+        self._mind_sleep()
         if self._unsure or not self.line.filled():
             self.recover()
             self._unsure = False
         in_force = self._look_at_holds()
         self._say(in_force)
+        self.notices.look(self.line.counts(), in_force)
         due_in: float | None = None
         if not in_force:
-            now = datetime.now()  # noqa: DTZ005 - a window is local wall clock
-            classes = holds.open_classes(self.config.settings.policy.window, now)
+            classes = holds.open_classes(self.config.settings.policy.window, holds.wall_clock())
             where, due_in = self.line.next_due(classes, time.time())
             if where and (taken := self._dispatch(where)):
                 return taken
@@ -210,19 +217,7 @@ class GpuWorker(Worker):
         job = where.split(":", 2)[2]
         execution = f"{job}_{time.time_ns()}"
         queue = self.queues[0]
-        entry = SafeJob.create(
-            JOB_FUNCTION,
-            args=(job, execution),
-            id=execution,
-            connection=self.connection,
-            serializer=JSONSerializer,
-            timeout=-1,
-            result_ttl=RESULT_TTL_S,
-            failure_ttl=RESULT_TTL_S,
-            origin=queue.name,
-            status="queued",
-            description=job,
-        )
+        entry = SafeJob.of(job, execution, queue)
         fields = [part for pair in entry.to_dict().items() for part in pair]
         if not self.line.dispatch(self.name, where, queue.key, queue.key, execution, entry.key, fields):
             return None
@@ -236,10 +231,26 @@ class GpuWorker(Worker):
     def _look_at_holds(self) -> dict[str, str]:
         if self.trouble.due():
             self._probe()
-        user, machine = self.line.user_hold(), self.setback.reason
-        found = holds.read(self.config, user_hold=user, gpu=self.trouble.reason, machine=machine)
+        found = holds.read(
+            self.config,
+            user_hold=self.line.user_hold(),
+            gpu=self.trouble.reason,
+            machine=self.setback.reason,
+            sleep=self.awake.hold,
+        )
+        found |= self.card.holds(own=self.engine.pid)
         self.line.set_holds(self.name, found)
         return found
+
+    def _mind_sleep(self) -> None:
+        """Let the machine sleep with nothing on the GPU; when it is back, nothing starts before a probe."""
+        self.awake.look()
+        if self.awake.hold:
+            self.engine.stop(timeout_s=1)
+            self.awake.let_sleep()
+        elif self.awake.take_resumed():
+            self.engine.stop(timeout_s=10)  # its context may be broken, and a broken one poisons its process
+            self._probe()
 
     def _probe(self) -> None:
         """Ask a fresh process whether the device works, and read the machine again."""
@@ -267,11 +278,7 @@ class GpuWorker(Worker):
 
     def _look_for_late(self) -> None:
         """Queue what a client wrote down and did not live to hand over."""
-        until = time.time() - LATE_S
-        if until - self._looked_until < LATE_S:
-            return
-        late = self.place.ledger.written_between(self._looked_until, until)
-        self._looked_until = until
+        late, self._looked_until = recovery.written_late(self.place.ledger, self._looked_until, time.time())
         if late:
             recovery.queue_submissions(self.place, late)
 
@@ -294,6 +301,7 @@ class GpuWorker(Worker):
 
     def execute_job(self, job: SafeJob, queue: SafeQueue) -> None:
         """Have the horse run the job, then make sure that the job is settled, however the horse ended."""
+        self.awake.job_starts()
         self.engine.ensure()
         self.shared.set(busy=False)
         self.requests.forget()
@@ -307,6 +315,7 @@ class GpuWorker(Worker):
         self.executions.clear()
         self._idle_since = time.monotonic()
         self._settle(str(job.args[0]))
+        self.awake.job_ended()
         if self.config.settings.worker.release == "process":
             self.engine.stop(timeout_s=10)
 
@@ -315,7 +324,8 @@ class GpuWorker(Worker):
         try:
             if self.line.running().get(job) == self.name:
                 recovery.settle_orphan(self.place, job, "the process that ran it was killed")
-        except (*AWAY, QueueUnreachable, OSError) as error:
+            self.notices.ended(self.place.ledger.receipt(job))
+        except (*AWAY, QueueUnreachable, OSError, LedgerDamaged) as error:
             self._unsure = True
             log.warning("job.unsettled", id=job, error=error)
         if reason := self.shared.take_setback():
@@ -323,7 +333,7 @@ class GpuWorker(Worker):
             self.setback.failed(reason)
         else:
             self.setback.lifted()
-        if self.trouble.reason is None and not self.engine.running():
+        if self.trouble.reason is None and not self.engine.running() and not self.awake.must_stop:
             self._probe()
 
     def _run_in_horse(self, job: str, execution: str) -> dict[str, Any]:
@@ -349,6 +359,8 @@ class GpuWorker(Worker):
 
     def wait_for_horse(self) -> tuple[int | None, int | None, Any]:
         """Wait for the horse; when it left the engine busy, the engine is dead before RQ says anything about it."""
+        if not self.awake.wait_for(self.horse_pid):
+            raise HorseMonitorTimeoutException  # RQ then calls `maintain_heartbeats`, as it does every HEARTBEAT_S
         ended = super().wait_for_horse()
         if self.shared.busy:
             self.engine.kill()
@@ -366,14 +378,20 @@ class GpuWorker(Worker):
     def main_work_horse(self, job: SafeJob, queue: SafeQueue) -> None:
         """Run in the fork: it dies with the worker."""
         linux.die_with_parent(self.pid)()
+        self.awake.leave()
         super().main_work_horse(job, queue)
 
     def maintain_heartbeats(self, job: SafeJob, execution: Any) -> None:
         """Say that we live while the horse works; the watchdog only hears of true progress."""
-        if self.stopping.is_set():
+        self.awake.look()
+        if self.stopping.is_set() or self.awake.must_stop:
             self._ask_horse_to_stop()  # the signal may have come while the horse was being made
+        if self.awake.overdue:
+            self.engine.kill()  # the horse, which was asked to stop, puts the job back
         if not self.shared.busy or time.monotonic() < self.shared.deadline:
             systemd.notify("WATCHDOG=1", f"STATUS=Running {job.args[0]}")
+        if self.awake.must_stop:
+            return  # a server that hangs would take the time that the engine has to leave
         try:
             super().maintain_heartbeats(job, execution)
             self.line.publish_worker(
@@ -440,7 +458,7 @@ class GpuWorker(Worker):
     request_force_stop = request_stop
 
 
-def serve(config: Config, engine: Sequence[str] = ENGINE) -> int:
+def serve(config: Config, engine: Sequence[str] = ENGINE, awake: Awake | None = None) -> int:
     """Run the worker of the configured device until a signal; returns the exit status.
 
     Raises:
@@ -449,7 +467,7 @@ def serve(config: Config, engine: Sequence[str] = ENGINE) -> int:
     signal.signal(signal.SIGTERM, _leave)  # until the worker takes signals itself, nothing is under way
     machine = missing_gpu.await_device(config, FORGOTTEN_S)
     server = _await_server(config)
-    return GpuWorker(config, machine, server, engine).run()
+    return GpuWorker(config, machine, server, engine, awake).run()
 
 
 def _leave(_signum: int, _frame: FrameType | None) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from datetime import time as wall_time
+from itertools import pairwise
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import assume, given
@@ -40,7 +43,13 @@ def config_in(folder: Path, device: str = "cpu", least: float = 0) -> Config:
 
 
 def read(config: Config, **said: str | None) -> dict[str, str]:
-    return holds.read(config, user_hold=said.get("user"), gpu=said.get("gpu"), machine=said.get("machine"))
+    return holds.read(
+        config,
+        user_hold=said.get("user"),
+        gpu=said.get("gpu"),
+        machine=said.get("machine"),
+        sleep=said.get("sleep"),
+    )
 
 
 # -- each reason -------------------------------------------------------------------------------------------------------
@@ -60,6 +69,10 @@ def test_holds_are_a_set_and_each_stands_alone(tmp_path: Path) -> None:
 
 def test_a_cpu_worker_does_not_care_about_gpu_and_power(tmp_path: Path) -> None:
     assert read(config_in(tmp_path, device="cpu"), gpu="Xid 79") == {}
+
+
+def test_a_machine_that_goes_to_sleep_starts_nothing_whatever_the_device(tmp_path: Path) -> None:
+    assert read(config_in(tmp_path, device="cpu"), sleep="it goes to sleep") == {"sleep": "it goes to sleep"}
 
 
 @pytest.mark.parametrize(
@@ -122,35 +135,6 @@ def test_a_models_disk_that_is_unmounted_is_missed_once_it_was_seen(tmp_path: Pa
     assert read(config) == {}
 
 
-def supply(power: Path, name: str, **files: str) -> None:
-    (power / name).mkdir(parents=True)
-    for file, content in files.items():
-        (power / name / file).write_text(content + "\n")
-
-
-@pytest.mark.parametrize(
-    ("supplies", "expected"),
-    [
-        ({}, False),
-        ({"BAT0": {"type": "Battery", "status": "Discharging"}, "AC": {"type": "Mains", "online": "0"}}, True),
-        ({"BAT0": {"type": "Battery", "status": "Discharging"}, "AC": {"type": "Mains", "online": "1"}}, False),
-        ({"BAT0": {"type": "Battery", "status": "Discharging"}, "ucsi": {"type": "USB", "online": "1"}}, False),
-        ({"BAT0": {"type": "Battery", "status": "Charging"}}, False),
-        ({"BAT0": {"type": "Battery", "status": "Not charging"}, "AC": {"type": "Mains", "online": "0"}}, False),
-        ({"BAT0": {"type": "Battery", "status": "Full"}, "BAT1": {"type": "Battery", "status": "Discharging"}}, True),
-        ({"hidpp_battery_0": {"type": "Battery", "status": "Discharging", "scope": "Device"}}, False),
-        ({"BAT0": {"type": "Battery"}}, False),
-    ],
-)
-def test_on_battery_means_the_machines_own_battery_and_no_mains(
-    tmp_path: Path, supplies: dict[str, dict[str, str]], expected: bool
-) -> None:
-    for name, files in supplies.items():
-        supply(tmp_path / "power_supply", name, **files)
-
-    assert holds.on_battery(tmp_path / "power_supply") == expected
-
-
 # -- windows -----------------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +165,51 @@ def test_night_jobs_start_in_the_window_or_after_all_others_without_one() -> Non
     assert holds.open_classes("", noon) == [0, 1, 2, 3]
     assert holds.open_classes("23:00-07:00", noon) == [0, 1, 2]
     assert holds.open_classes("23:00-07:00", noon + timedelta(hours=12)) == [0, 1, 2, 3]
+
+
+BERLIN = ZoneInfo("Europe/Berlin")
+
+
+@pytest.mark.parametrize(
+    ("window", "begins", "open_hours"),
+    [
+        ("23:00-07:00", "2026-11-22T21:00Z", 8),
+        ("23:00-07:00", "2026-03-28T21:00Z", 7),  # at 02:00 it is 03:00
+        ("23:00-07:00", "2026-10-24T20:00Z", 9),  # at 03:00 it is 02:00 again
+        ("02:15-02:45", "2026-03-28T21:00Z", 0),  # there is no such time that night
+        ("02:15-02:45", "2026-10-24T20:00Z", 1),  # it comes twice
+        ("01:00-02:30", "2026-03-28T21:00Z", 1),
+    ],
+)
+def test_a_window_is_what_the_clock_on_the_wall_says_also_when_it_is_changed(
+    window: str, begins: str, open_hours: float
+) -> None:
+    """Minute by minute, as the machine lives through the night."""
+    night = datetime.fromisoformat(begins)
+    minutes = [(night + timedelta(minutes=minute)).astimezone(BERLIN) for minute in range(12 * 60)]
+
+    assert sum(3 in holds.open_classes(window, minute) for minute in minutes) == open_hours * 60
+
+
+def test_a_window_is_one_piece_from_evening_to_morning_in_every_night_of_a_year() -> None:
+    noon = datetime(2026, 1, 1, 11, tzinfo=UTC)
+    for day in range(365):
+        hours = [(noon + timedelta(days=day, hours=hour)).astimezone(BERLIN) for hour in range(24)]
+        states = [3 in holds.open_classes("23:00-07:00", hour) for hour in hours]
+
+        assert sum(before != after for before, after in pairwise(states)) == 2, hours[0]
+
+
+def test_the_zone_may_change_under_a_running_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A person who travels tells the machine, and not each process."""
+    monkeypatch.setenv("TZ", "UTC-5")
+    east = holds.wall_clock()
+    os.environ["TZ"] = "UTC+5"
+    west = holds.wall_clock()
+    monkeypatch.undo()
+    time.tzset()
+
+    assert round((east - west).total_seconds() / 3600) == 10
 
 
 # -- troubles that pass ------------------------------------------------------------------------------------------------

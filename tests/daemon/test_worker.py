@@ -18,7 +18,7 @@ import pytest
 from safelight import jobspec
 from safelight.jobqueue import JobQueue
 from safelight.jobspec import JobSpec
-from safelight.ledger import Attempts, job_id, submission_id
+from safelight.ledger import Attempts, job_id, submission_id, submission_of
 from safelight.machine import Machine
 from safelightd import gpulock, redis_server
 from safelightd.worker import SERVER_TIMEOUT_S
@@ -634,6 +634,21 @@ def test_damaged_files_of_the_ledger_stop_no_other_job(installation: Installatio
 
     assert f"{counted.id}.json" in queue.fields(counted.id)["error"]
     worker.kill()
+
+
+def test_a_job_whose_record_was_removed_does_not_run_when_an_old_queue_brings_it_back(worker: Running) -> None:
+    (spec,) = worker.submit("fox")
+    worker.all_in([spec], "done")
+    ledger = worker.installation.ledger
+    ledger.close_ended()
+    submission = submission_of(spec.id)
+
+    assert ledger.forget({submission: [spec.id]}) == [submission]
+    assert worker.queue.requeue(spec.id)
+
+    worker.all_in([spec], "failed")
+    assert worker.times_done(spec) == 1
+    assert "submit it anew" in worker.queue.fields(spec.id)["error"]
 
 
 def test_an_orphan_is_found_although_the_machine_has_another_name_now(

@@ -128,6 +128,33 @@ def test_lingering_is_asked_for_until_it_is_on(config: Config, root: Path) -> No
     assert "enable-linger" not in install(config, root)
 
 
+def test_a_person_is_offered_the_rule_that_lets_a_job_keep_the_machine_awake(
+    config: Config, home: Path, root: Path
+) -> None:
+    """Only root may put it in place."""
+    lines = install(config, root)
+
+    rule = root / home.relative_to("/") / ".config/safelight/polkit.rules"
+    assert f"sudo install -m 644 {rule} /etc/polkit-1/rules.d/50-safelight.rules" in lines
+    person = pwd.getpwuid(os.getuid()).pw_name
+    assert f'subject.user == "{person}"' in rule.read_text()
+
+    placed = root / "etc/polkit-1/rules.d/50-safelight.rules"
+    placed.parent.mkdir(parents=True)
+    placed.write_text(rule.read_text())
+
+    assert "sudo install" not in install(config, root)
+
+
+@needs_root
+def test_a_system_installation_may_keep_the_machine_awake(config: Config, root: Path) -> None:
+    lines = install(config, root, system=True)
+
+    rule = (root / "etc/polkit-1/rules.d/50-safelight.rules").read_text()
+    assert 'subject.user == "safelight"' in rule
+    assert "sudo install" not in lines
+
+
 def test_uninstalling_keeps_settings_and_data(config: Config, home: Path, root: Path) -> None:
     install(config, root)
     receipt = root / config.paths.receipts.relative_to("/") / "night.json"
@@ -152,7 +179,8 @@ def test_a_dry_run_of_uninstalling_removes_nothing(config: Config, root: Path) -
     lines = service.uninstall(system=False, dry_run=True, root=root)
 
     assert tree(root) == before
-    assert len([line for line in lines if line.startswith("would remove")]) == len(USER_UNITS)
+    removed = sorted(Path(line).name for line in lines if line.startswith("would remove"))
+    assert removed == sorted([*USER_UNITS, "polkit.rules"])
 
 
 @needs_root

@@ -117,6 +117,20 @@ def test_exposure_is_no_higher_than_measured(kind: Kind, config: Config, tmp_pat
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_rule_for_polkit_allows_what_a_job_inhibits_and_nothing_else(kind: Kind, config: Config) -> None:
+    rule = rendered(kind, config)["polkit.rules"]
+
+    actions = re.findall(r'"(org\.[a-z0-9.-]+)"', rule)
+
+    assert actions == [
+        "org.freedesktop.login1.inhibit-block-sleep",
+        "org.freedesktop.login1.inhibit-block-idle",
+        "org.freedesktop.login1.inhibit-handle-lid-switch",
+    ]
+    assert rule.count("Result.YES") == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_placeholder_is_filled(kind: Kind, config: Config) -> None:
     for name, text in rendered(kind, config).items():
         assert not re.findall(r"@[a-z_]+@", text), name
