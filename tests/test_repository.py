@@ -196,3 +196,21 @@ def test_every_link_between_documents_leads_somewhere() -> None:
 
     assert links
     assert [f"{page.name}: {target}" for page, target in links if not (page.parent / target).exists()] == []
+
+
+PROMISED = re.compile(r"`(tests/[\w/]+\.py)::(test_\w+)`")
+
+
+def test_every_promise_names_a_test_that_is_there() -> None:
+    page = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    promised = PROMISED.findall(page)
+    missing = [
+        f"{file}::{name}"
+        for file, name in promised
+        if not (ROOT / file).is_file() or f"def {name}(" not in (ROOT / file).read_text(encoding="utf-8")
+    ]
+    rows = [line for line in page.splitlines() if line.startswith("|") and not line.startswith(("| promise", "|---"))]
+
+    assert missing == []
+    assert [row for row in rows if not PROMISED.search(row)] == []
+    assert len(promised) >= 30
