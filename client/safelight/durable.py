@@ -55,6 +55,28 @@ def _stage(path: Path, content: bytes) -> Path:
     return unfinished
 
 
+def sweep(folder: Path) -> list[Path]:
+    """Remove what processes that were killed in the middle of a write left in a folder, and return it."""
+    left = [file for file in folder.glob(".*.part") if _is_orphan(file.name)]
+    for file in left:
+        file.unlink(missing_ok=True)
+    return left
+
+
+def _is_orphan(name: str) -> bool:
+    """Whether the process whose number is in the name of an unfinished file has ended."""
+    number = name.removesuffix(".part").rpartition(".")[2]
+    if not number.isdecimal():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        return False  # it lives, and is somebody else's
+    return False
+
+
 def _sync(files: list[Path]) -> None:
     if len(files) > SYNC_ONE_BY_ONE_MAX:
         sync_filesystem(files[0].parent)

@@ -317,7 +317,7 @@ def ended(spec: JobSpec, attempts: Attempts, state: EndState, error: str, phase:
             "phase": phase,
             "attempts": attempts.attempts,
             "overruns": attempts.overruns,
-            "finished_at": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "finished_at": datetime.now().astimezone().isoformat(timespec="milliseconds"),
         }
     )
 

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from safelight import durable
 from safelight.errors import LedgerDamaged
 from safelight.jobspec import JobSpec
 from safelight.ledger import Ledger
+from safelight.paths import Paths
 from safelightd import gpulock
 from safelightd.execution import Place, conclude, give_back, rejected, settle_job, spec_of
 from safelightd.logs import Log
@@ -107,6 +109,20 @@ def _restore_ended(place: Place, ids: list[str]) -> None:
             continue
         if receipt and remembered.get(job) != receipt.state:
             place.queue.restore(receipt)
+        if receipt:
+            place.ledger.forget_attempts(job)  # whoever wrote the receipt may have died before
+
+
+def sweep(paths: Paths) -> None:
+    """Remove what killed processes left half written in the ledger: hidden files that nobody reads."""
+    for folder in (paths.jobs, paths.attempts, paths.publishing, paths.receipts):
+        try:
+            left = durable.sweep(folder)
+        except OSError as error:
+            log.warning("ledger.unswept", folder=folder, error=error)
+            continue
+        if left:
+            log.info("ledger.swept", folder=folder, files=len(left))
 
 
 def written_late(ledger: Ledger, looked_until: float, now: float) -> tuple[list[str], float]:

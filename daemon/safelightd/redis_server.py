@@ -57,10 +57,15 @@ def version_of(binary: Path) -> tuple[str, tuple[int, ...]]:
 
     Raises:
         BadConfig: it does not run here, or is another program.
+        SafelightError: it was ended, or did not answer in time; a restart may help.
     """
     try:
         said = subprocess.run([str(binary), "--version"], capture_output=True, text=True, check=True, timeout=10).stdout
+    except subprocess.TimeoutExpired as error:
+        raise SafelightError(f"{binary} has not said its version within 10 s. Is the disk slow? Try again.") from error
     except (OSError, subprocess.SubprocessError) as error:
+        if getattr(error, "returncode", 0) < 0:
+            raise SafelightError(f"{binary} was ended before it said its version: {error}. Try again.") from error
         raise BadConfig(f"{binary} does not run here: {error}. Install valkey-server, or set [queue] url.") from error
     match = re.search(r"(\w+) server v=(\d+)\.(\d+)\.(\d+)", said)
     if not match:
@@ -122,12 +127,7 @@ def serve(config: Config) -> int:
     signal.signal(signal.SIGTERM, pass_on)
     signal.signal(signal.SIGINT, pass_on)
     serves = _answers(config.url, server)
-    if (
-        not serves
-        and not asked_to_stop
-        and server.wait() not in KILLED
-        and _serves_without_data(paths.redis, binary, lock)
-    ):
+    if not serves and not asked_to_stop and server.wait() not in KILLED and _is_unreadable(paths.redis, binary, lock):
         aside = _set_aside(paths.redis)
         log.error("queue.damaged", moved_to=aside, next="starting empty; the worker fills the queue from the ledger")
         server = _started(binary, paths.socket, paths.redis, lock)
@@ -149,22 +149,27 @@ def _started(binary: Path, socket: Path, data: Path, lock: int) -> subprocess.Po
     )
 
 
-def _serves_without_data(data: Path, binary: Path, lock: int) -> bool:
-    """Whether the server that ended at once runs on an empty folder beside its data: then it was the data.
-
-    A full disk, a socket in use or a binary that does not run would end it there as well.
+def _is_unreadable(data: Path, binary: Path, lock: int) -> bool:
+    """Whether it is its data that ended a server at once: on a socket of its own it serves an empty folder beside the
+    data, and not the data. A full disk, a socket that is taken or a binary that does not run tells itself apart so.
     """
     trial = data / "trial"
     shutil.rmtree(trial, ignore_errors=True)
     trial.mkdir()
-    socket = trial / "s"  # its own: nobody may take it for the queue
-    server = _started(binary, socket, trial, lock)
+    try:
+        return not _serves(binary, trial / "s", data, lock) and _serves(binary, trial / "s", trial, lock)
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+
+
+def _serves(binary: Path, socket: Path, data: Path, lock: int) -> bool:
+    """Whether a server that is ended again at once answers."""
+    server = _started(binary, socket, data, lock)
     try:
         return _answers(f"unix://{socket}", server)
     finally:
         server.kill()
         server.wait()
-        shutil.rmtree(trial, ignore_errors=True)
 
 
 def _set_aside(data: Path) -> Path:

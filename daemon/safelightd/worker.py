@@ -128,6 +128,7 @@ class GpuWorker(Worker):
         try:
             queueserver.check_server(self.connection)
             self._probe()
+            recovery.sweep(self.config.paths)
             self.recover()
             systemd.notify("READY=1", "STATUS=Waiting for jobs")
             self.work(logging_level="WARNING")

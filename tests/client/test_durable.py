@@ -95,3 +95,16 @@ def _python(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", program, *arguments], env=_env(), capture_output=True, text=True, timeout=60, check=False
     )
+
+
+def test_a_sweep_removes_what_dead_writers_left_and_nothing_else(tmp_path: Path) -> None:
+    done = subprocess.Popen(["true"])
+    done.wait()
+    dead, own = tmp_path / f".a.json.{done.pid}.part", tmp_path / f".b.json.{os.getpid()}.part"
+    others = [tmp_path / name for name in ("a.json", ".hidden", ".c.part", "d.1.part")]
+    for file in (dead, own, *others):
+        file.write_text("x")
+
+    assert durable.sweep(tmp_path) == [dead]
+    assert sorted(tmp_path.iterdir()) == sorted([own, *others])
+    assert durable.sweep(tmp_path / "none") == []

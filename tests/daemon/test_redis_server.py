@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from safelight import queueserver
-from safelight.errors import BadConfig
+from safelight.errors import BadConfig, SafelightError
 from safelight.queueserver import AWAY
 from safelightd import redis_server
 from tests.conftest import Installation
@@ -328,3 +328,28 @@ def test_a_server_that_does_not_run_at_all_touches_no_data(installation: Install
     assert "ended with status 1" in done.stderr
     assert (data / "appendonlydir" / "mine").read_text() == "x"
     assert sorted(path.name for path in data.iterdir()) == ["appendonlydir", "server.json"]
+
+
+@pytest.mark.parametrize(("end", "error"), [("kill -9 $$", SafelightError), ("exit 1", BadConfig)])
+def test_a_server_that_was_killed_while_it_was_asked_is_asked_again_and_one_that_does_not_run_is_not(
+    tmp_path: Path, end: str, error: type[SafelightError]
+) -> None:
+    """Exit 3 would tell systemd never to try again."""
+    binary = tmp_path / "valkey-server"
+    binary.write_text(f"#!/bin/sh\n{end}\n")
+    binary.chmod(0o755)
+    with pytest.raises(error) as refused:
+        redis_server.version_of(binary)
+
+    assert isinstance(refused.value, BadConfig) == (error is BadConfig)
+
+
+def test_a_socket_that_is_in_the_way_touches_no_data(start: Start, installation: Installation) -> None:
+    file = filled(start, installation)
+    content = file.read_bytes()
+    installation.paths.socket.unlink(missing_ok=True)
+    (installation.paths.socket / "in the way").mkdir(parents=True)
+
+    assert "ended with status 1" in said(start(), 1)
+    assert list(installation.paths.redis.glob("damaged-*")) == []
+    assert file.read_bytes().startswith(content[:100])

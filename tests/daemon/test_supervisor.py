@@ -145,10 +145,8 @@ def test_what_a_restart_cannot_help_ends_all_with_its_exit_code(
 
 
 def test_a_signal_during_the_wait_before_a_restart_is_heard(up: Up, installation: Installation) -> None:
-    """A server without a usable disk dies at once, again and again."""
-    manifest = installation.paths.redis / "appendonlydir" / "appendonly.aof.manifest"
-    manifest.parent.mkdir(parents=True)
-    manifest.write_text("nonsense\n")
+    """A server that cannot listen dies at once, again and again."""
+    (installation.paths.socket / "in the way").mkdir(parents=True)
     process = up("redis")
     assert process.stderr is not None
     waits = []

@@ -75,6 +75,8 @@ def _cancel_in_ledger(queue: JobQueue, ledger: Ledger, answers: dict[str, str]) 
     receipts = (_cancelled(spec) for spec in _specs(without, queue, ledger))
     while group := list(islice(receipts, RECORD_CHUNK)):
         ledger.record_all(group)
+        for receipt in group:
+            ledger.forget_attempts(receipt.id)  # it may have run before it was put back
     again = [job for job in unheard if answers[job] == "cancelled"]
     for job, answer in zip(again, queue.cancel(again), strict=True):
         answers[job] = "cancelled" if answer == "unknown" else answer
