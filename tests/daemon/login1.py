@@ -140,3 +140,20 @@ def forged_sleep(address: str, to: str) -> None:
         message.header.fields[HeaderFields.destination] = to
         bus.send(message)
         bus.send_and_get_reply(message_bus.GetId())
+
+
+Serve = Callable[..., Login1]
+
+
+@contextmanager
+def serving(bus: Bus) -> Iterator[Serve]:
+    """Have what starts a logind on `bus` with wishes of its own; all are stopped at the end."""
+    started: list[Login1] = []
+
+    def start(**wishes: object) -> Login1:
+        started.append(Login1(bus.address, **wishes))
+        return started[-1]
+
+    yield start
+    for login1 in started:
+        login1.stop()

@@ -17,7 +17,7 @@ from safelight.jobqueue import JobQueue
 from safelightd import awake as awake_module
 from safelightd.awake import Awake
 from tests.conftest import Installation
-from tests.daemon.login1 import Bus, Login1
+from tests.daemon.login1 import Bus, Login1, Serve, serving
 from tests.daemon.test_worker import Running, eventually, gone
 
 needs_bus = pytest.mark.skipif(not shutil.which("dbus-daemon"), reason="dbus-daemon is not installed")
@@ -105,21 +105,10 @@ def bus(installation: Installation, monkeypatch: pytest.MonkeyPatch) -> Iterator
     bus.kill()
 
 
-Serve = Callable[..., Login1]
-
-
 @pytest.fixture
 def serve(bus: Bus) -> Iterator[Serve]:
-    """Starts a logind with wishes of its own."""
-    started: list[Login1] = []
-
-    def start(**wishes: object) -> Login1:
-        started.append(Login1(bus.address, **wishes))
-        return started[-1]
-
-    yield start
-    for login1 in started:
-        login1.stop()
+    with serving(bus) as start:
+        yield start
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import select
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from safelightd.logind import Denied, Logind
-from tests.daemon.login1 import Bus, Login1, eventually, forged_sleep
+from tests.daemon.login1 import Bus, Login1, Serve, eventually, forged_sleep, serving
 
 pytestmark = pytest.mark.skipif(not shutil.which("dbus-daemon"), reason="dbus-daemon is not installed")
 
@@ -24,21 +24,10 @@ def bus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bus]:
     bus.kill()
 
 
-Serve = Callable[..., Login1]
-
-
 @pytest.fixture
 def serve(bus: Bus) -> Iterator[Serve]:
-    """Starts a logind with wishes of its own."""
-    started: list[Login1] = []
-
-    def start(**wishes: object) -> Login1:
-        started.append(Login1(bus.address, **wishes))
-        return started[-1]
-
-    yield start
-    for login1 in started:
-        login1.stop()
+    with serving(bus) as start:
+        yield start
 
 
 @pytest.fixture
