@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 from safelight import durable
 from safelight.drops import Entry, Kind, mark_of, place_of, stem_of, suffix_of
-from safelight.errors import BadConfig, Fault
+from safelight.errors import BadConfig, Fault, SafelightError
 from safelight.jobspec import JobSpec, is_folder_name
 from safelight.ledger import submission_id
 from safelight.paths import Paths
@@ -42,6 +42,10 @@ NOTE_BYTES = 40
 """Kept free in the name of a filed file: for `.ticket.json`, and for what durable.write adds while it writes that."""
 
 
+PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOTCONN, errno.ESTALE})
+"""What a full or broken disk says: no reason never to try again."""
+
+
 # -- the folders -------------------------------------------------------------------------------------------------
 
 
@@ -50,6 +54,7 @@ def prepare(paths: Paths) -> None:
 
     Raises:
         BadConfig: a folder cannot be made, or a rename between them fails (they lie on different mounts).
+        SafelightError: the disk is full or broken just now; a restart may help.
     """
     proof = paths.inbox / ".proof"  # always the same, so that one left by a crash is gone after the next start
     try:
@@ -63,6 +68,8 @@ def prepare(paths: Paths) -> None:
             for unfinished in folder.glob(".*.part"):  # notes that a crash cut short; they are written anew
                 unfinished.unlink()
     except OSError as error:
+        if error.errno in PASSING:
+            raise SafelightError(f"{paths.inbox}: {error}. Free some space, or mend the disk.") from error
         raise BadConfig(
             f"{error.filename}: files cannot be taken from the inbox ({error.strerror}). {paths.inbox} and accepted/, "
             "rejected/ and .safelight/ in it must lie on one file system and be writable for safelight: change their "

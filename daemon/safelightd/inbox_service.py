@@ -6,7 +6,6 @@ or for a signal, and holding while the queue is away, the disk is full or the fo
 
 from __future__ import annotations
 
-import fcntl
 import os
 import select
 import signal
@@ -16,11 +15,11 @@ from types import FrameType
 from safelight import inbox, models, queueserver
 from safelight.config import Config
 from safelight.drops import Patience
-from safelight.errors import BadConfig, QueueUnreachable
+from safelight.errors import BadConfig, QueueUnreachable, SafelightError
 from safelight.jobqueue import JobQueue
 from safelight.ledger import Ledger
 from safelight.queueserver import AWAY
-from safelightd import systemd
+from safelightd import linux, systemd
 from safelightd.inbox_watch import Watch, remote_name
 from safelightd.intake import Intake
 from safelightd.logs import Log
@@ -40,6 +39,9 @@ UNWATCHED_S = 5.0
 
 REMOTE_SETTLE_S = 5.0
 """settle_s, at least, on a network file system: it shows changes late and cannot tell that a file is being written."""
+
+DYING_S = 3.0
+"""A killed process keeps its lock until the disk has answered it: that must not end its successor for good."""
 
 HOLDS_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 """Between tries while something is away or full; the last repeats."""
@@ -79,11 +81,9 @@ def _lock(config: Config) -> int:
         lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise BadConfig(f"{file}: {error.strerror}. Make the folder writable, or set [paths] state.") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not linux.lock(lock, DYING_S):
         os.close(lock)
-        raise BadConfig(f"{config.paths.inbox} is served by another process already. Stop that one first.") from None
+        raise BadConfig(f"{config.paths.inbox} is served by another process already. Stop that one first.")
     return lock
 
 
@@ -185,7 +185,7 @@ class _Service:
             return
         try:
             inbox.prepare(self._config.paths)
-        except BadConfig as error:
+        except SafelightError as error:
             raise OSError(str(error)) from error
         self._folder = now
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from safelight import drops, inbox, ledger, promptfile
 from safelight.drops import Entry
-from safelight.errors import BadConfig, Fault, InvalidJob
+from safelight.errors import BadConfig, Fault, InvalidJob, SafelightError
 from safelight.inbox import Claim
 from safelight.paths import Paths
 
@@ -361,3 +362,17 @@ def test_ticket_names_the_jobs(paths: Paths) -> None:
         "v": 1, "submission": SUBMISSION, "file": "cat.txt", "sha256": "0" * 64, "batch": "cat",
         "jobs": [f"{SUBMISSION}-00001", f"{SUBMISSION}-00002"], "enqueued_at": "2026-11-22T22:00:00+00:00",
     }  # fmt: skip
+
+
+def test_a_full_disk_at_start_is_no_reason_never_to_start_again(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings that are wrong end the service for good; a disk has room again in the morning."""
+
+    def full(self: Path, *_arguments: object, **_named: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    monkeypatch.setattr(Path, "touch", full)
+    with pytest.raises(SafelightError) as refused:
+        inbox.prepare(paths)
+
+    assert not isinstance(refused.value, BadConfig)
+    assert "No space left" in str(refused.value)

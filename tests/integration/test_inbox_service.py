@@ -358,6 +358,23 @@ def test_second_process_is_refused(installation: Installation, queue: JobQueue) 
     assert second.status == 3
 
 
+def test_a_lock_that_a_killed_process_still_holds_for_a_moment_ends_nobody(
+    installation: Installation, queue: JobQueue
+) -> None:
+    """The kernel lets go of it once the disk has answered the dead one's last write."""
+    installation.paths.state.mkdir(parents=True, exist_ok=True)
+    program = (
+        "import fcntl, sys, time\n"
+        "lock = open(sys.argv[1], 'a'); fcntl.flock(lock, fcntl.LOCK_EX); print('held', flush=True); time.sleep(1)"
+    )
+    command = [sys.executable, "-c", program, str(installation.paths.state / "inbox.lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as dying:
+        assert dying.stdout is not None
+        assert dying.stdout.readline() == b"held\n"
+        with running(installation.config):
+            until(installation.paths.rejected.is_dir)
+
+
 def test_unusable_inbox_is_refused_at_start(installation: Installation) -> None:
     installation.paths.inbox.write_text("a file where the folder belongs")
     process = Process(installation.config)
