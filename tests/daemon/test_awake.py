@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from safelight import durable
 from safelight.jobqueue import JobQueue
 from safelightd import awake as awake_module
 from safelightd.awake import Awake
@@ -335,7 +336,7 @@ def engines(worker: Running) -> list[str]:
 def test_a_warm_engine_does_not_outlive_a_sleep_that_only_the_clocks_tell_of(worker: Running, slept: Path) -> None:
     worker.all_in(worker.submit("ok"), "done")
     engine = worker.engine()
-    slept.write_text("3700")
+    durable.write(slept, b"3700")  # whole: the worker may read it at any moment
     eventually(lambda: gone(engine))
     worker.all_in(worker.submit("ok"), "done")
 
@@ -352,7 +353,7 @@ def test_after_a_sleep_the_device_is_probed_before_any_job_starts(
         eventually(lambda: any("Held: user" in said for said in told))
         (spec,) = worker.submit("ok")
         told.clear()
-        slept.write_text("3700")
+        durable.write(slept, b"3700")  # whole: the worker may read it at any moment
         eventually(lambda: any("Probing" in said for said in told))
 
         assert worker.log() == []
@@ -370,7 +371,7 @@ def test_a_job_under_which_the_machine_slept_runs_again_in_a_fresh_engine_uncoun
     eventually(lambda: worker.log() == [f"start {spec.id}"])
     engine = worker.engine()
     os.kill(engine.pid, signal.SIGSTOP)  # so that the job is still there at the worker's next look
-    slept.write_text("3700")
+    durable.write(slept, b"3700")  # whole: the worker may read it at any moment
     worker.all_in([spec], "done", timeout_s=40)
 
     assert len(set(engines(worker))) == 2
