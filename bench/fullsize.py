@@ -319,9 +319,10 @@ def held() -> dict[str, int | float]:
     return device | host
 
 
-def status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+def status(field: str, pid: int | None = None) -> int:
+    """Return a figure of a process's /proc/PID/status in bytes, this one's by default; 0 for one that has ended."""
+    lines = Path(f"/proc/{pid or 'self'}/status").read_text(encoding="ascii").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
 
 
 def synchronise() -> None:

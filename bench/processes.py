@@ -72,7 +72,7 @@ def run_prepare(config: Config, model: str, held: str) -> list[Any]:
     process = subprocess.Popen([sys.executable, "-m", "safelightd.cli", *words])
     held_bytes = 0
     while process.poll() is None:
-        held_bytes = max(held_bytes, _anonymous_bytes(process.pid))
+        held_bytes = max(held_bytes, fullsize.status("RssAnon", process.pid))  # not reaped yet: its file is there
         time.sleep(0.02)
     seconds = time.monotonic() - began
     stored = sum(manifest.size_bytes for manifest in prepared.usable(config.paths.models, models.load(config)))
@@ -82,14 +82,6 @@ def run_prepare(config: Config, model: str, held: str) -> list[Any]:
             "host_gib": round(held_bytes / 2**30, 3), "stored_gib": round(stored / 2**30, 3),
         }
     ]  # fmt: skip
-
-
-def _anonymous_bytes(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
 
 
 def run_oom(model: str, folders: dict[str, Path], leave_gib: float, shrink: int) -> list[Any]:
