@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bench.measured import NIGHT, Budget, Place
-from safelight.calibration import load_key, work_key
+from safelight.calibration import link_key, load_key, work_key
 from safelight.errors import InvalidJob
 from safelight.jobspec import JobSpec
 from safelight.machine import GIB
-from safelight.plan import Plan
+from safelight.plan import Plan, Shipped
 from safelight.planner import PHASES, make_plan
 from safelight.receipt import Receipt
 from safelight.rung import Circumstances
@@ -103,11 +103,18 @@ def _is_learned(place: Place, spec: JobSpec, waiting: int) -> bool:
     known = calibration.load(place.config.paths.state)
     around = runjob.now(Circumstances(waiting=waiting), place.setting.pinned)
     plan = make_plan(spec, probe.read_machine(place.config, device.own()), place.models, known, around)
+    told = plan.predicted["denoise"].shipped
+    assert told is not None
     return (
         all(load_key(plan, phase) in known.load for phase in ("encode", "denoise"))
-        and all(work_key(plan, phase) in known.work for phase in ("denoise", "decode"))
+        and work_key(plan, "decode") in known.work
+        and (work_key(plan, "denoise") in known.work or (link_key(plan) in known.link and _waits_for_link(told)))
         and not compiles(plan)
     )
+
+
+def _waits_for_link(told: Shipped) -> bool:
+    return told.copy_seconds > told.compute_seconds
 
 
 def compiles(plan: Plan) -> bool:

@@ -44,7 +44,7 @@ def main() -> int:
     with scratch() as place:
         server: subprocess.Popen[bytes] = place.start("redis")
         try:
-            place.connect()
+            place.connect(server)
             figures = measure(place)
         finally:
             server.terminate()

@@ -110,7 +110,7 @@ def main() -> int:
     with scratch(device="cuda", more=own) as place:
         before = used_bytes()
         server = place.start("redis")
-        place.connect()
+        place.connect(server)
         worker = place.start("worker")
         try:
             good = measure(place, worker.pid, before)

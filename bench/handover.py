@@ -50,7 +50,7 @@ def _moment(written: str) -> float:
 def main() -> int:
     with scratch() as place:
         server = place.start("redis")
-        place.connect()
+        place.connect(server)
         worker = place.start("worker")
         try:
             figures = measure(place, worker)

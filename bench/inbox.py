@@ -37,7 +37,7 @@ WORKER = "bench"
 def start(place: Scratch) -> tuple[JobQueue, list[subprocess.Popen[bytes]]]:
     """Start a server and the inbox process; return the queue and both, ready."""
     server = place.start("redis")
-    queue = place.connect()
+    queue = place.connect(server)
     queue.publish_worker(WORKER, 3600)
     inbox = place.config.paths.inbox
     inbox.mkdir()

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ WARM_UP_JOBS = 10
 ENDED_WITHIN_S = 2.0
 """After the engine's exit. The driver gives a process's memory back a moment later."""
 
-OOM_STEPS = 60
+OOM_STEPS = 30
 
 MIB = 2**20
 
@@ -92,19 +93,19 @@ def run_oom(model: str, folders: dict[str, Path], leave_gib: float, shrink: int)
     own = "".join(f'[models.{key}]\npath = "{folder.absolute()}"\n' for key, folder in folders.items())
     with scratch(device="cuda", more=own) as place, _thief(leave_gib) as thief:
         server = place.start("redis")
-        queue = place.connect()
+        queue = place.connect(server)
         worker = place.start("worker")
         try:
             size = f"{1024 // shrink}x{1024 // shrink}"
             words = ["add", "a fox", "--model", model, "--size", size, "--steps", str(OOM_STEPS)]
             job, after = (place.client(*words).stdout.strip() for _ in range(2))
-            _await(lambda: _steps(queue.fields(job)) > 0 or _has_ended(place, job))
+            _await(lambda: _steps(queue.fields(job)) > 0 or _has_ended(place, job), worker)
             assert thief.stdin is not None
             thief.stdin.write(b"now\n")
             thief.stdin.flush()
-            _await(lambda: _overruns(place, job) > 0 or _has_ended(place, job))
+            _await(lambda: _overruns(place, job) > 0 or _has_ended(place, job), worker)
             thief.terminate()
-            _await(lambda: _has_ended(place, after))
+            _await(lambda: _has_ended(place, after), worker)
             receipts = [Ledger(place.config.paths).receipt(each) for each in (job, after)]
         finally:
             for process in (worker, server):
@@ -158,9 +159,12 @@ def _thief(leave_gib: float) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE)
 
 
-def _await(happened: Any, timeout_s: float = 300.0) -> None:
+def _await(happened: Callable[[], bool], worker: subprocess.Popen[bytes], timeout_s: float = 100.0) -> None:
+    """Return once it happened; a worker that has ended, or so long a time, ends the bench."""
     began = time.monotonic()
     while not happened():
+        if worker.poll() is not None:
+            raise SystemExit(f"The worker ended with exit code {worker.returncode}.")
         if time.monotonic() - began > timeout_s:
             raise SystemExit(f"Nothing happened for {timeout_s:.0f} s.")
         time.sleep(0.02)

@@ -51,13 +51,14 @@ class Scratch:
         command = [sys.executable, "-m", "safelight.cli", *words]
         return subprocess.run(command, env=self.env, check=check, capture_output=True, text=True)
 
-    def connect(self) -> jobqueue.JobQueue:
-        """Return the queue once its server answers."""
-        while True:
+    def connect(self, server: subprocess.Popen[bytes] | None = None) -> jobqueue.JobQueue:
+        """Return the queue once its server answers; a server given that has ended never will."""
+        while server is None or server.poll() is None:
             try:
                 return jobqueue.JobQueue(queueserver.connect(self.config.url, retries=0))
             except QueueUnreachable:
                 time.sleep(0.02)
+        raise SystemExit(f"The queue server ended with exit code {server.returncode}.")
 
 
 @contextmanager

@@ -37,9 +37,9 @@ ENCODE_BYTES = 48 * MIB
 ENCODE_BYTES_PER_TOKEN = 420_000
 """Peak of a text encoder's forward above its weights: T5's took 0.19 GiB at 512 tokens."""
 
-DECODE_BYTES_PER_PIXEL = {"flux": 3_070, "wan": 11_950}
-"""Of a whole bf16 decode above the VAE: FLUX reserves 3.08 GiB at 1024x1024, Wan 2.2 11.32 GiB at 1280x704x121,
-which gives its frames away as they come and takes the same for fewer."""
+DECODE_BYTES_PER_PIXEL = {"flux": 3_180, "wan": 11_950}
+"""Of a whole bf16 decode above the VAE: FLUX reserves 2.95 GiB at 1024x1024, 4.33 GiB at 1536x1024 and once in six
+4.80; Wan 2.2 11.32 GiB at 1280x704x121, which gives its frames away as they come and takes the same for fewer."""
 
 TILED_BYTES_PER_PIXEL_AND_FRAME = 7
 """The clip that the VAE joins of tiles before it gives any: 4.2 GiB in all at 1280x704x121."""
@@ -51,8 +51,9 @@ TINY_TILES = {"flux": (32,), "wan": (64,)}
 TINY_DECODE = 16
 """The tiny VAEs are so many times narrower than the real ones."""
 
-QUANTISING_BYTES_PER_WEIGHT = 10
-"""Of the largest Linear, while it is quantised on its way: itself, and what torchao computes in float32."""
+QUANTISING_BYTES_PER_WEIGHT = 12
+"""Of the largest Linear, while it is quantised on its way: itself, its parts, and what torchao computes in float32 of
+16 million weights at a time. 0.60 GiB where two Linears were held at once, 0.16 less since."""
 
 LEAF_BYTES = 340 * MIB
 """diffusers' leaf offload and accelerate's sequential one, above the activations: 0.81 GiB in all."""

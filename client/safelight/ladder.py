@@ -194,6 +194,7 @@ def _denoise(
         host_bytes: int,
         copying: float = 0.0,
         share: float = 0.0,
+        read_once: float = 0.0,
         pin: float = 0.0,
         **more: Any,
     ) -> Rung:
@@ -201,7 +202,7 @@ def _denoise(
         return Rung(
             "denoise", f"{way.precision}{' compiled' if way.compiled else ''}, {words}", device, host_bytes,
             setup + fetching * (1 - share), compute * forwards, changes | more, copying * forwards,
-            spec.num_inference_steps, pin, compiling,
+            spec.num_inference_steps, read_once, pin, compiling,
         )  # fmt: skip
 
     match way.placement:
@@ -218,9 +219,10 @@ def _denoise(
                 label = f"{len(streamed)} of {len(of)} blocks streamed"
                 share = sum(passing) / sum(of)
                 is_there = streamed == there
-                pin = fetching * share + len(experts) * sum(passing) * pace.PIN_SECONDS_PER_BYTE
+                pin = len(experts) * sum(passing) * pace.PIN_SECONDS_PER_BYTE
+                once = (0.0, 0.0) if is_there else (fetching * share, pin)
                 yield rung(
-                    label, device, host + sum(passing), sum(passing) / link, share, 0.0 if is_there else pin,
+                    label, device, host + sum(passing), sum(passing) / link, share, *once,
                     streamed=blocks, streamed_from="pinned", pinned_before=is_there,
                 )  # fmt: skip
                 if way.precision == plain or not is_quantised_here:

@@ -24,8 +24,9 @@ class Shipped(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     load_seconds: float
-    """Until everything is in place, and until it has been given back; pinning is counted by itself."""
+    """Until everything is in place, and until it has been given back."""
     pin_seconds: float = 0.0
+    """What pinning takes besides."""
     compile_seconds: float = 0.0
     compute_seconds: float = 0.0
     """All steps, or the decode."""

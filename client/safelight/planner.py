@@ -203,10 +203,12 @@ def _corrected(rung: Rung, plan: Plan, calibration: Calibration) -> Rung:
     held = _with(plan, rung)
     work = learned.work_key(held, rung.phase)
     alike = f"/{rung.phase}/"
+    load = learned.ratio(calibration.load, learned.load_key(held, rung.phase))
     return replace(
         rung,
         device_bytes=int(rung.device_bytes * calibration.device.get(learned.memory_key(held, rung.phase), 1.0)),
-        load_seconds=rung.load_seconds * learned.ratio(calibration.load, learned.load_key(held, rung.phase)),
+        load_seconds=rung.load_seconds * load,
+        read_once_seconds=rung.read_once_seconds * load,
         pin_seconds=rung.pin_seconds * learned.ratio(calibration.pin, learned.PIN),
         compile_seconds=rung.compile_seconds * learned.ratio(calibration.compile, work),
         compute_seconds=rung.compute_seconds * learned.ratio(calibration.work, work, alike),
@@ -217,7 +219,7 @@ def _corrected(rung: Rung, plan: Plan, calibration: Calibration) -> Rung:
 
 def _shipped(rung: Rung) -> Shipped:
     return Shipped(
-        load_seconds=round(rung.load_seconds, 4),
+        load_seconds=round(rung.load_seconds + rung.read_once_seconds, 4),
         pin_seconds=round(rung.pin_seconds, 4),
         compile_seconds=round(rung.compile_seconds, 4),
         compute_seconds=round(rung.compute_seconds, 4),

@@ -52,7 +52,10 @@ class Rung:
     copy_seconds: float = 0.0
     """What passes meanwhile, in all steps."""
     steps: int = 1
+    read_once_seconds: float = 0.0
+    """Loading what then stays pinned: no later job of the shape reads it."""
     pin_seconds: float = 0.0
+    """What pinning takes besides."""
     compile_seconds: float = 0.0
     shipped: Shipped | None = None
     """The seconds before they were corrected."""
@@ -66,12 +69,12 @@ class Rung:
 
     @property
     def seconds(self) -> float:
-        return self.load_seconds + self.pin_seconds + self.compile_seconds + self.work_seconds
+        return self.load_seconds + self.once_seconds + self.work_seconds
 
     @property
     def once_seconds(self) -> float:
         """Of `seconds`, what later jobs of the shape will not take again."""
-        return self.pin_seconds + self.compile_seconds
+        return self.read_once_seconds + self.pin_seconds + self.compile_seconds
 
 
 def decode_rung(tile: int, device_bytes: int, host_bytes: int, seconds: float) -> Rung:

@@ -267,12 +267,19 @@ def _fill(block: Block, views: Mapping[str, torch.Tensor], reader: Reader, order
     """Read a block's tensors to where `views` are; quantise those that are not stored so, one Linear at a time."""
     reader.read((tensor.stored, views[tensor.name]) for tensor in block.tensors if tensor.stored)
     for linear, stored in block.made.items():
-        assert order.format is not None
-        weight = torch.empty(stored.shape, dtype=order.dtype, device=order.device)
-        reader.read([(stored, weight)])
-        reader.finish()
-        for part, made in order.format.quantise(weight).items():
-            views[f"{linear}.weight.{part}"].copy_(made.view(views[f"{linear}.weight.{part}"].shape))
+        _fill_quantised(linear, stored, views, reader, order)
+
+
+def _fill_quantised(
+    linear: str, stored: Stored, views: Mapping[str, torch.Tensor], reader: Reader, order: Order
+) -> None:
+    """Quantise one weight to where `views` are. Nothing of it is left when the next one is read."""
+    assert order.format is not None
+    weight = torch.empty(stored.shape, dtype=order.dtype, device=order.device)
+    reader.read([(stored, weight)])
+    reader.finish()
+    for part, made in order.format.quantise(weight).items():
+        views[f"{linear}.weight.{part}"].copy_(made.view(views[f"{linear}.weight.{part}"].shape))
 
 
 def _attach(module: nn.Module, block: Block, views: Mapping[str, torch.Tensor], order: Order) -> None:

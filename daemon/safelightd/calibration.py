@@ -18,6 +18,9 @@ from safelightd.logs import Log
 WEIGHT_OF_LAST = 0.5
 """Half of a known ratio is the last job: a night's jobs are alike, and yesterday's machine was not."""
 
+LEAST_SHARE = 0.2
+"""Of what a part was expected to take, that it is believed to have taken at least: one job's noise is no discovery."""
+
 MORE_ROOM = 1.1
 """After each job that went well; a plan after one that ran out takes 0.9 of it."""
 
@@ -66,24 +69,80 @@ def learned(calibration: Calibration, receipt: Receipt) -> Calibration:
 
 def _with_seconds(before: Calibration, phase: PhaseName, plan: Plan, took: _Seconds, told: Shipped) -> Calibration:
     """Return the calibration with what a phase's seconds show."""
-    loads, works, copies = load_key(plan, phase), work_key(plan, phase), link_key(plan)
-    load, pin, work, link = before.load, before.pin, before.work, before.link
-    if told.pin_seconds and load:  # what the rest took is known from this way or from others
-        rest = ratio(load, loads) * told.load_seconds
-        load = load if loads in load else {**load, loads: ratio(load, loads)}
-        pin = _mixed(pin, PIN, took.load - rest, told.pin_seconds)
-    else:
-        together = told.load_seconds + told.pin_seconds
-        load = _mixed(load, loads, took.load, together)
-        pin = _mixed(pin, PIN, took.load, together) if told.pin_seconds else pin
-    computing = ratio(work, works, f"/{phase}/") * told.compute_seconds
-    copying = link.get(copies, 1.0) * told.copy_seconds
-    if copying > computing:
-        link = _mixed(link, copies, took.work - pace.NOT_OVERLAPPED * computing, told.copy_seconds)
-    else:
-        work = _mixed(work, works, took.work - pace.NOT_OVERLAPPED * copying, told.compute_seconds)
-    compiled = _mixed(before.compile, works, took.compiling, told.compile_seconds)
-    return before.model_copy(update={"load": load, "pin": pin, "compile": compiled, "work": work, "link": link})
+    works = work_key(plan, phase)
+    load = _Part(before.load, load_key(plan, phase), told.load_seconds)
+    pin = _Part(before.pin, PIN, told.pin_seconds)
+    compute = _Part(before.work, works, told.compute_seconds, f"/{phase}/")
+    copy = _Part(before.link, link_key(plan), told.copy_seconds, link_key(plan))
+    compiling = _Part(before.compile, works, told.compile_seconds)
+    loaded, pinned = _one_after_the_other(load, pin, took.load)
+    computed, copied = _at_once(compute, copy, took.work)
+    ratios = {
+        "load": loaded,
+        "pin": pinned,
+        "compile": compiling.found(took.compiling),
+        "work": computed,
+        "link": copied,
+    }
+    return before.model_copy(update=ratios)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of a phase's seconds: where its ratio is kept, and what the shipped figures say."""
+
+    ratios: Mapping[str, float]
+    name: str
+    shipped: float
+    alike: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """What it is expected to take here."""
+        return ratio(self.ratios, self.name, self.alike) * self.shipped
+
+    @property
+    def is_new(self) -> bool:
+        return self.shipped > 0 and self.name not in self.ratios
+
+    def found(self, seconds: float) -> dict[str, float]:
+        """Return the ratios with this one moved towards what was found; the first job's is taken whole."""
+        if seconds <= 0 or self.shipped <= 0:
+            return dict(self.ratios)
+        seen = max(seconds, self.seconds * LEAST_SHARE) / self.shipped
+        before = self.ratios.get(self.name, seen)
+        return {**self.ratios, self.name: before * (1 - WEIGHT_OF_LAST) + WEIGHT_OF_LAST * seen}
+
+
+def _one_after_the_other(first: _Part, second: _Part, took: float) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the ratios of two parts that together took so long: what is known of one tells the other.
+
+    Where both are known or neither is, they are as wrong as they are long.
+    """
+    if took <= 0:
+        return dict(first.ratios), dict(second.ratios)
+    expected = first.seconds + second.seconds
+    share = first.seconds / expected if expected else 0.0
+    if first.is_new != second.is_new:
+        share = float(first.is_new)
+    off = took - expected
+    least = LEAST_SHARE * min(first.seconds, second.seconds) if second.shipped else 0.0
+    return first.found(max(first.seconds + share * off, least)), second.found(
+        max(second.seconds + (1 - share) * off, least)
+    )
+
+
+def _at_once(compute: _Part, copy: _Part, took: float) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the ratios of computing and copying, which overlapped, from how long both took.
+
+    The longer one is what took so long, and the shorter one stays; but where one is known and the other is not, time
+    that the known one does not explain is the other's.
+    """
+    longer, shorter = (copy, compute) if copy.seconds > compute.seconds else (compute, copy)
+    if shorter.is_new and not longer.is_new and took > (1 + pace.NOT_OVERLAPPED) * longer.seconds:
+        longer, shorter = shorter, longer
+    found = longer.found(took - pace.NOT_OVERLAPPED * shorter.seconds)
+    return (dict(compute.ratios), found) if longer is copy else (found, dict(copy.ratios))
 
 
 def _with_memory(
@@ -144,11 +203,3 @@ def overran(calibration: Calibration, overrun: Overrun, plan: Plan | None) -> Ca
     base = footprint.CONTEXT_BYTES if overrun.memory == "device" else footprint.HOST_BYTES[plan.device]
     room = left or planner.smaller_than(overrun.predicted_bytes, base)
     return calibration.model_copy(update={field: min(room, getattr(calibration, field) or room)})
-
-
-def _mixed(ratios: Mapping[str, float], name: str, found: float, expected: float) -> dict[str, float]:
-    """Return ratios with one moved towards what was found; the first job's is taken whole."""
-    if found <= 0 or expected <= 0:
-        return dict(ratios)
-    before = ratios.get(name, found / expected)
-    return {**ratios, name: before * (1 - WEIGHT_OF_LAST) + WEIGHT_OF_LAST * found / expected}

@@ -108,11 +108,17 @@ def _stored(file: Path, name: str, entry: Any, *, start: int, size: int) -> Stor
 
 @dataclass(frozen=True)
 class _Piece:
-    """A run of bytes of one file and where it goes: a flat uint8 tensor."""
+    """A run of bytes of one file and where it goes: a flat tensor, whose dtype may be another than the file's."""
 
     file: Path
     offset: int
+    nbytes: int
+    dtype: torch.dtype
     target: torch.Tensor
+
+    @property
+    def is_converted(self) -> bool:
+        return self.dtype != self.target.dtype
 
 
 class Reader:
@@ -148,30 +154,18 @@ class Reader:
             slot.close()
 
     def read(self, wanted: Iterable[tuple[Stored, torch.Tensor]]) -> None:
-        """Fill each tensor with what is stored; one of another dtype is converted on the tensor's own device.
+        """Fill each tensor with what is stored, converted on the tensor's own device where its dtype is another.
 
         Raises:
             OSError: the disk failed. BadModelFolder: a file ended before its tensor.
         """
-        converted = []
-        pieces: list[_Piece] = []
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())  # what used the targets' memory before
-        for stored, tensor in wanted:
-            if stored.dtype == tensor.dtype:
-                pieces += self._pieces(stored, tensor)
-                continue
-            with self._queue():
-                raw = torch.empty(stored.shape, dtype=stored.dtype, device=tensor.device)
-            converted.append((raw, tensor))
-            pieces += self._pieces(stored, raw)
+        pieces = [piece for stored, tensor in wanted for piece in self._pieces(stored, tensor)]
         if self.stream is not None and any(piece.target.is_cuda for piece in pieces):
             self._read_to_device(pieces)
         else:
             list(self._threads.map(self._fill, pieces))
-        with self._queue():
-            for raw, tensor in converted:
-                tensor.copy_(raw)
 
     def finish(self) -> None:
         """Make the caller's stream wait for everything that was read."""
@@ -182,19 +176,28 @@ class Reader:
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def _pieces(self, stored: Stored, tensor: torch.Tensor) -> Iterator[_Piece]:
-        flat = tensor.view(-1).view(torch.uint8) if tensor.dim() else tensor.view(1).view(torch.uint8)
+        flat = tensor.view(-1)
         if stored.file not in self._files:
             self._files[stored.file] = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
             self._open.callback(os.close, self._files[stored.file])
+        width = stored.dtype.itemsize
         for begin in range(0, stored.nbytes, PIECE_BYTES):
-            part = flat[begin : begin + PIECE_BYTES]
-            yield _Piece(stored.file, stored.offset + begin, part)
+            nbytes = min(PIECE_BYTES, stored.nbytes - begin)
+            part = flat[begin // width : (begin + nbytes) // width]
+            yield _Piece(stored.file, stored.offset + begin, nbytes, stored.dtype, part)
 
-    def _fill(self, piece: _Piece, into: torch.Tensor | None = None) -> None:
-        """Read one piece, whole, into RAM."""
-        target = piece.target if into is None else into
+    def _fill(self, piece: _Piece) -> None:
+        """Read one piece, whole, into RAM, where its target lies."""
+        if not piece.is_converted:
+            self._read_into(piece, piece.target)
+            return
+        raw = torch.empty(piece.target.shape, dtype=piece.dtype)
+        self._read_into(piece, raw)
+        piece.target.copy_(raw)
+
+    def _read_into(self, piece: _Piece, into: torch.Tensor) -> None:
         # Not through numpy: a tensor that numpy has seen cannot be emptied any more.
-        place = memoryview((ctypes.c_ubyte * target.numel()).from_address(target.data_ptr())).cast("B")
+        place = memoryview((ctypes.c_ubyte * piece.nbytes).from_address(into.data_ptr())).cast("B")
         done = 0
         while done < len(place):
             count = os.preadv(self._files[piece.file], [place[done:]], piece.offset + done)
@@ -218,10 +221,13 @@ class Reader:
 
     def _fill_slot(self, slot: int, piece: _Piece) -> None:
         self._free[slot].synchronize()  # the GPU has taken what lay there before
-        self._fill(piece, self._slots[slot].bytes[: piece.target.numel()])
+        self._read_into(piece, self._slots[slot].bytes)
 
     def _send(self, filled: Future[None], slot: int, piece: _Piece) -> None:
         filled.result()
+        raw = self._slots[slot].bytes[: piece.nbytes].view(piece.dtype)
         with self._queue():
-            piece.target.copy_(self._slots[slot].bytes[: piece.target.numel()], non_blocking=True)
+            if piece.is_converted:  # piece by piece: a whole tensor in both dtypes is memory that no plan counts
+                raw = raw.to(self.device, non_blocking=True)
+            piece.target.copy_(raw, non_blocking=True)
             self._free[slot].record(self.stream)

@@ -216,3 +216,30 @@ def test_an_engine_that_the_kernel_ended_makes_the_next_plans_smaller_and_is_slo
     assert after.host_room_bytes < held
     assert smaller.predicted["denoise"].host_bytes <= after.host_room_bytes
     assert later.host_room_bytes is None
+
+
+def test_a_card_that_computes_slowly_is_not_taken_for_a_slow_link() -> None:
+    """Where the link is known and a way to compute is new, time that the link does not explain is the way's."""
+    bf16 = streaming(link_bytes_per_second=1_000_000_000)
+    known = calibration.learned(NOTHING_LEARNED, receipt(bf16))
+    other = STREAMING.model_copy(update={"precision": "fp8-dynamic", "compile": "off", "offload": "partial"})
+    small = MACHINE.model_copy(update={"vram_free_bytes": 7 * GIB, "link_bytes_per_second": 1_000_000_000})
+    first = make_plan(other, small, TABLE, known, Circumstances(waiting=100))
+    told = first.predicted["denoise"].shipped
+    assert told is not None
+    assert told.copy_seconds > told.compute_seconds
+    after = calibration.learned(known, receipt(first, slower=3.0))
+
+    assert after.link["pinned"] == pytest.approx(known.link["pinned"])
+    assert after.work[work_key(first, "denoise")] > 3
+
+
+def test_a_first_job_from_a_cold_disk_is_forgotten_though_each_job_pins() -> None:
+    first = streaming()
+    learned = calibration.learned(NOTHING_LEARNED, receipt(first, slower=4.0))
+    for _ in range(6):
+        learned = calibration.learned(learned, receipt(first))
+
+    assert streaming(learned).predicted["denoise"].seconds == pytest.approx(first.predicted["denoise"].seconds, rel=0.1)
+    assert learned.load[load_key(first, "denoise")] < 1.2
+    assert learned.pin[PIN] < 1.2
