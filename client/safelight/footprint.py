@@ -21,9 +21,6 @@ ACTIVATION_BYTES = {"flux": 36.0, "wan": 30.0}
 """Of one forward above the weights, a token and channel: 106 kB a token of FLUX, whose channels are 3072; 11.5 GiB in
 all for Wan 5B at 1280x704x121 (27,280 tokens of 3072) with one timestep for all tokens."""
 
-TIMESTEP_A_TOKEN_BYTES = 37.0
-"""More than that where each token has a timestep of its own, as Wan 5B's have: 14.54 GiB."""
-
 FORWARD_BYTES = 128 * MIB
 """Of one forward besides, however few its tokens: cuBLAS' workspace, modulation."""
 
@@ -158,8 +155,7 @@ def spread(of: Sequence[int], wanted_bytes: int) -> tuple[int, ...]:
 
 def activation_bytes_per_token(facts: ModelFacts) -> int:
     """Return what one token takes on its way through the transformer, in 16 bit."""
-    a_channel = ACTIVATION_BYTES[facts.family] + (TIMESTEP_A_TOKEN_BYTES if facts.expand_timesteps else 0.0)
-    return int(a_channel * facts.blocks["transformer"][0].width)
+    return int(ACTIVATION_BYTES[facts.family] * facts.blocks["transformer"][0].width)
 
 
 def forward_bytes(facts: ModelFacts, seen: int, precision: Precision, *, compiled: bool, quantising: bool) -> int:

@@ -106,9 +106,18 @@ def _parted(reason: str) -> tuple[str, str]:
 
 
 def _plan(
-    spec: JobSpec, facts: ModelFacts, machine: Machine, calibration: Calibration, circumstances: Circumstances
+    spec: JobSpec,
+    facts: ModelFacts,
+    machine: Machine,
+    calibration: Calibration,
+    circumstances: Circumstances,
+    spared_bytes: int = 0,
 ) -> Plan:
-    """Choose a rung for each phase; the transformer's first, whose dtype the others share."""
+    """Choose a rung for each phase; the transformer's first, whose dtype the others share.
+
+    Args:
+        spared_bytes: RAM that denoising must leave: what stays pinned is there while others encode and decode.
+    """
     on_cpu = machine.device == "cpu"
     plan = Plan(
         model=spec.model,
@@ -126,12 +135,20 @@ def _plan(
     for phase in order:
         pinned = 0 if phase == "denoise" else _pinned(plan, facts)
         limits = _limits(phase, machine, circumstances)
+        if phase == "denoise":
+            limits = replace(limits, host=limits.host - spared_bytes)
         comfortable = _comfortable(limits, calibration)
         rungs = ladder.of_phase(
             phase, spec, facts, machine, circumstances, comfortable.device, plan, pinned, calibration
         )
         corrected = [_corrected(rung, plan, calibration) for rung in rungs]
-        chosen = _fastest(corrected, limits, comfortable, circumstances.waiting)
+        try:
+            chosen = _fastest(corrected, limits, comfortable, circumstances.waiting)
+        except _Lacking as lacking:
+            if not pinned or lacking.memory != "RAM":
+                raise
+            more = spared_bytes + lacking.need_bytes - lacking.there_bytes
+            return _plan(spec, facts, machine, calibration, circumstances, more)
         plan = _with(plan, chosen)
         predicted[phase] = _prediction(chosen)
         if phase == "denoise":

@@ -10,7 +10,7 @@ import importlib
 import itertools
 import json
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -130,15 +130,18 @@ class Loader:
         self._pinned.drop_unless([self._pinned_key(name) for name in plan.streamed])
 
     @contextmanager
-    def component(self, name: str, device: str | torch.device) -> Iterator[Any]:
+    def component(
+        self, name: str, device: str | torch.device, reshape: Callable[[nn.Module], None] | None = None
+    ) -> Iterator[Any]:
         """Have one component on `device`, in evaluation mode and as the plan holds it, until the block ends.
 
+        `reshape` may change the classes of a transformer's blocks before anything hooks or compiles them.
         Whatever ends it, the weights are given back there and then, even where a name still points at the module.
         What the class keeps in float32 (`_keep_in_fp32_modules`) stays so.
         """
         place = torch.device(device)
         try:
-            with self._placed(name, place) as module:
+            with self._placed(name, place, reshape or _as_it_is) as module:
                 yield module
         except BaseException as error:
             # A traceback holds every frame it passed, and those hold activations.
@@ -147,12 +150,14 @@ class Loader:
         finally:
             give_back()
 
-    def _placed(self, name: str, device: torch.device) -> AbstractContextManager[nn.Module]:
+    def _placed(
+        self, name: str, device: torch.device, reshape: Callable[[nn.Module], None]
+    ) -> AbstractContextManager[nn.Module]:
         if name not in self._blocks:
             return self._whole(name, device)
         if name.startswith("transformer") and self._plan.offload in BY_LIBRARY:
-            return self._offloaded_by_library(name, device)
-        return self._by_blocks(name, device)
+            return self._offloaded_by_library(name, device, reshape)
+        return self._by_blocks(name, device, reshape)
 
     @contextmanager
     def _whole(self, name: str, device: torch.device) -> Iterator[nn.Module]:
@@ -164,7 +169,7 @@ class Loader:
             _empty(module)
 
     @contextmanager
-    def _by_blocks(self, name: str, device: torch.device) -> Iterator[nn.Module]:
+    def _by_blocks(self, name: str, device: torch.device, reshape: Callable[[nn.Module], None]) -> Iterator[nn.Module]:
         library, component_class = self._class(name)
         folder = self._source(name)
         _check_files(folder, WEIGHTS[library])
@@ -179,6 +184,7 @@ class Loader:
             from_file=not name.startswith("transformer") or self._plan.streamed_from == "file",
         )
         module = skeleton.build(component_class, folder, library)
+        reshape(module)
         stored = stored_tensors(folder, WEIGHTS[library])
         with assembled(module, stored, order, self._pinned, self._pinned_key(name)) as placed:
             if self._plan.compiled and name.startswith("transformer"):
@@ -186,9 +192,12 @@ class Loader:
             yield placed
 
     @contextmanager
-    def _offloaded_by_library(self, name: str, device: torch.device) -> Iterator[nn.Module]:
+    def _offloaded_by_library(
+        self, name: str, device: torch.device, reshape: Callable[[nn.Module], None]
+    ) -> Iterator[nn.Module]:
         """A transformer in RAM that diffusers or accelerate brings to the GPU, leaf by leaf or block by block."""
         module = self._load(name, torch.device("cpu"))
+        reshape(module)
         try:
             if self._plan.offload == "sequential":
                 accelerate = importlib.import_module("accelerate")
@@ -360,6 +369,10 @@ def _remove_hooks(module: Any, offload: str) -> None:
     registry = importlib.import_module("diffusers.hooks").HookRegistry.check_if_exists_or_initialize(module)
     for hook in ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading"):
         registry.remove_hook(hook, recurse=True)
+
+
+def _as_it_is(_module: nn.Module) -> None:
+    """What `reshape` is where nobody asks for another shape."""
 
 
 def _empty(module: nn.Module) -> None:

@@ -152,14 +152,23 @@ def test_a_family_of_precisions_leaves_the_planner_the_choice_within_it() -> Non
 def test_a_clip_that_is_too_long_is_refused_with_the_longest_that_fits() -> None:
     asked = {"model": "wan-ti2v-5b", "precision": "bf16", "offload": "model"}
     with pytest.raises(DoesNotFit) as refused:
-        plan_of(job(**asked), gpu(13))
+        plan_of(job(**asked), gpu(11.8))
     fits = re.search(r"1280x704x(\d+) would fit", str(refused.value))
 
     assert fits
     longest = int(fits[1])
-    assert plan_of(job(**asked, num_frames=longest), gpu(13))
+    assert plan_of(job(**asked, num_frames=longest), gpu(11.8))
     with pytest.raises(DoesNotFit):
-        plan_of(job(**asked, num_frames=longest + 4), gpu(13))
+        plan_of(job(**asked, num_frames=longest + 4), gpu(11.8))
+
+
+@pytest.mark.parametrize("ram_gib", [7.0, 8.0, 9.3, 10.0, 12.0])
+def test_what_stays_pinned_leaves_room_to_encode_and_to_decode(ram_gib: float) -> None:
+    """A plan that denoises within the RAM and cannot decode within it is no plan, while another one can."""
+    plan = plan_of(job(model="wan-ti2v-5b"), gpu(6.8, ram_gib=ram_gib))
+
+    assert all(phase.host_bytes <= ram_gib * GIB for phase in plan.predicted.values())
+    assert plan.streamed_from == ("pinned" if plan.predicted["denoise"].host_bytes > 4 * GIB else "file")
 
 
 def test_a_job_that_cannot_fit_is_refused_with_what_it_needs_what_there_is_and_what_to_do() -> None:

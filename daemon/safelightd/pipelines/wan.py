@@ -31,6 +31,7 @@ from safelightd.pipelines import (
     refuse_other_images,
     stop_between_blocks,
     stop_inside,
+    wan_modulation,
 )
 from safelightd.progress import Watch
 
@@ -119,7 +120,7 @@ def denoise(
     experts = _experts(loader, scheduler)
     latents = start.latents
     for expert, steps in itertools.groupby(range(len(experts)), experts.__getitem__):
-        with loader.component(expert, device) as transformer:
+        with loader.component(expert, device, None if start.mask is None else wan_modulation.share) as transformer:
             stop_between_blocks(transformer, watch)
             prompts = _prompts(embeddings, device, dtype_of(plan))
             guidance_scale = _guidance_scale(spec, expert)
