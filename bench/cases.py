@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bench.measured import NIGHT, Budget, Place
@@ -17,9 +17,15 @@ from safelight.receipt import Receipt
 from safelight.rung import Circumstances
 from safelightd import calibration, device, probe, runjob
 
-SIZES = ("512x512", "768x768", "1024x1024", "1536x1024", "640x1152")
-LEARNED_AT = ("448x576", "704x832", "960x1088", "1472x1088", "704x1024")
-"""For each of them another of about as many pixels: what calibrates is no case."""
+SIZES = {
+    "flux": ("512x512", "768x768", "1024x1024", "1536x1024", "640x1152"),
+    "wan-ti2v": ("832x480x49", "1280x704x81", "1280x704x121"),
+}
+LEARNED_AT = {
+    "flux": ("448x576", "704x832", "960x1088", "1472x1088", "704x1024"),
+    "wan-ti2v": ("800x512x45", "1216x736x77", "1312x704x113"),
+}
+"""For each of them another of about as many pixels: what calibrates is no case. By how a model's key begins."""
 
 STEPS = 2
 
@@ -49,7 +55,7 @@ TECHNIQUES: dict[str, dict[str, str]] = {
 def learn(place: Place, model: str, cap: int, shrink: int, budget: Budget) -> Iterator[dict[str, Any]]:
     """Run jobs of other shapes until each way that they run in has run once; yield a line for each."""
     place.become(cap)
-    for size in LEARNED_AT:
+    for size in _of(LEARNED_AT, model):
         spec = _spec(place, model, size, shrink)
         if budget.is_spent():
             return
@@ -59,11 +65,11 @@ def learn(place: Place, model: str, cap: int, shrink: int, budget: Budget) -> It
 
 
 def run_cases(
-    place: Place, model: str, cap: int, sizes: Sequence[str], shrink: int, budget: Budget
+    place: Place, model: str, cap: int, sizes: Sequence[str] | None, shrink: int, budget: Budget
 ) -> Iterator[dict[str, Any]]:
     """Run a job of each size, the calibration as it is; yield a line for each."""
     place.become(cap)
-    for size in sizes:
+    for size in sizes or _of(SIZES, model):
         if budget.is_spent():
             return
         yield {"part": "cases", **_run(place, f"{model} {size} on {cap} GB", _spec(place, model, size, shrink))}
@@ -81,8 +87,15 @@ def run_techniques(
 
 
 def _spec(place: Place, model: str, size: str, shrink: int) -> JobSpec:
-    width, height = (int(side) // shrink // 16 * 16 for side in size.split("x"))
-    return place.spec(model, width=width, height=height, num_inference_steps=STEPS)
+    width, height, *frames = map(int, size.split("x"))
+    multiple = 32 if frames else 16
+    width, height = (side // shrink // multiple * multiple for side in (width, height))
+    more = {"num_frames": (frames[0] // shrink // 4) * 4 + 1} if frames else {}
+    return place.spec(model, width=width, height=height, num_inference_steps=STEPS, **more)
+
+
+def _of(sizes: Mapping[str, tuple[str, ...]], model: str) -> tuple[str, ...]:
+    return next(own for key, own in sizes.items() if model.removeprefix("tiny-").startswith(key))
 
 
 def _run(place: Place, name: str, spec: JobSpec, waiting: int = NIGHT, *, learn: bool = False) -> dict[str, Any]:

@@ -3,6 +3,7 @@
     python -m bench.memory --cap 16                            # every part on a card of 16 GB
     python -m bench.memory --cap 16 12 8 --part cases --model flux-dev --sizes 512x512 1024x1024
     python -m bench.memory --cap 8 --limit-s 500               # begins no job after so many seconds
+    python -m bench.memory --cap 16 12 8 --part cases --model wan-ti2v-5b
     python -m bench.memory --merge first.jsonl second.jsonl    # the bars of several calls together
     python -m bench.memory --tiny                              # the same path in a minute, on the CPU
 
@@ -29,7 +30,7 @@ from bench.measured import HOST_GIB, Budget
 from safelight import models
 
 PARTS = ("release", "slope", "oom", "cases", "prepare", "speed", "techniques")
-TINY = {"flux-schnell": "tiny-flux-schnell", "flux-dev": "tiny-flux-dev"}
+TINY = {"flux-schnell": "tiny-flux-schnell", "flux-dev": "tiny-flux-dev", "wan-ti2v-5b": "tiny-wan-ti2v"}
 TINY_SHRINK = 8
 
 OVER_SHARE, OVER_GIB = 1.10, 0.3
@@ -72,7 +73,8 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     device = "cpu" if arguments.tiny else "cuda"
     shrink = TINY_SHRINK if arguments.tiny else 1
     budget = Budget(arguments.limit_s)
-    folders = {} if arguments.tiny else {key: arguments.folder / key for key in ("flux-schnell", *arguments.model)}
+    needed = [*(["flux-schnell"] if "flux-dev" in arguments.model else []), *arguments.model]
+    folders = {} if arguments.tiny else {key: arguments.folder / key for key in needed}
     if folders:
         _build_elsewhere(folders)
     keys = [TINY[model] if arguments.tiny else model for model in arguments.model]
@@ -99,7 +101,7 @@ def _in_this_process(
     arguments: argparse.Namespace, device: str, folders: dict[str, Path], keys: list[str], shrink: int, budget: Budget
 ) -> Iterator[dict[str, Any]]:
     """Yield the lines of what is measured from inside of the process that has the GPU."""
-    from bench.cases import SIZES, learn, run_cases, run_techniques
+    from bench.cases import learn, run_cases, run_techniques
     from bench.measured import place
     from bench.processes import run_prepare
     from bench.speed import run_speed
@@ -110,7 +112,7 @@ def _in_this_process(
             for key, cap in every:
                 yield from learn(at, key, cap, shrink, budget)
             for key, cap in every:
-                yield from run_cases(at, key, cap, arguments.sizes or SIZES, shrink, budget)
+                yield from run_cases(at, key, cap, arguments.sizes, shrink, budget)
         if "prepare" in arguments.part and not budget.is_spent():
             yield from run_prepare(at.config, keys[0], "bf16" if device == "cpu" else PREPARED)
         if "speed" in arguments.part and 16 in arguments.cap and not budget.is_spent():
@@ -127,17 +129,19 @@ def _build_elsewhere(folders: dict[str, Path]) -> None:
     building.start()
     building.join()
     if building.exitcode:
-        raise SystemExit(f"building the models below {folders['flux-schnell'].parent} failed")
+        raise SystemExit(f"building the models {', '.join(folders)} failed")
 
 
 def _build(folders: dict[str, Path]) -> None:
     from bench import fullsize
 
     table = models.load()
-    schnell = folders["flux-schnell"]
-    fullsize.build("flux", table["flux-schnell"], schnell, "cuda", tiny=False)
-    if "flux-dev" in folders:
+    if schnell := folders.get("flux-schnell"):
+        fullsize.build("flux", table["flux-schnell"], schnell, "cuda", tiny=False)
+    if schnell and "flux-dev" in folders:
         fullsize.build_dev(schnell, table["flux-dev"], folders["flux-dev"], tiny=False)
+    if "wan-ti2v-5b" in folders:
+        fullsize.build("wan", table["wan-ti2v-5b"], folders["wan-ti2v-5b"], "cuda", tiny=False)
 
 
 def bars(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -253,8 +257,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cap", type=int, nargs="+", choices=(16, 12, 8), default=[16], help="GB of the card to be")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/safelight-bench"))
     parser.add_argument("--part", nargs="+", choices=PARTS, default=[part for part in PARTS if part != "oom"])
-    parser.add_argument("--model", nargs="+", choices=tuple(TINY), default=list(TINY))
-    parser.add_argument("--sizes", nargs="+", metavar="WIDTHxHEIGHT")
+    parser.add_argument("--model", nargs="+", choices=tuple(TINY), default=["flux-schnell", "flux-dev"])
+    parser.add_argument("--sizes", nargs="+", metavar="WIDTHxHEIGHT[xFRAMES]")
     parser.add_argument("--technique", nargs="+", default=[], help="of bench/cases.py; all by default")
     parser.add_argument("--jobs", type=int, default=50, help="of the slope")
     parser.add_argument("--leave-gib", type=float, default=1.0, help="what oom leaves free")
