@@ -185,6 +185,8 @@ def _check_outputs(config: Config, receipts: Sequence[Receipt], found: Findings)
                 if other := expected.get(path):
                     found.add("duplicated", f"{path.name}: of {other} and of {receipt.id}")
                 expected[path] = receipt.id
+            if output.poster:
+                expected[outbox / output.poster.path] = receipt.id
             _check_output(file, output.sha256, receipt, found)
     there = {path for path in outbox.rglob("*") if path.is_file() and "latest" not in path.relative_to(outbox).parts}
     for path in sorted(there - set(expected)):

@@ -36,6 +36,7 @@ COMMANDS = {
     "collect": "results:collect",
     "prune": "results:prune",
     "rerun": "results:rerun",
+    "concat": "machine:concat",
     "plan": "planning:plan",
     "up": "machine:up",
     "demo": "machine:demo",

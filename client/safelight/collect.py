@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,10 +11,10 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from safelight import durable
+from safelight import content, durable
 from safelight.errors import SafelightError
 from safelight.paths import Paths
-from safelight.receipt import Output, Receipt
+from safelight.receipt import Output, Poster, Receipt
 from safelight.rename import rename_new
 
 Outcome = Literal["copied", "moved", "already there", "missing", "changed"]
@@ -38,8 +36,8 @@ def collect(receipts: Iterable[Receipt], outbox: Path, target: Path, *, move: bo
     """Copy the outputs of finished jobs, each beside its receipt, to `target/<batch>/`, and say what became of each.
 
     Every copy is compared with the digest in the receipt before it gets its name. What is there already is left; a
-    different file of that name is never overwritten, the copy gets "-2". With `move` the outbox loses each file once
-    it lies in `target`.
+    different file of that name is never overwritten, the copy gets "-2". A poster comes along where its name is free.
+    With `move` the outbox loses each file once it lies in `target`.
 
     Raises:
         OSError: `target` is full or cannot be written; no half file is left under a final name.
@@ -71,7 +69,7 @@ def note(copied: Sequence[Copied], paths: Paths, now: datetime) -> None:
 
 
 def _is_a_copy(one: Copied) -> bool:
-    if one.target is None or not one.target.is_file():
+    if one.target is None or not one.target.exists():
         return False
     return not (one.source.exists() and one.source.samefile(one.target))
 
@@ -88,7 +86,7 @@ def _collect_one(job: str, output: Output, outbox: Path, target: Path, *, move: 
         raise SafelightError(f"{job}: its receipt names {output.path}, which is not inside the outbox.")
     source = outbox / inside
     folder = target / inside.parent.name
-    if source.is_file():
+    if source.exists():
         folder.mkdir(parents=True, exist_ok=True)
     place, outcome = folder, None
     while outcome is None:
@@ -102,9 +100,11 @@ def _collect_one(job: str, output: Output, outbox: Path, target: Path, *, move: 
             outcome = _bring(source, place, output.sha256, there=there)
     if outcome in ("missing", "changed"):
         return Copied(job, source, None, outcome)
+    if output.poster:
+        _bring_poster(source, place, output.poster, move=move)
     if move:
-        _remove_copied(source, place)
-        _remove_copied(source.with_suffix(".json"), place.with_suffix(".json"))
+        content.remove_copied(source, place)
+        content.remove_copied(source.with_suffix(".json"), place.with_suffix(".json"))
         outcome = "moved" if outcome == "copied" else outcome
     return Copied(job, source, place, outcome)
 
@@ -129,8 +129,9 @@ def _is_ours(place: Path, output: Output, source: Path) -> bool:
     return beside.is_file() and beside.read_bytes() == sidecar.read_bytes()
 
 
-def _is_same(file: Path, output: Output) -> bool:
-    return file.is_file() and file.stat().st_size == output.bytes and _digest(file) == output.sha256
+def _is_same(file: Path, output: Output | Poster) -> bool:
+    """A link to it is as good."""
+    return file.exists() and content.is_there_as(file.resolve(), output.sha256, output.bytes)
 
 
 def _bring(source: Path, place: Path, sha256: str, *, there: bool) -> Outcome:
@@ -139,7 +140,7 @@ def _bring(source: Path, place: Path, sha256: str, *, there: bool) -> Outcome:
     Raises:
         FileExistsError: somebody else's file has come to `place` since.
     """
-    if not there and not source.is_file():
+    if not there and not source.exists():
         return "missing"
     if not there and not _copy(source, place, sha256):
         return "changed"
@@ -154,22 +155,22 @@ def _copy(source: Path, place: Path, sha256: str | None = None) -> bool:
     """Copy whole or not at all; False when the copy has another digest than `sha256`."""
     unfinished = place.with_name(f".{place.name}.{os.getpid()}.part")
     try:
-        shutil.copyfile(source, unfinished)
-        durable.sync_file(unfinished)
-        if sha256 is not None and _digest(unfinished) != sha256:
+        content.copy(source, unfinished)
+        if sha256 is not None and content.digest(unfinished) != sha256:
             return False
         rename_new(unfinished, place)
     finally:
-        unfinished.unlink(missing_ok=True)
+        content.remove(unfinished)
     return True
 
 
-def _remove_copied(source: Path, copy: Path) -> None:
-    """Remove a source of which `copy` is a file of its own, not another name."""
-    if source.is_file() and copy.is_file() and not source.samefile(copy):
-        source.unlink()
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _bring_poster(clip: Path, place: Path, poster: Poster, *, move: bool) -> None:
+    """Copy a poster beside the clip's copy; it is no result, so that none is missed and none gets another name."""
+    source, beside = (file.with_name(f"{file.stem}{PurePosixPath(poster.path).suffix}") for file in (clip, place))
+    if not source.is_file():
+        return
+    if not os.path.lexists(beside):
+        with suppress(FileExistsError):
+            _copy(source, beside, poster.sha256)
+    if move and _is_same(beside, poster):
+        content.remove_copied(source, beside)

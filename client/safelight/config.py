@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from safelight import paths as _paths
 from safelight.errors import BadConfig
@@ -42,6 +42,16 @@ def _command(value: str) -> str:
     return value
 
 
+def _place(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("it has a NUL character, which no name can have")
+    try:
+        Path(value).expanduser()
+    except RuntimeError as error:  # ~someone, who is not a user here
+        raise ValueError("it has no home folder; write the folder itself") from error
+    return value
+
+
 def _gib(value: object) -> object:
     is_size = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
     if not is_size and value != "auto":
@@ -57,6 +67,7 @@ def _limit(value: object) -> object:
 
 
 Gib = Annotated[float | Literal["auto"], BeforeValidator(_gib)]
+Place = Annotated[str, AfterValidator(_place)]
 Limit = Annotated[float | Literal["off"], BeforeValidator(_limit)]
 
 
@@ -93,6 +104,7 @@ class WorkerSection(_Section):
     ram_gib: Gib = "auto"
     host_cache_gib: Gib = "auto"
     embeddings_gib: float = Field(default=2, ge=0)
+    checkpoint_s: float = Field(default=60, ge=0)
     release: Literal["warm", "process"] = "warm"
     idle_exit_s: float = Field(default=600, ge=0)
     deadline_s: DeadlineSection = DeadlineSection()
@@ -137,6 +149,20 @@ class NotifySection(_Section):
 
 class OutputSection(_Section):
     metadata: bool = True
+    poster: bool = True
+
+
+class WanCliSection(_Section):
+    """Wan's own program, for jobs with `backend: wan-cli`."""
+
+    checkout: Place = ""
+    python: Place = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> WanCliSection:
+        if self.python and not self.checkout:
+            raise ValueError("python is of no use without checkout, the folder of Wan-Video/Wan2.2")
+        return self
 
 
 class Settings(_Section):
@@ -151,6 +177,7 @@ class Settings(_Section):
     output: OutputSection = OutputSection()
     notify: NotifySection = NotifySection()
     retention: RetentionSection = RetentionSection()
+    wan_cli: WanCliSection = WanCliSection()
     models: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
@@ -170,6 +197,21 @@ class Config:
     @property
     def embedded(self) -> bool:
         return not self.settings.queue.url
+
+    @property
+    def wan_checkout(self) -> Path:
+        """The folder of Wan's own program, where the settings name one."""
+        return self.beside_settings(self.settings.wan_cli.checkout)
+
+    @property
+    def wan_python(self) -> Path:
+        """The Python that runs it: the one named, else that of an environment in its folder."""
+        written = self.settings.wan_cli.python
+        return self.beside_settings(written) if written else self.wan_checkout / ".venv" / "bin" / "python"
+
+    def beside_settings(self, written: str) -> Path:
+        """Return a path of the settings: `~` expanded, a relative one taken from the file's folder."""
+        return (self.source.parent / Path(written).expanduser()).absolute()
 
     def with_gpu(self, gpu: str) -> Config:
         """Return the same for another GPU (index or UUID): a machine has one settings file and a worker a GPU."""

@@ -5,10 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+if TYPE_CHECKING:
+    from rich.text import Text
+
 GIB = 2**30
+
+PREVIEW_COLUMNS_MAX = 64
 
 STATE_STYLES = {
     "running": "bold cyan",
@@ -106,8 +113,11 @@ class LiveBoard:
 
         self._live.console.print(Text(text), soft_wrap=True)
 
-    def show(self, bars: Sequence[tuple[str, str, int, int | None]], notes: Sequence[str]) -> None:
-        """Draw the board: (name, what it does, steps done, steps in all or None while unknown)."""
+    def show(
+        self, bars: Sequence[tuple[str, str, int, int | None]], notes: Sequence[str], previews: Sequence[Path] = ()
+    ) -> None:
+        """Draw the board: (name, what it does, steps done, steps in all or None while unknown), and below it what the
+        jobs look like so far, where there is such a file and the terminal has the colours."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -117,4 +127,33 @@ class LiveBoard:
         for name, text, done, total in bars:
             bar = ProgressBar(total=total, completed=done, width=30, pulse=total is None)
             grid.add_row(Text(name), bar, Text(text))
-        self._live.update(Group(grid, *(Text(line(note), style="dim") for note in notes)))
+        shown = []
+        if self._live.console.color_system == "truecolor":
+            room = min(PREVIEW_COLUMNS_MAX, self._live.console.width), self._live.console.height // 2
+            shown = [picture for file in previews if (picture := half_blocks(file, *room))]
+        self._live.update(Group(grid, *shown, *(Text(line(note), style="dim") for note in notes)))
+
+
+def half_blocks(file: Path, columns: int, lines: int) -> Text | None:
+    """Return a picture as characters, two pixels each, no larger than that; None where there is no picture."""
+    from PIL import Image
+    from rich.text import Text
+
+    try:
+        with Image.open(file) as opened:
+            picture = opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError):
+        return None
+    picture.thumbnail((columns, 2 * lines))
+    text = Text()
+    for top in range(0, picture.height - 1, 2):
+        for column in range(picture.width):
+            above, below = (_hex(picture.getpixel((column, row))) for row in (top, top + 1))
+            text.append("▀", style=f"{above} on {below}")
+        text.append("\n")
+    return text
+
+
+def _hex(pixel: object) -> str:
+    assert isinstance(pixel, tuple)
+    return "#{:02x}{:02x}{:02x}".format(*pixel)

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from safelight import config as settings
-from safelight import models, prepared, queueserver, tonight
+from safelight import models, prepared, queueserver, tonight, wan_cli
 from safelight.config import Config
 from safelight.errors import BadConfig, NoUsableGpu, QueueUnreachable
 from safelight.finding import Finding, fail, ok, warn
@@ -49,7 +49,7 @@ def examine(file: Path | None) -> list[Finding]:
     except BadConfig as error:
         return [fail("settings", fault, "Mend the settings file.") for fault in str(error).splitlines()]
     found = [_settings(config), *_folders(config), _claiming(config), *_sharing(config), _disk(config)]
-    found += [*_models(config, table), *_prepared(config, table)]
+    found += [*_models(config, table), *_prepared(config, table), *_own_program(config, table)]
     found += [_daemon(), _units(), *_services(), *tonight.lid(), *tonight.idle()]
     found += [*tonight.swap(), tonight.clock(datetime.now().astimezone(), Ledger(config.paths).open_submissions())]
     workers: list[WorkerRow] = []
@@ -221,6 +221,17 @@ def _prepared(config: Config, table: Models) -> Iterator[Finding]:
             whole += 1
     if whole:
         yield ok("prepared", f"{whole} of the sizes they were written with; safelight models verify reads them")
+
+
+def _own_program(config: Config, table: Models) -> Iterator[Finding]:
+    """Wan's own is worth a line where somebody has named it."""
+    if not config.settings.wan_cli.checkout:
+        return
+    for facts in [facts for facts in table.values() if facts.native]:
+        wrong = [*wan_cli.missing(facts, config)]
+        yield from (fail("wan-cli", f"{facts.key}: {problem}", remedy) for problem, remedy in wrong)
+        if not wrong:
+            yield ok("wan-cli", f"{facts.key}: the program and its checkpoints are there")
 
 
 def missing_files(facts: ModelFacts, folder: Path) -> list[str]:

@@ -3,6 +3,7 @@
     PNG          the iTXt chunk `safelight`
     JPEG, WebP   the Exif MakerNote, after the bytes "safelight" and NUL
     MP4          the tag `comment` (moov/udta/meta/ilst/©cmt)
+    GIF          the comment that comes last
     .json        the receipt that lies beside an output
 
 The daemon writes it (safelightd.metadata). Files come from anywhere: sizes found inside are never trusted. Knows
@@ -28,6 +29,12 @@ from safelight.plan import Plan
 PNG_KEY = "safelight"
 MAKER = b"safelight\x00"
 MP4_COMMENT = (b"moov", b"udta", b"meta", b"ilst", b"\xa9cmt", b"data")
+
+GIF_COMMENT = b"!\xfe"
+"""Begins a comment extension (GIF89a, 24)."""
+
+FIRST_FRAME = "0001.png"
+"""Of a folder of frames."""
 
 RECORD_BYTES_MAX = 2**20
 """Four texts of 20,000 characters, each six bytes once JSON has escaped it, are 480,000 bytes."""
@@ -64,15 +71,18 @@ class Embedded(BaseModel):
 
 
 def read(path: Path) -> Embedded:
-    """Return the record in a picture, a clip or a receipt; of a file without one, that of the receipt beside it.
+    """Return the record in a picture, a clip or a receipt; of what has none, that of the receipt beside it.
+
+    A folder of frames has that of its first.
 
     Raises:
         InvalidJob: there is no such file, or it holds no record; the message says what it is instead.
     """
-    if not path.is_file():
+    file = path / FIRST_FRAME if path.is_dir() else path
+    if not file.is_file():
         raise _refusal(path, "there is no such file")
     try:
-        text = _text(path)
+        text = _text(file)
     except _DAMAGED as error:
         raise _refusal(path, f"cannot be read ({_first_line(error)})") from error
     if text is not None:
@@ -95,9 +105,11 @@ def _text(path: Path) -> bytes | None:
                 return _of_picture(file, kind)
         if head[4:8] == b"ftyp":
             return _of_mp4(file)
+        if head.startswith((b"GIF87a", b"GIF89a")):
+            return _of_gif(file)
         if head.lstrip().startswith(b"{"):
             return _limited(file.read(RECORD_BYTES_MAX + 1))
-    raise ValueError("neither PNG, JPEG, WebP, MP4 nor a receipt")
+    raise ValueError("neither PNG, JPEG, WebP, GIF, MP4 nor a receipt")
 
 
 def _of_picture(file: BinaryIO, kind: str) -> bytes | None:
@@ -124,6 +136,41 @@ def _of_mp4(file: BinaryIO) -> bytes | None:
     # Four bytes of type and four of language come before the text.
     text = found[8:]
     return text if text.lstrip().startswith(b"{") else None
+
+
+def _of_gif(file: BinaryIO) -> bytes | None:
+    """Return the last comment that holds a record; blocks are walked over, since no index says where they are."""
+    found = None
+    header = file.read(13)
+    file.seek(_palette_bytes(header[10]), 1)
+    while (kind := file.read(1)) != b";":
+        if kind == b",":
+            image = file.read(9)
+            file.seek(_palette_bytes(image[8]) + 1, 1)  # and the byte that the pixels begin with
+            _blocks(file, keep=False)
+        elif kind == b"!":
+            is_comment = kind + file.read(1) == GIF_COMMENT
+            text = _blocks(file, keep=is_comment)
+            found = text if text.startswith(b"{") else found
+        else:
+            raise ValueError("its blocks do not follow each other: the file is damaged or incomplete")
+    return found
+
+
+def _palette_bytes(flags: int) -> int:
+    return 3 << (flags % 8 + 1) if flags & 0x80 else 0
+
+
+def _blocks(file: BinaryIO, *, keep: bool) -> bytes:
+    """Return the bytes of a chain of blocks, each after its length, up to the empty one; b"" unless they are kept."""
+    text = bytearray()
+    while length := file.read(1)[0]:
+        block = file.read(length)
+        if keep:
+            text += block
+            if len(text) > RECORD_BYTES_MAX:
+                raise ValueError(f"its comment is larger than {RECORD_BYTES_MAX >> 20} MiB")
+    return bytes(text)
 
 
 def _limited(text: bytes) -> bytes:

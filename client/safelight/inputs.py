@@ -81,7 +81,8 @@ def _check_kind(name: str, mode: int, *, last: bool) -> None:
 def store(source: Path, inputs: Path) -> str:
     """Keep a copy of the picture at `source` as `inputs/<sha256>` and return the digest.
 
-    It is decoded whole first, and durable when this returns; a picture that is there already is not written again.
+    It is decoded whole first, and durable when this returns; of a picture that is there already only the time is
+    renewed, so that no pruning takes it from the job to come.
     `source` itself must not be a link: resolve one that you trust.
 
     Raises:
@@ -91,7 +92,9 @@ def store(source: Path, inputs: Path) -> str:
     content = _read(source)
     digest = hashlib.sha256(content).hexdigest()
     kept = inputs / digest
-    if not kept.is_file():
+    try:
+        os.utime(kept)
+    except (FileNotFoundError, PermissionError):  # not there, or another member's
         _check_picture(content, source.name)
         durable.write(kept, content)
     return digest

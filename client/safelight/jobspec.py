@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from safelight import wan_cli
 from safelight.errors import Fault
 from safelight.models import ModelFacts, Models
 
@@ -30,7 +31,10 @@ Precision = Literal[
 ]  # fmt: skip
 """fp8 and int8 leave it to the planner which of their kinds."""
 Offload = Literal["auto", "none", "model", "partial", "block", "leaf", "sequential"]
-OutputFormat = Literal["png", "jpg", "webp", "mp4"]
+OutputFormat = Literal["png", "jpg", "webp", "mp4", "gif"]
+"""png of a video is a folder of numbered pictures."""
+Interpolate = Literal[2, 4]
+Backend = Literal["diffusers", "wan-cli"]
 
 
 class JobSpec(BaseModel):
@@ -50,6 +54,7 @@ class JobSpec(BaseModel):
 
     kind: Kind
     model: str
+    backend: Backend = "diffusers"
     prompt: str
     template: str | None = None
     """What was written, where wildcards made `prompt` of it."""
@@ -64,6 +69,9 @@ class JobSpec(BaseModel):
     max_sequence_length: int
     num_frames: int | None = None
     fps: int | None = None
+    """Frames a second that the model makes; `clip_fps` is the file's."""
+    interpolate: Interpolate | None = None
+    """So many times the frames a second: what lies between the model's frames is made by ffmpeg."""
     flow_shift: float | None = None
     image: str | None = None
     """sha256 of an input image in state/inputs."""
@@ -86,6 +94,16 @@ class JobSpec(BaseModel):
     tags: tuple[str, ...] = Field(default=(), strict=False)
     axes: dict[str, str | int | float] = Field(default_factory=dict)
     """This job's values of a sweep or matrix."""
+
+    @property
+    def clip_fps(self) -> int | None:
+        """Frames a second of the finished clip."""
+        return self.fps and self.fps * (self.interpolate or 1)
+
+    @property
+    def clip_frames(self) -> int | None:
+        """Frames of the finished clip: the first and the last are the model's own, interpolated or not."""
+        return self.num_frames and (self.num_frames - 1) * (self.interpolate or 1) + 1
 
 
 def _to_int(value: object) -> int:
@@ -142,6 +160,7 @@ _TEXT = "text"
 FIELDS: dict[str, tuple[Callable[[object], Any], str]] = {
     "kind": (_to_text, "image or video"),
     "model": (_to_text, "a model key"),
+    "backend": (_to_text, "diffusers or wan-cli"),
     "prompt": (_to_text, _TEXT),
     "prompt_2": (_to_text, _TEXT),
     "negative_prompt": (_to_text, _TEXT),
@@ -154,6 +173,7 @@ FIELDS: dict[str, tuple[Callable[[object], Any], str]] = {
     "max_sequence_length": (_to_int, _WHOLE),
     "num_frames": (_to_int, _WHOLE),
     "fps": (_to_int, _WHOLE),
+    "interpolate": (_to_int, "2 or 4"),
     "flow_shift": (_to_float, _NUMBER),
     "image": (_to_text, "the name of a picture"),
     "last_image": (_to_text, "the name of a picture"),
@@ -165,7 +185,7 @@ FIELDS: dict[str, tuple[Callable[[object], Any], str]] = {
     "text_encoder_precision": (_to_text, "auto or one of " + ", ".join(get_args(Precision)[1:])),
     "compile": (_to_switch, "auto, on or off"),
     "low_cpu_mem_usage": (_to_switch, "auto, on or off"),
-    "output_format": (_to_text, "png, jpg, webp or mp4"),
+    "output_format": (_to_text, "png, jpg, webp, mp4 or gif"),
     "priority": (_to_text, "high, normal, low or night"),
     "not_before": (_to_moment, "a date and time such as 2026-11-23T06:00"),
     "batch": (_to_text, "a folder name"),
@@ -175,6 +195,7 @@ FIELDS: dict[str, tuple[Callable[[object], Any], str]] = {
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "kind": ("image", "video"),
+    "backend": get_args(Backend),
     "precision": get_args(Precision),
     "offload": get_args(Offload),
     "vae_tiling": ("auto", "on", "off"),
@@ -185,7 +206,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "priority": PRIORITIES,
 }
 
-_FORMATS: dict[str, tuple[str, ...]] = {"image": ("png", "jpg", "webp"), "video": ("mp4",)}
+_FORMATS: dict[str, tuple[str, ...]] = {"image": ("png", "jpg", "webp"), "video": ("mp4", "gif", "webp", "png")}
+
+CLIP_FPS_MAX = 120
+
+GIF_FPS = (1, 2, 4, 5, 10, 20, 25, 50)
+"""A frame of a GIF lasts whole hundredths of a second; browsers show those of one hundredth ten times as long."""
 
 
 class Faults:
@@ -229,7 +255,10 @@ def check(
     if facts is None:
         return faults.found
     _check_prompt(fields, faults)
-    _check_size(fields, facts, faults)
+    if fields.get("backend") == "wan-cli":
+        faults.found += [Fault(where, *refusal) for refusal in wan_cli.refusals(fields, facts)]
+    else:
+        _check_size(fields, facts, faults)
     _check_frames(fields, facts, faults)
     _check_steps_and_guidance(fields, facts, faults)
     _check_images(fields, facts, faults)
@@ -321,7 +350,7 @@ def _check_size(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> No
 
 def _check_frames(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> None:
     if facts.kind == "image":
-        for name in ("num_frames", "fps", "flow_shift"):
+        for name in ("num_frames", "fps", "interpolate", "flow_shift"):
             if name in fields:
                 faults.add(f"{name} means nothing to {facts.key}, which makes images", "Leave it out.")
         return
@@ -337,8 +366,29 @@ def _check_frames(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> 
                 f"num_frames {frames} is outside {facts.frames_min} to {facts.frames_max} of {facts.key}",
                 f"Use {facts.frames_near(frames)}.",
             )
-    _within(fields, "fps", 1, 120, faults)
+    _within(fields, "fps", 1, CLIP_FPS_MAX, faults)
     _within(fields, "flow_shift", 0.1, 100.0, faults)
+    _check_rate(fields, facts, faults)
+
+
+def _check_rate(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> None:
+    """What the finished clip is shown at: the model's frames a second, times what is put between them."""
+    times = fields.get("interpolate", 1)
+    if "interpolate" in fields and times not in get_args(Interpolate):
+        faults.add(f"interpolate {times} is not 2 or 4", "Use one of them, or leave it out.")
+        return
+    fps: int = fields.get("fps") or facts.defaults.fps or 0
+    if fps * times > CLIP_FPS_MAX >= fps:
+        faults.add(
+            f"fps {fps} interpolated by {times} is {fps * times} frames a second",
+            f"At most {CLIP_FPS_MAX}: use fps {CLIP_FPS_MAX // times}, or leave interpolate out.",
+        )
+    elif fields.get("output_format") == "gif" and fps * times not in GIF_FPS and 1 <= fps <= CLIP_FPS_MAX:
+        legal = [rate // times for rate in GIF_FPS if not rate % times]
+        faults.add(
+            f"a gif cannot show {fps * times} frames a second: its frames last whole hundredths of one",
+            f"Use fps {min(legal, key=lambda rate: (abs(rate - fps), -rate))}, or another output_format.",
+        )
 
 
 def _within(fields: dict[str, Any], name: str, low: float, high: float, faults: Faults) -> None:
@@ -409,7 +459,7 @@ def _check_rest(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> No
     legal = _FORMATS[facts.kind]
     if fields.get("output_format", legal[0]) not in legal:
         faults.add(
-            f"output_format {shown(fields['output_format'])} is not one of a {facts.kind}'s: {', '.join(legal)}",
+            f"output_format {shown(fields['output_format'])} is none for {facts.kind}s: {', '.join(legal)} are",
             f"Use {legal[0]}.",
         )
     _within(fields, "seed", 0, SEED_MAX, faults)

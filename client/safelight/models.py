@@ -12,11 +12,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from safelight.config import Config, shipped
+from safelight.config import Config, Place, shipped
 from safelight.errors import BadConfig
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 """A key is a folder's name and a word on a command line."""
+
+PLACES = ("path", "component_paths", "native")
+"""The fields of a row that say where its files are."""
 
 
 class Defaults(BaseModel):
@@ -64,6 +67,33 @@ class Files(BaseModel):
     patterns: tuple[str, ...] = ()
 
 
+class OwnSize(BaseModel):
+    """A size that Wan's own program makes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    width: int
+    height: int
+    argument: str
+    """What `--size` is then told: of a clip made of a picture it is an area, and the shape is the picture's."""
+    device_bytes: int
+    """What the program was seen to hold of the GPU."""
+
+
+class OwnProgram(BaseModel):
+    """What Wan's own program (backend wan-cli) makes of a model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str
+    fps: int
+    text_encoder_device: Literal["cpu", "gpu"]
+    """As its authors run it on one GPU."""
+    guidance: tuple[float, float] | None = None
+    """Of its two experts, high noise and low, where nobody says one for both."""
+    sizes: tuple[OwnSize, ...]
+
+
 class ModelFacts(BaseModel):
     """One row of the table. Sizes in pixels, components in parameters; models.toml gives the sources."""
 
@@ -103,6 +133,9 @@ class ModelFacts(BaseModel):
     """By component, in the order they run in. A component without any is loaded whole."""
     files: Files = Files()
     path: str = ""
+    wan_cli: OwnProgram | None = None
+    native: Place = ""
+    """The folder of the checkpoints that Wan's own program reads; they are not in the layout of diffusers."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelFacts:
@@ -114,6 +147,8 @@ class ModelFacts(BaseModel):
         for name, blocks in self.blocks.items():
             if sum(block.parameters * block.count for block in blocks) > self.components.get(name, 0):
                 raise ValueError(f"blocks.{name} have more parameters than components.{name} says")
+        if self.native and self.wan_cli is None:
+            raise ValueError("native names checkpoints for Wan's own program, which does not run this model")
         if not self.blocks.get("transformer"):
             raise ValueError("blocks.transformer is missing: the planner counts with them")
         if self.size_min % self.size_multiple or self.size_max % self.size_multiple:
@@ -219,7 +254,7 @@ def _merge(key: str, rows: Mapping[str, Mapping[str, Any]], seen: tuple[str, ...
         raise LookupError(f'like = "{base}" leads back to itself.')
     merged = _over(_merge(base, rows, (*seen, key)), row)
     # What a model is like is not where it lives: a new key has folders of its own.
-    return {name: value for name, value in merged.items() if name in row or name not in ("path", "component_paths")}
+    return {name: value for name, value in merged.items() if name in row or name not in PLACES}
 
 
 def _with_component_paths(row: Mapping[str, Any]) -> dict[str, Any]:

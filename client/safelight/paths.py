@@ -107,6 +107,16 @@ class Paths:
         return self.state / "embeddings"
 
     @property
+    def checkpoints(self) -> Path:
+        """One file a clip that is being denoised, or was when it was stopped."""
+        return self.state / "checkpoints"
+
+    @property
+    def previews(self) -> Path:
+        """What the running job looks like so far, and what was learned about looking at latents."""
+        return self.state / "previews"
+
+    @property
     def redis(self) -> Path:
         """The embedded server's data."""
         return self.state / "redis"

@@ -73,6 +73,7 @@ class Plan(BaseModel):
 
     v: Literal[1] = 1
     model: str
+    backend: Literal["diffusers", "wan-cli"] = "diffusers"
     device: Literal["cuda", "cpu"]
     dtype: Dtype
     """Of the computation, and of the weights that are not quantised."""
@@ -126,7 +127,8 @@ class Plan(BaseModel):
     @property
     def rung(self) -> str:
         """The plan in a few words: what a receipt and a log line name it by."""
-        words = [self.precision + (" compiled" if self.compiled else ""), f"offload {self.offload}"]
+        words = ["Wan's own program"] if self.backend == "wan-cli" else []
+        words += [self.precision + (" compiled" if self.compiled else ""), f"offload {self.offload}"]
         words += [
             f"{len(blocks)} blocks of {name} streamed"
             + (f" from {self.streamed_from}" if name.startswith("transformer") else "")

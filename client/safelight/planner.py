@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from safelight import calibration as learned
-from safelight import footprint, ladder
+from safelight import footprint, ladder, wan_cli, wan_cli_plan
 from safelight.calibration import Calibration
 from safelight.errors import Fault, InvalidJob
 from safelight.jobspec import JobSpec
@@ -56,6 +56,8 @@ def make_plan(
         remedy = "Put it back into the settings, or submit the job again with another."
         raise InvalidJob([Fault(spec.id or spec.model, f"model {spec.model} is not known any more", remedy)])
     facts = models[spec.model]
+    if spec.backend == "wan-cli":
+        return _plan_of_own_program(spec, facts, machine)
     _refuse_unoffered(spec, machine, circumstances.refused)
     try:
         return _plan(spec, facts, machine, calibration, circumstances)
@@ -67,6 +69,16 @@ def make_plan(
         )
         remedy = f"{max(lacking.there_bytes, 0) / GIB:.1f} GiB is free. {advice}"
         raise DoesNotFit([Fault(spec.id or spec.model, problem, remedy)]) from None
+
+
+def _plan_of_own_program(spec: JobSpec, facts: ModelFacts, machine: Machine) -> Plan:
+    where = spec.id or spec.model
+    unable = [*wan_cli.refusals(spec.model_dump(exclude_none=True), facts)]  # the table may have changed meanwhile
+    if unable:
+        raise InvalidJob([Fault(where, *refusal) for refusal in unable])
+    if lacks := [Fault(where, *lack) for lack in wan_cli_plan.lacking(spec, facts, machine)]:
+        raise DoesNotFit(lacks)
+    return wan_cli_plan.plan_of(spec, facts, machine)
 
 
 def _refuse_unoffered(spec: JobSpec, machine: Machine, refused: Sequence[str]) -> None:

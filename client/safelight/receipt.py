@@ -14,18 +14,33 @@ EndState = Literal["done", "failed", "quarantined", "cancelled"]
 Phase = Literal["plan", "load", "encode", "denoise", "decode", "verify", "publish"]
 
 
-class Output(BaseModel):
-    """One published file. `path` is relative to the outbox as it was then."""
+class Poster(BaseModel):
+    """A picture out of a clip, for people who look through the outbox. `path` is relative to it, as the clip's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str
     sha256: str
     bytes: int
+
+
+class Output(BaseModel):
+    """One published file, or the folder of a clip's frames. `path` is relative to the outbox as it was then."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    sha256: str
+    """As `safelight.content.digest` says."""
+    bytes: int
     width: int
     height: int
     num_frames: int | None = None
+    """Of the file; where it was interpolated, not the model's."""
     fps: int | None = None
+    interpolated_by: str | None = None
+    """What made the frames between the model's own."""
+    poster: Poster | None = None
 
 
 class PhaseRecord(BaseModel):
@@ -61,6 +76,8 @@ class Receipt(BaseModel):
     """Rungs that ran out of memory before `plan` did not."""
     started_at: str | None = None
     finished_at: str
+    resumed_after_step: int | None = None
+    """What an earlier attempt had denoised before it was killed or stopped."""
     phases: dict[str, PhaseRecord] = Field(default_factory=dict)
     seconds_per_step: float | None = None
     device_bytes_after: int | None = None

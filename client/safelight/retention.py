@@ -10,7 +10,6 @@ that somebody changed, renamed or put there, and no record of a job that may sti
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import stat
@@ -22,12 +21,12 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from safelight import durable
+from safelight import content, durable
 from safelight.config import Config, Settings
 from safelight.errors import LedgerDamaged
 from safelight.ledger import Ledger, submission_of
 from safelight.paths import Paths
-from safelight.receipt import EndState, Output, Receipt
+from safelight.receipt import EndState, Output, Poster, Receipt
 
 GROUP_JOBS = 200
 """Jobs whose outputs are removed between two syncs."""
@@ -65,9 +64,9 @@ class Ended:
 class Gone:
     """One thing that was removed, or would be."""
 
-    what: Literal["output", "record"]
+    what: Literal["output", "record", "input"]
     name: str
-    """Its path below the outbox; its submission."""
+    """Its path below the outbox; its submission; the digest of an input picture."""
     bytes: int = 0
 
 
@@ -141,6 +140,7 @@ def prune(config: Config, ledger: Ledger, now: datetime, *, dry_run: bool = Fals
         submissions = _old_submissions(rules, ledger, now, removed=ledger.outputs_removed().union(going))
         for name in submissions if dry_run else ledger.forget(submissions):
             yield Gone("record", name)
+        yield from _remove_inputs(rules, ledger, now, going=submissions if dry_run else (), dry_run=dry_run)
 
 
 def _is_mounted(outbox: Path) -> bool:
@@ -175,6 +175,30 @@ def _old_submissions(rules: Rules, ledger: Ledger, now: datetime, *, removed: Se
     ended = _ended(_readable((job for jobs in submissions.values() for job in jobs), ledger))
     chosen = records_to_remove(submissions, ended, rules, now, collected=ledger.collected(), removed=removed)
     return {name: submissions[name] for name in chosen}
+
+
+def _remove_inputs(
+    rules: Rules, ledger: Ledger, now: datetime, *, going: Collection[str], dry_run: bool
+) -> Iterator[Gone]:
+    """Remove the input pictures that no record names and nobody has submitted for long enough.
+
+    Where a record cannot be read nobody knows what it names, and all of them stay.
+    """
+    horizon = now.timestamp() - rules.ledger_days * 86_400
+    try:
+        old = {file.name: file for file in ledger.paths.inputs.glob("[!.]*") if file.stat().st_mtime < horizon}
+        for name in _submission_files(ledger.paths).difference(going) if old else ():
+            for spec in ledger.submission(name):
+                old.pop(spec.image or "", None)
+                old.pop(spec.last_image or "", None)
+    except (FileNotFoundError, LedgerDamaged):
+        return
+    for digest, file in sorted(old.items()):
+        is_at = file.stat()
+        if is_at.st_mtime < horizon:  # still: somebody may be submitting it
+            if not dry_run:
+                file.unlink()
+            yield Gone("input", digest, is_at.st_size)
 
 
 def _submitted_before(names: Iterable[str], days: float, now: datetime) -> list[str]:
@@ -234,7 +258,7 @@ def _remove_outputs(receipts: Iterable[Receipt], paths: Paths) -> Iterator[Gone]
     folders: set[Path] = set()
     for receipt in receipts:
         for output in receipt.outputs:
-            yield from _remove_output(output, receipt, paths.outbox)
+            yield from _remove_output(output, receipt, paths)
             folders.add((paths.outbox / output.path).parent)
         done.append(receipt.id)
     for folder in folders:
@@ -251,14 +275,25 @@ def _remove_outputs(receipts: Iterable[Receipt], paths: Paths) -> Iterator[Gone]
         _remove_empty(folder, paths.outbox)
 
 
-def _remove_output(output: Output, receipt: Receipt, outbox: Path) -> Iterator[Gone]:
-    """Remove an output, then the receipt beside it."""
-    place = _place(output, outbox)
+def _remove_output(output: Output, receipt: Receipt, paths: Paths) -> Iterator[Gone]:
+    """Remove an output, then its poster and the receipt beside it."""
+    going = paths.unfinished / receipt.id
+    content.remove(going)  # a folder of frames whose removal was interrupted
+    place = _place(output, paths.outbox)
     if place is None or not (_is_as_published(place, output) or not os.path.lexists(place)):
         return
-    if place.exists():
+    if place.is_dir():
+        going.parent.mkdir(exist_ok=True)
+        place.rename(going)  # half a folder would be one that somebody changed
+        content.remove(going)
+        yield Gone("output", output.path, output.bytes)
+    elif place.exists():
         place.unlink()
         yield Gone("output", output.path, output.bytes)
+    if output.poster:
+        poster = place.with_name(PurePosixPath(output.poster.path).name)
+        if _is_as_published(poster, output.poster):
+            poster.unlink()
     sidecar = place.with_suffix(".json")
     if _is_receipt(sidecar, receipt):
         sidecar.unlink()
@@ -281,15 +316,8 @@ def _place(output: Output, outbox: Path) -> Path | None:
     return place if place.parent.resolve() == outbox.resolve() / inside.parent else None
 
 
-def _is_as_published(file: Path, output: Output) -> bool:
-    try:
-        found = file.lstat()
-        if not stat.S_ISREG(found.st_mode) or found.st_size != output.bytes:
-            return False
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest() == output.sha256
-    except FileNotFoundError:
-        return False
+def _is_as_published(file: Path, output: Output | Poster) -> bool:
+    return content.is_there_as(file, output.sha256, output.bytes)
 
 
 def _is_receipt(file: Path, receipt: Receipt) -> bool:

@@ -49,13 +49,15 @@ def save(state: Path, calibration: Calibration) -> None:
 def learned(calibration: Calibration, receipt: Receipt) -> Calibration:
     """Return the calibration with what one finished job showed; what others took in a job's middle is tried again."""
     plan = receipt.plan
-    if receipt.state != "done" or plan is None:
+    if receipt.state != "done" or plan is None or plan.backend != "diffusers":
         return calibration
     after = calibration.model_copy(deep=True)
     for phase in PHASES:
         record, predicted = receipt.phases.get(phase), plan.predicted.get(phase)
         if record is None or predicted is None or (plan.embeddings_known and phase == "encode"):
             continue
+        if phase == "denoise" and receipt.resumed_after_step:
+            continue  # only a part of it was done here
         after = _with_memory(after, phase, plan, record, predicted)
         if told := predicted.shipped:
             after = _with_seconds(after, phase, plan, _took(phase, receipt, record, told), told)

@@ -97,6 +97,23 @@ def probe(config: Config) -> int:
 
 
 @group.command()
+@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("clips", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Replace what is there.")
+def concat(target: Path, clips: tuple[Path, ...], *, force: bool) -> None:
+    """Join MP4 clips into one file; prints its path."""
+    from safelightd import concat as joining
+
+    try:
+        joined = joining.concat(clips, target, force=force)
+    except OSError as error:
+        remedy = "Name a file in a folder that you may write, with room for it."
+        raise SafelightError(f"{error.filename or target}: {error.strerror}. {remedy}") from error
+    click.echo(f"{len(clips)} clips, {joined.num_frames} frames, {joined.seconds:.1f} s.", err=True)
+    click.echo(str(target))
+
+
+@group.command()
 @click.argument("key")
 @click.option("--precision", required=True, help="How the weights are held.")
 @click.option("--component", "components", multiple=True, help="Which; else those that a job's time goes into.")

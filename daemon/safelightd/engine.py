@@ -101,6 +101,7 @@ class Engine:
         """Run one job and send its verdict; False when this process must not run another."""
         from safelightd import device, runjob
         from safelightd.failure import failure
+        from safelightd.wan_cli import job as wan_cli
 
         self._execution = execution = str(message["execution"])
         self._stop.clear()
@@ -113,9 +114,9 @@ class Engine:
         )
         usable = True
         try:
-            receipt = runjob.run_job(
-                spec_of(message), int(message["attempt"]), setting, watch, circumstances_of(message)
-            )
+            spec = spec_of(message)
+            run_job = {"diffusers": runjob.run_job, "wan-cli": wan_cli.run_job}[spec.backend]
+            receipt = run_job(spec, int(message["attempt"]), setting, watch, circumstances_of(message))
             verdict: dict[str, Any] = {"kind": "done", "receipt": receipt.model_dump(mode="json", exclude_none=True)}
         except (Exception, Cancelled) as error:
             verdict = failure(error, watch)

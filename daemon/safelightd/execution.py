@@ -175,7 +175,7 @@ class Execution:
         if not self._started:
             reason = f"the engine did not start: {reason}; its log says why"
             self._shared.set_setback(reason)
-            return settle_job(self._place, spec, attempts, "return", reason)
+            return settle_job(self._place, spec, attempts, "no-start", reason)
         if self._overrun is None:
             return settle_job(self._place, spec, attempts, "crash", reason)
         attempts = self._with_overrun(attempts)
@@ -290,6 +290,8 @@ class Execution:
 
     def _show(self, message: dict[str, Any], *, always: bool) -> None:
         """Let `watch` and `status` see it; what the queue misses while it is away, nobody needs later."""
+        step = f" {message['i']} of {message['n']}" if "i" in message else ""
+        self._shared.progress = message["phase"] + step
         now = time.monotonic()
         if now < self._progress_again_at - (PROGRESS_EVERY_S if always else 0.0):
             return
@@ -322,6 +324,12 @@ def ended(spec: JobSpec, attempts: Attempts, state: EndState, error: str, phase:
     )
 
 
+def leave_nothing(paths: Paths, job: str) -> None:
+    """Remove what was kept for a job while it ran."""
+    for file in (paths.checkpoints / job, paths.previews / f"{job}.jpg"):
+        file.unlink(missing_ok=True)
+
+
 def leave_no_file(paths: Paths, job: str) -> None:
     """Remove what a job that ended without an output had begun to write; a killed engine could not. One that waits to
     be published is finished."""
@@ -351,6 +359,7 @@ def conclude(place: Place, receipt: Receipt) -> None:
     if not patiently(lambda: place.queue.conclude(receipt, place.worker), place.wait):
         patiently(lambda: place.queue.restore(receipt), place.wait)  # the server has lost what it knew of the job
     place.ledger.forget_attempts(receipt.id)
+    leave_nothing(place.config.paths, receipt.id)
     if receipt.state == "done":
         _learn(place, receipt)
         seconds = sum(phase.seconds for phase in receipt.phases.values())

@@ -15,19 +15,11 @@ from safelight.plan import Plan
 from safelightd import pipelines, shortage, verify
 from safelightd.outputs import OutboxUnwritable
 from safelightd.progress import Cancelled, Watch
-from safelightd.shortage import Memory
+from safelightd.shortage import DEVICE_IS_FULL, HOST_IS_FULL, Memory
+from safelightd.wan_cli.program import ProgramBroke
 
 MACHINE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOTCONN, errno.ESTALE)
 """What a full, read-only, broken or unmounted disk says: the machine's fault, not the job's."""
-
-DEVICE_IS_FULL = re.compile(
-    r"CUDA out of memory|CUDA error: out of memory|CUDA_ERROR_OUT_OF_MEMORY|\[CUDA\]: out of memory"
-    r"|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED|DEVICE_ALLOCATION_FAILED"
-)
-"""What torch, the driver, Triton, cuBLAS and cuDNN say of GPU memory in errors that have no class of their own."""
-
-HOST_IS_FULL = re.compile(r"DefaultCPUAllocator: |Cannot allocate memory|HOST_ALLOCATION_FAILED|std::bad_alloc")
-"""What torch, the C library, cuDNN and C++ say of host memory."""
 
 _TRIED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -48,7 +40,7 @@ def failure(error: BaseException, watch: Watch) -> dict[str, Any]:
     if memory and (overrun := shortage.overrun(watch.plan, watch.current, memory, _reached(error, memory, watch))):
         fields = {"memory": memory, "overrun": overrun.model_dump(mode="json")}
         return _verdict("oom", message, watch, **fields)
-    broken = memory is not None or isinstance(error, torch.AcceleratorError) or "CUDA" in str(error)
+    broken = memory is not None or isinstance(error, (torch.AcceleratorError, ProgramBroke)) or "CUDA" in str(error)
     return _verdict("engine" if broken else "job", message, watch)
 
 

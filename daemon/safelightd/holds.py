@@ -122,6 +122,8 @@ def _disk(config: Config) -> str | None:
         free = stat.f_bavail * stat.f_frsize
         if free < least:
             return f"{free / GIB:.1f} GiB free at {folder}, less than min_free_disk_gib = {least / GIB:g}"
+        if not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
+            return f"nothing can be written to {there}: mounted read-only, or not this user's"
     return None
 
 

@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from safelight import drops, expand, inbox, pairing, promptfile
+from safelight import drops, expand, inbox, pairing, promptfile, wan_cli
 from safelight.config import Config
 from safelight.draft import Draft
 from safelight.drops import Entry, Patience, Scan
@@ -340,6 +340,7 @@ class Intake:
             wildcards=self._paths.wildcards,
             max_jobs=self._config.settings.inbox.max_jobs_per_file,
         )
+        wan_cli.refuse_unconfigured(specs, self._models, self._config)
         return Made(specs, stored)
 
     def _queue(self, queue: JobQueue, lot: Lot) -> None:

@@ -234,6 +234,10 @@ class Loader:
         blocks = self._plan.streamed.get(name, ())
         return PinnedKey(Pinned(self._plan.model, name, self._precision(name), self._plan.dtype, blocks), folder, files)
 
+    def weights(self) -> dict[str, list[tuple[str, int, int]]]:
+        """Return what tells the files of the repeated components from others: name, size and time of change."""
+        return {name: list(self._pinned_key(name).files) for name in sorted(self._blocks)}
+
     def tokenizer(self, name: str = "tokenizer") -> Any:
         """Return a tokenizer."""
         folder = self._component_folder(name)

@@ -59,9 +59,13 @@ def parameters(spec: JobSpec) -> str:
 
 
 def png(spec: JobSpec, plan: Plan) -> PngInfo:
-    """Return the chunks of a PNG: `parameters` (tEXt, or iTXt where Latin-1 cannot hold it) and the record."""
+    """Return the chunks of a PNG: `parameters` (tEXt, or iTXt where Latin-1 cannot hold it) and the record.
+
+    Of a frame of a clip the record alone.
+    """
     chunks = PngInfo()
-    chunks.add_text("parameters", parameters(spec))
+    if spec.kind == "image":
+        chunks.add_text("parameters", parameters(spec))
     chunks.add_itxt(PNG_KEY, record(spec, plan))
     return chunks
 
@@ -69,17 +73,18 @@ def png(spec: JobSpec, plan: Plan) -> PngInfo:
 def exif(spec: JobSpec, plan: Plan) -> bytes:
     """Return the Exif of a JPEG or WebP: `parameters` as UserComment, the record as MakerNote.
 
-    A JPEG holds 64 KB of it. Of prompts too long for both, the record alone goes in; of one too long even for that,
-    nothing: the sidecar has it all.
+    A JPEG, as is the poster of an MP4, holds 64 KB of it. Of prompts too long for both, the record alone goes in; of
+    one too long even for that, nothing: the sidecar has it all. Of clips the record alone, too: A1111 makes none.
     """
     # A1111 and its readers (piexif) take a UNICODE comment for big-endian UTF-16; the whole block is big-endian so
     # that those who follow the Exif standard agree with them.
     comment = b"UNICODE\x00" + parameters(spec).encode("utf-16-be")
     note = MAKER + record(spec, plan).encode()
     makernote, usercomment = ExifTags.Base.MakerNote.value, ExifTags.Base.UserComment.value
-    for tags in ({makernote: note, usercomment: comment}, {makernote: note}):
+    both = {makernote: note, usercomment: comment}
+    for tags in [{makernote: note}] if spec.kind == "video" else [both, {makernote: note}]:
         block = _exif_block(tags)
-        if spec.output_format != "jpg" or len(block) <= EXIF_BYTES_MAX:
+        if spec.output_format not in ("jpg", "mp4") or len(block) <= EXIF_BYTES_MAX:
             return block
     return b""
 

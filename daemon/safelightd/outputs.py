@@ -2,42 +2,42 @@
 
     outbox/.unfinished/<id>/output.<ext>           written, synced, then verified (safelightd.verify)
     outbox/<date>/<batch>/0001_<slug>_s<seed>.<ext>
+    outbox/<date>/<batch>/0001_<slug>_s<seed>.jpg  of an MP4 its poster
     outbox/<date>/<batch>/0001_<slug>_s<seed>.json the receipt, for people and `safelight rerun`
     outbox/latest                                  the newest <date>
 
 Publishing is a redo log. `Ledger.intend` writes the whole receipt, final names included: from there on the job is
 finished. All that follows only renames, can be done again from any point (`finish`), and ends with `Ledger.fulfil`.
+A clip as png is a folder of frames without <ext>, renamed as a whole. What goes into files, safelightd.formats says.
 Knows no models and no queue.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 import shutil
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from safelight import durable
+from safelight import content, durable
 from safelight.config import Config
 from safelight.errors import SafelightError
 from safelight.jobspec import JobSpec, is_folder_name
 from safelight.ledger import Ledger
 from safelight.paths import Paths
 from safelight.plan import Plan
-from safelight.receipt import Output, Receipt
+from safelight.receipt import Output, Poster, Receipt
 from safelight.rename import rename_new
-from safelightd import metadata, verify, video
+from safelightd import formats, verify
 
 SLUG_CHARACTERS_MAX = 40
 
@@ -57,36 +57,45 @@ class OutputLost(SafelightError):
     """A rendered file that was about to be published is neither in the outbox nor where it waited."""
 
 
-def write(spec: JobSpec, plan: Plan, frames: Iterable[NDArray[Any]], config: Config) -> Path:
+def write(
+    spec: JobSpec,
+    plan: Plan,
+    frames: Iterable[NDArray[Any]],
+    config: Config,
+    check: Callable[[], None] = lambda: None,
+) -> Path:
     """Write the frames of a job to its unfinished file, as they come, and return its path; it is synced.
 
     Whatever goes wrong, Cancelled included, nothing of it is left. An earlier attempt's file is replaced.
 
     Args:
         frames: what `verify.frame` takes: one for an image, `num_frames` for a clip.
+        check: called now and then once all have come, where frames are put between them; it may raise Cancelled.
 
     Raises:
         Refused: a frame is broken, or there are too few or too many.
         OutboxUnwritable: it is read-only, somebody else's, or no folder.
         OSError: the disk is full.
     """
+    folder = make_room(spec, config.paths)
+    with _removed_on_failure(folder):
+        return formats.write(folder, _counted(frames, spec), spec, plan, config.settings.output, check)
+
+
+def make_room(spec: JobSpec, paths: Paths) -> Path:
+    """Return the folder of a job's unfinished files, made anew and empty.
+
+    Raises:
+        OutboxUnwritable, OSError: as `write`.
+    """
     _refuse_unsafe(spec)
-    paths = config.paths
     if _is_intended(spec.id, paths):
         raise SafelightError(f"{spec.id} has been rendered before and waits to be published: finish() does that.")
     folder = paths.unfinished / spec.id
     with _explained(paths):
         _remove(folder)
         folder.mkdir(parents=True)
-    with _removed_on_failure(folder):
-        file = folder / f"output.{spec.output_format}"
-        counted = _counted(frames, spec)
-        if spec.kind == "video":
-            _write_clip(file, counted, spec, plan, embed=config.settings.output.metadata)
-        else:
-            _write_picture(file, counted, spec, plan, embed=config.settings.output.metadata)
-        durable.sync_file(file)
-    return file
+    return folder
 
 
 def publish(
@@ -103,15 +112,7 @@ def publish(
     """
     folder = paths.unfinished / spec.id
     with _removed_on_failure(folder, unless=lambda: _is_intended(spec.id, paths)):
-        output = Output(
-            path=_free_name(spec, paths),
-            sha256=_digest(file),
-            bytes=file.stat().st_size,
-            width=spec.width,
-            height=spec.height,
-            num_frames=spec.num_frames,
-            fps=spec.fps,
-        )
+        output = _described(file, spec, _free_name(spec, paths))
         receipt = receipt_of((output,))
         with _explained(paths):
             _make_folders(paths.outbox / output.path, paths)
@@ -162,36 +163,35 @@ def _counted(frames: Iterable[NDArray[Any]], spec: JobSpec) -> Iterator[NDArray[
         raise verify.Refused(f"There are {count} frames, {wanted} were asked for.")
 
 
-def _write_clip(file: Path, frames: Iterator[NDArray[np.uint8]], spec: JobSpec, plan: Plan, *, embed: bool) -> None:
-    assert spec.fps is not None  # every model of clips has a default
-    comment = metadata.record(spec, plan) if embed else None
-    video.write_mp4(file, frames, fps=spec.fps, width=spec.width, height=spec.height, comment=comment)
-
-
-def _write_picture(file: Path, frames: Iterator[NDArray[np.uint8]], spec: JobSpec, plan: Plan, *, embed: bool) -> None:
-    (pixels,) = frames
-    picture = Image.fromarray(pixels)
-    exif = metadata.exif(spec, plan) if embed and spec.output_format != "png" else b""
-    with file.open("xb") as stream:
-        if spec.output_format == "png":
-            picture.save(stream, "PNG", pnginfo=metadata.png(spec, plan) if embed else None)
-        elif spec.output_format == "jpg":
-            # Full colour resolution: the default halves it, which shows on red edges.
-            picture.save(stream, "JPEG", quality=95, subsampling="4:4:4", exif=exif)
-        else:
-            picture.save(stream, "WEBP", quality=95, exif=exif)
+def _described(file: Path, spec: JobSpec, path: str) -> Output:
+    """Return what the receipt says of the unfinished `file`, whose name in the outbox will be `path`."""
+    poster = formats.poster_beside(file)
+    output = Output(
+        path=file.name,
+        sha256=content.digest(file),
+        bytes=content.size_bytes(file),
+        width=spec.width,
+        height=spec.height,
+        num_frames=spec.clip_frames,
+        fps=spec.clip_fps,
+        interpolated_by=formats.interpolated_by(spec),
+        poster=Poster(path=poster.name, sha256=content.digest(poster), bytes=poster.stat().st_size)
+        if formats.has_poster(spec) and poster.exists()
+        else None,
+    )
+    return formats.renamed(output, path)
 
 
 def _free_name(spec: JobSpec, paths: Paths) -> str:
-    """Return a path below the outbox that neither a file nor a receipt has: the date is that of the submission."""
+    """Return a path below the outbox that no output, poster or receipt has: the date is that of the submission."""
+    ends = {formats.suffix(spec), ".json"} | ({".jpg"} if formats.has_poster(spec) else set())
     date = datetime.fromisoformat(spec.submitted_at).astimezone().date().isoformat()
     stem = f"{date}/{spec.batch}/{spec.index:04d}_{slug(spec.prompt)}_s{spec.seed}"
     number = 1
     while True:
         name = f"{stem}{'' if number == 1 else f'-{number}'}"
-        taken = (os.path.lexists(paths.outbox / f"{name}.{suffix}") for suffix in (spec.output_format, "json"))
-        if not any(taken):
-            return f"{name}.{spec.output_format}"
+        if not any(os.path.lexists(paths.outbox / f"{name}{end}") for end in ends):
+            return f"{name}{formats.suffix(spec)}"
         number += 1
 
 
@@ -206,7 +206,7 @@ def _complete(receipt: Receipt, ledger: Ledger, paths: Paths) -> Receipt:
     """Do what is left of publishing an intended receipt; every step finds out whether it was done before."""
     while not _place(receipt, paths):
         (output,) = receipt.outputs
-        renamed = output.model_copy(update={"path": _free_name(receipt.spec, paths)})
+        renamed = formats.renamed(output, _free_name(receipt.spec, paths))
         receipt = receipt.model_copy(update={"outputs": (renamed,)})
         ledger.intend(receipt)
     with _explained(paths):
@@ -217,27 +217,34 @@ def _complete(receipt: Receipt, ledger: Ledger, paths: Paths) -> Receipt:
 
 
 def _place(receipt: Receipt, paths: Paths) -> bool:
-    """Move the file and then its receipt to their final names; False when one was taken, and neither lies there."""
+    """Move output, poster and then receipt to their final names; False when one was taken, and none lies there."""
     (output,) = receipt.outputs
     final = paths.outbox / output.path
     waiting = paths.unfinished / receipt.id / f"output{final.suffix}"
+    placed: list[tuple[Path, Path]] = []
     with _explained(paths):
         _make_folders(final, paths)
         try:
             _place_file(waiting, final, output)
+            placed.append((waiting, final))
+            if output.poster:
+                poster = (formats.poster_beside(waiting), formats.poster_beside(final))
+                with suppress(OutputLost):  # a clip without its poster is whole
+                    _place_file(*poster, output.poster)
+                    placed.append(poster)
+            _place_sidecar(waiting.with_name("sidecar.json"), final.with_suffix(".json"), receipt)
         except FileExistsError:
-            return False
-        if not _place_sidecar(waiting.with_name("sidecar.json"), final.with_suffix(".json"), receipt):
-            rename_new(final, waiting)
+            for source, target in reversed(placed):
+                rename_new(target, source)
             return False
         durable.sync_folder(final.parent)
         return True
 
 
-def _place_file(waiting: Path, final: Path, output: Output) -> None:
+def _place_file(waiting: Path, final: Path, output: Output | Poster) -> None:
     """While the waiting file is there, a file under the final name is somebody else's, even with the same bytes."""
     if not waiting.exists():
-        if not final.is_file() or _digest(final) != output.sha256:
+        if not final.exists() or content.digest(final) != output.sha256:
             raise OutputLost(
                 f"{final}: was rendered, but is not there as it was, nor in {waiting.parent}. If you have the file, "
                 f"put it back; else delete the note of it in state/publishing and the job runs again."
@@ -248,16 +255,11 @@ def _place_file(waiting: Path, final: Path, output: Output) -> None:
         rename_new(waiting, final)
 
 
-def _place_sidecar(waiting: Path, final: Path, receipt: Receipt) -> bool:
-    content = receipt.model_dump_json(exclude_none=True, indent=2).encode() + b"\n"
-    if final.is_file() and final.read_bytes() == content:
-        return True
-    durable.write(waiting, content)
-    try:
+def _place_sidecar(waiting: Path, final: Path, receipt: Receipt) -> None:
+    text = receipt.model_dump_json(exclude_none=True, indent=2).encode() + b"\n"
+    if not final.is_file() or final.read_bytes() != text:
+        durable.write(waiting, text)
         rename_new(waiting, final)
-    except FileExistsError:
-        return False
-    return True
 
 
 def _point_latest(receipt: Receipt, paths: Paths) -> None:
@@ -285,11 +287,6 @@ def _make_folders(file: Path, paths: Paths) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     durable.sync_folder(file.parent.parent)
     durable.sync_folder(paths.outbox)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _remove(folder: Path) -> None:

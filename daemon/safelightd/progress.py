@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from safelight.plan import Plan
 from safelight.receipt import Phase, PhaseRecord
+from safelightd.preview import Preview, Values
 
 
 class Cancelled(BaseException):
@@ -52,6 +53,9 @@ class Watch:
         self._plan_told: Plan | None = None
         self.records: dict[str, PhaseRecord] = {}
         self.seconds_per_step: float | None = None
+        self.preview: Preview | None = None
+        self.resumed_after_step: int | None = None
+        """What an earlier attempt had denoised."""
         self._phase_started = self._last_heard = self._first_step_ended = time.monotonic()
         self._load_seconds: float | None = None
         self._first_step_seconds: float | None = None
@@ -100,6 +104,15 @@ class Watch:
         self._first_step_ended += waited
         self._last_heard = now
 
+    def goes_on_after(self, step: int) -> None:
+        """Say that so many steps of this phase were done by an earlier attempt."""
+        self.resumed_after_step = step
+
+    def show(self, latents_of: Callable[[], Values]) -> None:
+        """Let people see what is denoised: `latents_of` is asked when it is time for a picture."""
+        if self.preview:
+            self.preview.show(latents_of)
+
     def step(self, i: int, n: int) -> None:
         """Say that `i` of `n` steps of this phase are done (denoise) or parts (decode).
 
@@ -112,7 +125,8 @@ class Watch:
             self._first_step_seconds = rate = round(now - self._last_heard, 4)
             self._first_step_ended = now
         else:
-            rate = (now - self._first_step_ended) / max(i - 1, 1)
+            before = (self.resumed_after_step or 0) if self.current == "denoise" else 0
+            rate = (now - self._first_step_ended) / max(i - 1 - before, 1)
         self._last_heard = now
         if self.current == "denoise":
             self.seconds_per_step = round(rate, 4)

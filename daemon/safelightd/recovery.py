@@ -13,7 +13,7 @@ from safelight.jobspec import JobSpec
 from safelight.ledger import Ledger
 from safelight.paths import Paths
 from safelightd import gpulock
-from safelightd.execution import Place, conclude, give_back, rejected, settle_job, spec_of
+from safelightd.execution import Place, conclude, give_back, leave_nothing, rejected, settle_job, spec_of
 from safelightd.logs import Log
 
 LATE_S = 5.0
@@ -110,12 +110,14 @@ def _restore_ended(place: Place, ids: list[str]) -> None:
         if receipt and remembered.get(job) != receipt.state:
             place.queue.restore(receipt)
         if receipt:
-            place.ledger.forget_attempts(job)  # whoever wrote the receipt may have died before
+            # whoever wrote the receipt may have died before
+            place.ledger.forget_attempts(job)
+            leave_nothing(place.config.paths, job)
 
 
 def sweep(paths: Paths) -> None:
     """Remove what killed processes left half written in the ledger: hidden files that nobody reads."""
-    for folder in (paths.jobs, paths.attempts, paths.publishing, paths.receipts):
+    for folder in (paths.jobs, paths.attempts, paths.publishing, paths.receipts, paths.checkpoints):
         try:
             left = durable.sweep(folder)
         except OSError as error:

@@ -22,7 +22,19 @@ from safelight.plan import Plan
 from safelight.planner import NO_CIRCUMSTANCES, make_plan, with_known_embeddings
 from safelight.receipt import Output, Receipt
 from safelight.rung import Circumstances
-from safelightd import calibration, compiling, device, embeddings, metadata, outputs, pipelines, probe, verify
+from safelightd import (
+    calibration,
+    checkpoint,
+    compiling,
+    device,
+    embeddings,
+    metadata,
+    outputs,
+    pipelines,
+    preview,
+    probe,
+    verify,
+)
 from safelightd.assembly import PinnedSet
 from safelightd.loading import Loader, model_folder
 from safelightd.progress import Watch
@@ -76,16 +88,21 @@ def run_job(
             models_folder=paths.models,
             pinned=setting.pinned,
         )
-        image, last_image = _input(spec.image, paths.inputs), _input(spec.last_image, paths.inputs)
+        made_by = checkpoint.digest(spec, plan, loader.weights(), metadata.versions())
+        watch.preview = preview.Preview(paths, spec.id, spec.model)
+        kept = checkpoint.Checkpoint(paths.checkpoints / spec.id, made_by, setting.config.settings.worker.checkpoint_s)
+        image, last_image = (input_picture(digest, paths.inputs) for digest in (spec.image, spec.last_image))
     with watch.phase("encode"):
         embeds = family.encode(spec, plan, loader, watch, image, known)
         setting.embeddings.put(keys, embeds)
     with watch.phase("denoise"):
-        latents = family.denoise(spec, plan, loader, embeds, watch, image, last_image)
+        latents = family.denoise(spec, plan, loader, embeds, watch, image, last_image, kept)
     if plan.compiled:
         compiling.remember(f"{facts.family}/{plan.precision}")
     with watch.phase("decode"):
-        file = outputs.write(spec, plan, family.decode(spec, plan, loader, latents, watch), setting.config)
+        frames = family.decode(spec, plan, loader, latents, watch)
+        frames = watch.preview.learning(frames, pipelines.values(family.first_frame(spec, latents)))
+        file = outputs.write(spec, plan, frames, setting.config, watch.check)
     with watch.phase("verify"):
         verify.output(file, spec)
     with watch.phase("publish"):
@@ -120,6 +137,7 @@ def _receipt_of(
         overruns=around.overruns,
         started_at=started_at,
         finished_at=_now(),
+        resumed_after_step=watch.resumed_after_step,
         phases=dict(watch.records),
         seconds_per_step=watch.seconds_per_step,
         device_bytes_after=device.held_bytes(),
@@ -128,7 +146,7 @@ def _receipt_of(
     )
 
 
-def _input(digest: str | None, inputs: Path) -> Image.Image | None:
+def input_picture(digest: str | None, inputs: Path) -> Image.Image | None:
     """Return the input picture of this digest, read back whole.
 
     Raises:

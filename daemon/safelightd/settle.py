@@ -18,10 +18,11 @@ OVERRUNS_MAX = 8
 """Plans of one job that may run out of memory; afterwards each more counts as a crash. A ladder has fewer rungs: this
 ends what a plan that predicts nothing would repeat."""
 
-Cause = Literal["crash", "return", "stop", "oom", "refused"]
+Cause = Literal["crash", "return", "stop", "no-start", "oom", "refused"]
 """crash: it broke the engine and a probe found the device well. return: the machine took it back. stop: a person
-stopped the worker, which no job can bring about and so none is counted. oom: its plan ran out of memory, and the next
-takes a smaller one. refused: the result was broken, and another precision may do better."""
+stopped the worker. no-start: no engine came up to run it. Neither of these two can be a job's doing, so that neither is
+counted. oom: its plan ran out of memory, and the next takes a smaller one. refused: the result was broken, and another
+precision may do better."""
 
 
 @dataclass(frozen=True)

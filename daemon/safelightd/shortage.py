@@ -5,6 +5,7 @@ Reads counters of the kernel. Knows no torch, no queue and no engine.
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 from typing import Literal, get_args
@@ -13,6 +14,15 @@ from safelight.plan import Overrun, PhaseName, Plan
 from safelight.receipt import Phase
 
 Memory = Literal["device", "host"]
+
+DEVICE_IS_FULL = re.compile(
+    r"CUDA out of memory|CUDA error: out of memory|CUDA_ERROR_OUT_OF_MEMORY|\[CUDA\]: out of memory"
+    r"|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED|DEVICE_ALLOCATION_FAILED"
+)
+"""What torch, the driver, Triton, cuBLAS and cuDNN say of GPU memory in errors that have no class of their own."""
+
+HOST_IS_FULL = re.compile(r"DefaultCPUAllocator: |Cannot allocate memory|HOST_ALLOCATION_FAILED|std::bad_alloc")
+"""What torch, the C library, cuDNN and C++ say of host memory."""
 
 
 def overrun(plan: Plan | None, phase: Phase, memory: Memory, reached_bytes: int = 0) -> Overrun | None:

@@ -15,17 +15,18 @@ missing frames and undecodable files are what a bug or a bad disk makes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from safelight.errors import SafelightError
 from safelight.jobspec import JobSpec
-from safelightd import video
+from safelightd import video, webp
 
 FLAT_RANGE_MAX = 12
 """A frame whose every channel stays within so many steps of 255 shows nothing: see above."""
@@ -34,7 +35,7 @@ DEAD_FRAMES_MAX = 0.5
 """The share of black or flat frames that a clip may have: a fade from black is short, a decode that broke down loses
 all frames, or all after the first latent's."""
 
-_FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
+_FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "gif": "GIF"}
 
 
 class Refused(SafelightError):
@@ -89,21 +90,69 @@ def image(path: Path, spec: JobSpec) -> None:
 
 
 def clip(path: Path, spec: JobSpec) -> None:
-    """Raise Refused unless the file decodes to the asked frames, at their size and rate, and most show something."""
-    assert spec.num_frames is not None and spec.fps is not None  # noqa: PT018 - of every clip
-    wanted = video.Timing(spec.width, spec.height, spec.num_frames, spec.fps)
+    """Raise Refused unless it decodes to the asked frames, at their size and rate, and most show something.
+
+    Args:
+        path: a file, or for png the folder of its frames.
+    """
+    frames_of = {"mp4": _frames_of_mp4, "png": _frames_of_folder}.get(spec.output_format, _frames_of_animation)
     try:
-        found = video.timing(path)
-        count, dead, shade = _count_dead(video.read_frames(path), spec)
-    except (ValueError, video.FfmpegFailed) as error:
+        count, dead, shade = _count_dead(frames_of(path, spec), spec)
+    except (OSError, SyntaxError, ValueError, EOFError, video.FfmpegFailed) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's fault, not the clip's
         raise Refused(f"The clip cannot be decoded: {error}") from error
-    if found != wanted or count != wanted.num_frames:
-        raise Refused(
-            f"The clip is {found.width}x{found.height}, {count} frames at {found.fps:g} a second; "
-            f"{wanted.width}x{wanted.height}, {wanted.num_frames} at {wanted.fps:g} were asked for."
-        )
+    if count != spec.clip_frames:
+        raise Refused(f"The clip has {count} frames, {spec.clip_frames} were asked for.")
     if dead > DEAD_FRAMES_MAX * count:
         raise Refused(f"{dead} of {count} frames of the clip are {shade}.")
+
+
+def poster(path: Path, spec: JobSpec) -> None:
+    """Raise Refused unless the picture out of a clip decodes to its size."""
+    with Image.open(path, formats=["JPEG"]) as picture:
+        picture.load()
+        if picture.size != (spec.width, spec.height):
+            raise Refused(f"The clip's poster is {picture.size[0]}x{picture.size[1]}.")
+
+
+def _frames_of_mp4(path: Path, spec: JobSpec) -> Iterator[NDArray[np.uint8]]:
+    found = video.timing(path)
+    if found != (wanted := video.Timing(spec.width, spec.height, spec.clip_frames or 0, spec.clip_fps or 0)):
+        raise Refused(
+            f"The clip is {found.width}x{found.height}, {found.num_frames} frames at {found.fps:g} a second; "
+            f"{wanted.width}x{wanted.height}, {wanted.num_frames} at {wanted.fps:g} were asked for."
+        )
+    yield from video.read_frames(path)
+
+
+def _frames_of_animation(path: Path, spec: JobSpec) -> Iterator[NDArray[np.uint8]]:
+    """A GIF or a WebP says of each frame how long it is shown."""
+    fps = spec.clip_fps or 0
+    with Image.open(path, formats=[_FORMATS[spec.output_format]]) as animation:
+        for number, picture in enumerate(ImageSequence.Iterator(animation)):
+            picture.load()
+            lasts, wanted = picture.info["duration"], webp.moment_ms(number + 1, fps) - webp.moment_ms(number, fps)
+            if lasts != wanted:
+                raise Refused(f"Frame {number + 1} of the clip lasts {lasts} ms, {wanted} were asked for.")
+            yield np.asarray(picture.convert("RGB"))
+
+
+def _frames_of_folder(path: Path, _spec: JobSpec) -> Iterator[NDArray[np.uint8]]:
+    names = sorted(os.listdir(path))
+    if names != [frame_name(number) for number in range(1, len(names) + 1)]:
+        raise Refused(f"The frames of the clip are not numbered from {frame_name(1)} on.")
+    for name in names:
+        with Image.open(path / name, formats=["PNG"]) as picture:
+            picture.load()
+            if picture.mode != "RGB":
+                raise Refused(f"Frame {name} of the clip is {picture.mode}, not RGB.")
+            yield np.asarray(picture)
+
+
+def frame_name(number: int) -> str:
+    """Return the name of a frame, from 1, in the folder of a clip."""
+    return f"{number:04d}.png"
 
 
 def is_flat(pixels: NDArray[np.uint8]) -> bool:

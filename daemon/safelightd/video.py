@@ -1,4 +1,4 @@
-"""Frames to MP4 and back, through ffmpeg: one frame in memory at a time. Knows no jobs."""
+"""Frames to MP4 and GIF and back, through ffmpeg: one frame in memory at a time. Knows no jobs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import imageio_ffmpeg
 import numpy as np
 from numpy.typing import NDArray
 
-from safelight.embedded import mp4_box
+from safelight.embedded import GIF_COMMENT, mp4_box
 from safelight.errors import BadConfig, SafelightError
 
 CRF = 10
@@ -30,8 +30,30 @@ ENCODE = [
     "-c:v", "libx264", "-crf", str(CRF), "-fps_mode", "passthrough", "-movflags", "+faststart", "-f", "mp4",
 ]  # fmt: skip
 
+ENCODE_GIF = [
+    # A palette for each frame: one for all would need all frames in memory.
+    "-vf", "split[one][two];[one]palettegen=stats_mode=single[palette];[two][palette]paletteuse=new=1",
+    "-fps_mode", "passthrough", "-loop", "0", "-f", "gif",
+]  # fmt: skip
+
+ENCODE_WHOLE = ["-c:v", "ffv1", "-pix_fmt", "gbrp", "-fps_mode", "passthrough", "-f", "nut"]
+"""Without loss, for a file that is read once more. NUT, since Matroska rounds the times of frames to milliseconds."""
+
+INTERPOLATION = "minterpolate"
+"""The filter of ffmpeg that makes frames between frames; receipts name it."""
+
+INTERPOLATE = (
+    # The filter computes in YUV, and never gives the last frame, which it only looks at: so a copy of it comes last.
+    "scale=out_color_matrix=bt709:out_range=tv,format=yuv444p,tpad=stop=1:stop_mode=clone,"
+    + INTERPOLATION + "=fps={fps}:mi_mode=mci:mc_mode=aobmc:vsbmc=1,"
+    "scale=in_color_matrix=bt709:in_range=tv,format=rgb24"
+)  # fmt: skip
+
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.ENOENT)
 """What the disk may answer ffmpeg; it passes on as the OSError that it is."""
+
+_TABLE = (b"moov", b"trak", b"mdia", b"minf", b"stbl")
+"""Where an MP4 says what its first track holds."""
 
 _START = (
     "import ctypes, os, signal, sys\n"
@@ -78,13 +100,59 @@ def write_mp4(
     """
     if width % 2 or height % 2:
         raise ValueError(f"{width}x{height}: H.264 in yuv420p has even sizes only")
+    return _encode(path, frames, ENCODE, fps=fps, width=width, height=height, comment=comment)
+
+
+def write_gif(
+    path: Path, frames: Iterable[NDArray[np.uint8]], *, fps: int, width: int, height: int, comment: str | None = None
+) -> int:
+    """Write a GIF that repeats for ever and return the number of frames in it; otherwise as `write_mp4`.
+
+    Args:
+        fps: a divisor of 100: a frame lasts whole hundredths of a second.
+    """
+    if 100 % fps:
+        raise ValueError(f"{fps} frames a second: those of a GIF last whole hundredths of one")
+    count = _encode(path, frames, ENCODE_GIF, fps=fps, width=width, height=height)
+    if comment is not None:
+        text = comment.encode()
+        blocks = [text[at : at + 255] for at in range(0, len(text), 255)]
+        with path.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)  # in place of the trailer (GIF89a, 24 and 27)
+            file.write(GIF_COMMENT + b"".join(bytes([len(block)]) + block for block in blocks) + b"\x00;")
+    return count
+
+
+def write_whole(path: Path, frames: Iterable[NDArray[np.uint8]], *, fps: int, width: int, height: int) -> int:
+    """Write frames to a file that gives them back as they were, and return their number; otherwise as `write_mp4`."""
+    return _encode(path, frames, ENCODE_WHOLE, fps=fps, width=width, height=height)
+
+
+def interpolated(path: Path, *, times: int, fps: int) -> Iterator[NDArray[np.uint8]]:
+    """Yield the n frames of a clip and `times - 1` new ones between any two: (n - 1) * times + 1 of them.
+
+    The new ones follow what moves. Where the picture changes at once, as at a cut, they repeat the frame before.
+
+    Args:
+        fps: the clip's, before.
+
+    Raises:
+        OSError, FfmpegFailed: it cannot be read to its end, or a side is shorter than 32 pixels.
+    """
+    return read_frames(path, INTERPOLATE.format(fps=fps * times))
+
+
+def _encode(
+    path: Path, frames: Iterable[NDArray[np.uint8]], how: list[str], *,
+    fps: int, width: int, height: int, comment: str | None = None,
+) -> int:  # fmt: skip
     count = 0
     with ExitStack() as stack:
         tags = stack.enter_context(_memory_file(_ffmetadata(comment)))
         arguments = [
             "-y", "-f", "rawvideo", "-pixel_format", "rgb24", "-video_size", f"{width}x{height}",
             "-framerate", str(fps), "-i", "pipe:0", "-f", "ffmetadata", "-i", f"/proc/self/fd/{tags.fileno()}",
-            "-map", "0:v:0", "-map_metadata", "1", *ENCODE, f"file:{path}",
+            "-map", "0:v:0", "-map_metadata", "1", *how, f"file:{path}",
         ]  # fmt: skip
         run = stack.enter_context(_ffmpeg(arguments, path, stdin=subprocess.PIPE, pass_fds=(tags.fileno(),)))
         assert run.process.stdin is not None
@@ -99,14 +167,17 @@ def write_mp4(
     return count
 
 
-def read_frames(path: Path) -> Iterator[NDArray[np.uint8]]:
+def read_frames(path: Path, filters: str = "null") -> Iterator[NDArray[np.uint8]]:
     """Yield every frame of a clip as (height, width, 3), decoded strictly: any complaint of the decoder is an error.
+
+    Args:
+        filters: what ffmpeg does to them before.
 
     Raises:
         OSError, FfmpegFailed: it cannot be read to its end.
     """
     arguments = [
-        "-i", f"file:{path}", "-map", "0:v:0", "-fps_mode", "passthrough",
+        "-i", f"file:{path}", "-map", "0:v:0", "-vf", filters, "-fps_mode", "passthrough",
         "-c:v", "ppm", "-f", "image2pipe", "pipe:1",
     ]  # fmt: skip
     with _ffmpeg(arguments, path, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as run:
@@ -116,17 +187,51 @@ def read_frames(path: Path) -> Iterator[NDArray[np.uint8]]:
         run.check()
 
 
+def join(clips: Sequence[Path], path: Path) -> None:
+    """Write one MP4 that shows the clips one after the other; what is encoded is copied as it is, and no tag.
+
+    Args:
+        clips: of one size, rate and `encoding`: else what comes out is not what went in.
+
+    Raises:
+        OSError: a clip cannot be read, or the disk is full or refuses.
+        FfmpegFailed: anything else, in ffmpeg's words.
+    """
+    names = (str(clip.absolute()).replace("'", r"'\''") for clip in clips)
+    with _memory_file("".join(f"file 'file:{name}'\n" for name in names).encode(errors="surrogateescape")) as listed:
+        arguments = [
+            "-y", "-f", "concat", "-safe", "0", "-i", f"/proc/self/fd/{listed.fileno()}", "-map", "0:v:0",
+            "-map_metadata", "-1", "-c", "copy", "-movflags", "+faststart", "-f", "mp4", f"file:{path}",
+        ]  # fmt: skip
+        with _ffmpeg(arguments, path, stdin=subprocess.DEVNULL, pass_fds=(listed.fileno(),)) as run:
+            run.check()
+
+
+def encoding(path: Path) -> bytes:
+    """Return what a decoder must know before the first frame of an MP4: equal in clips that can follow each other.
+
+    Raises:
+        ValueError: it holds no H.264.
+    """
+    with path.open("rb") as file:
+        kinds = mp4_box(file, *_TABLE, b"stsd") or b""
+    at = kinds.find(b"avcC")
+    if at < 4:
+        raise ValueError("it holds no H.264")
+    (size,) = struct.unpack_from(">I", kinds, at - 4)
+    return kinds[at : at - 4 + size]
+
+
 def timing(path: Path) -> Timing:
     """Return what the file's index says; decoding tells whether it is true.
 
     Raises:
         ValueError: it is not an MP4 with one constant frame rate.
     """
-    table = (b"moov", b"trak", b"mdia", b"minf", b"stbl")
     with path.open("rb") as file:
         header, times, kinds = (
             mp4_box(file, *box) or b""
-            for box in ((b"moov", b"trak", b"mdia", b"mdhd"), (*table, b"stts"), (*table, b"stsd"))
+            for box in ((b"moov", b"trak", b"mdia", b"mdhd"), (*_TABLE, b"stts"), (*_TABLE, b"stsd"))
         )
     try:
         # Offsets of ISO 14496-12: 8.4.2 (mdhd, version 0), 8.6.1.2 (stts), 12.1.3 (width and height in stsd).

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from safelight import collect as collecting
+from safelight import content
 from safelight.collect import Copied, collect
 from safelight.errors import SafelightError
-from safelight.receipt import Output, Receipt
+from safelight.receipt import Output, Poster, Receipt
 from tests.conftest import Installation
 from tests.integration import making
 
@@ -345,3 +346,136 @@ def test_module_needs_no_daemon() -> None:
 
     assert said == "[]\n"
     assert Path(collecting.__file__).is_relative_to(ROOT / "client")
+
+
+# Clips: posters, and folders of frames.
+
+
+CLIP, FRAMES = "2026-11-22/night/0001_fox_s1.mp4", "2026-11-22/night/0002_fox_s1"
+
+
+def _publish_with_poster(outbox: Path) -> Receipt:
+    receipt = _publish(outbox, CLIP, b"clip")
+    poster = Path(CLIP).with_suffix(".jpg")
+    (outbox / poster).write_bytes(b"poster")
+    said = Poster(path=str(poster), sha256=hashlib.sha256(b"poster").hexdigest(), bytes=6)
+    output = receipt.outputs[0].model_copy(update={"poster": said})
+    receipt = receipt.model_copy(update={"outputs": (output,)})
+    (outbox / CLIP).with_suffix(".json").write_text(receipt.model_dump_json())
+    return receipt
+
+
+def _publish_frames(outbox: Path, job: str = "job-2") -> Receipt:
+    folder = outbox / FRAMES
+    folder.mkdir(parents=True)
+    for number in range(1, 4):
+        (folder / f"{number:04}.png").write_bytes(b"frame %d" % number)
+    output = Output(path=FRAMES, sha256=content.digest(folder), bytes=content.size_bytes(folder), width=96, height=64)
+    receipt = making.receipt(making.clip_spec(id=job, output_format="png"), (output,))
+    folder.with_suffix(".json").write_text(receipt.model_dump_json())
+    return receipt
+
+
+@pytest.mark.parametrize("move", [False, True])
+def test_poster_comes_with_its_clip(outbox: Path, target: Path, move: bool) -> None:
+    receipt = _publish_with_poster(outbox)
+
+    for _ in range(2):
+        (copied,) = collect([receipt], outbox, target, move=move)
+
+    assert copied.target == target / "night/0001_fox_s1.mp4"
+    assert sorted(_files(target)) == [f"night/0001_fox_s1.{end}" for end in ("jpg", "json", "mp4")]
+    assert len(_files(outbox)) == (0 if move else 3)
+
+
+@pytest.mark.parametrize("move", [False, True])
+def test_poster_is_no_result(outbox: Path, target: Path, move: bool) -> None:
+    """One that was thrown away is not missed, and a person's picture of that name stays."""
+    receipt = _publish_with_poster(outbox)
+    (target / "night").mkdir(parents=True)
+    (target / "night/0001_fox_s1.jpg").write_bytes(b"mine")
+
+    (copied,) = collect([receipt], outbox, target, move=move)
+
+    assert copied.target == target / "night/0001_fox_s1.mp4"
+    assert (target / "night/0001_fox_s1.jpg").read_bytes() == b"mine"
+    assert (outbox / CLIP).with_suffix(".jpg").read_bytes() == b"poster", "it lies nowhere else"
+    (outbox / CLIP).with_suffix(".jpg").unlink()
+    assert _outcomes(collect([receipt], outbox, target, move=move)) == ["already there"]
+
+
+def test_folder_of_frames_is_copied_whole_with_its_receipt(outbox: Path, target: Path) -> None:
+    receipt = _publish_frames(outbox)
+
+    assert _outcomes(collect([receipt], outbox, target)) == ["copied"]
+    assert _outcomes(collect([receipt], outbox, target)) == ["already there"]
+
+    names = [f"night/0002_fox_s1/{number:04}.png" for number in range(1, 4)]
+    assert sorted(_files(target)) == ["night/0002_fox_s1.json", *names]
+    assert content.digest(target / "night/0002_fox_s1") == receipt.outputs[0].sha256
+    assert len(_files(outbox)) == 4
+
+
+def test_other_folder_of_that_name_is_never_overwritten(outbox: Path, target: Path) -> None:
+    receipt = _publish_frames(outbox)
+    (target / "night/0002_fox_s1").mkdir(parents=True)
+    (target / "night/0002_fox_s1/0001.png").write_bytes(b"mine")
+
+    (copied,) = collect([receipt], outbox, target)
+
+    assert copied.target == target / "night/0002_fox_s1-2"
+    assert (target / "night/0002_fox_s1/0001.png").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("change", ["another frame", "a frame less", "a frame more"])
+def test_folder_that_somebody_changed_is_left_alone(outbox: Path, target: Path, change: str) -> None:
+    receipt = _publish_frames(outbox)
+    folder = outbox / FRAMES
+    if change == "another frame":
+        (folder / "0002.png").write_bytes(b"frame X")
+    elif change == "a frame less":
+        (folder / "0002.png").unlink()
+    else:
+        (folder / "0004.png").write_bytes(b"frame 4")
+
+    (copied,) = collect([receipt], outbox, target, move=True)
+
+    assert (copied.outcome, copied.target) == ("changed", None)
+    assert folder.is_dir()
+    assert _files(target) == {}
+    assert list((target / "night").iterdir()) == []
+
+
+def test_moved_folder_leaves_the_outbox_but_for_what_a_person_added(outbox: Path, target: Path) -> None:
+    receipt = _publish_frames(outbox)
+    collect([receipt], outbox, target)
+    (outbox / FRAMES / "masks").mkdir()
+    (outbox / FRAMES / "masks/0001.png").write_text("mine")
+
+    collect([receipt], outbox, target, move=True)
+    assert list(_files(outbox)) == [f"{FRAMES}/masks/0001.png"]
+
+    shutil.rmtree(outbox / FRAMES / "masks")
+    assert _outcomes(collect([receipt], outbox, target, move=True)) == ["already there"]
+    assert not (outbox / FRAMES).exists()
+
+
+def test_folder_that_does_not_fit_leaves_nothing(outbox: Path, small_disk: Path) -> None:
+    receipt = _publish_frames(outbox)
+    frame = outbox / FRAMES / "0003.png"
+    frame.write_bytes(b"x" * 2**20)
+    said = {"sha256": content.digest(outbox / FRAMES), "bytes": content.size_bytes(outbox / FRAMES)}
+    receipt = receipt.model_copy(update={"outputs": (receipt.outputs[0].model_copy(update=said),)})
+
+    with pytest.raises(OSError, match="No space left"):
+        collect([receipt], outbox, small_disk)
+
+    assert [name for name in small_disk.rglob("*") if name.name != "night"] == []
+
+
+def test_collected_folder_is_noted(outbox: Path, target: Path, installation: Installation) -> None:
+    copied = collect([_publish_frames(outbox)], outbox, target)
+
+    collecting.note(copied, installation.paths, NOW)
+
+    assert installation.ledger.collected() == {"job-2"}

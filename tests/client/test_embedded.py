@@ -22,18 +22,18 @@ from safelight.jobspec import JobSpec
 from safelightd import metadata, video
 from tests.integration import making
 
-KINDS = ["png", "jpg", "webp", "mp4"]
+KINDS = ["png", "jpg", "webp", "mp4", "gif"]
 
 PIXELS = making.gradient(making.image_spec(), 20, 230)
 
 
 def _bytes_of(spec: JobSpec, folder: Path) -> bytes:
     """Return a small real file with the record of `spec`, as the daemon writes it."""
-    if spec.output_format == "mp4":
-        file = folder / "made.mp4"
-        frames = making.moving(spec, 2)
+    if spec.kind == "video":
+        file = folder / "made"
+        write = {"mp4": video.write_mp4, "gif": video.write_gif}[spec.output_format]
         comment = metadata.record(spec, making.PLAN)
-        video.write_mp4(file, frames, fps=24, width=spec.width, height=spec.height, comment=comment)
+        write(file, making.moving(spec, 2), fps=25, width=spec.width, height=spec.height, comment=comment)
         return file.read_bytes()
     stream = io.BytesIO()
     picture = Image.fromarray(PIXELS)
@@ -45,7 +45,8 @@ def _bytes_of(spec: JobSpec, folder: Path) -> bytes:
 
 
 def _spec(kind: str) -> JobSpec:
-    return making.clip_spec() if kind == "mp4" else making.image_spec(output_format=kind)
+    make = making.clip_spec if kind in ("mp4", "gif") else making.image_spec
+    return make(output_format=kind)
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +102,9 @@ def test_file_without_a_record_answers_with_the_receipt_beside_it(kind: str, tmp
     """Metadata was switched off, or another program saved the file again."""
     spec = _spec(kind)
     file = tmp_path / f"a.{kind}"
-    if kind == "mp4":
-        video.write_mp4(file, making.moving(spec, 2), fps=24, width=spec.width, height=spec.height)
+    if spec.kind == "video":
+        write = {"mp4": video.write_mp4, "gif": video.write_gif}[kind]
+        write(file, making.moving(spec, 2), fps=25, width=spec.width, height=spec.height)
     else:
         Image.fromarray(PIXELS).save(file)
     with pytest.raises(InvalidJob, match=r"holds no record of safelight.*Give the \.json beside it"):
@@ -127,7 +129,7 @@ def test_record_moved_behind_the_pixels_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "neither PNG, JPEG, WebP, MP4 nor a receipt"),
+        (b"", "neither PNG, JPEG, WebP, GIF, MP4 nor a receipt"),
         (b"a prompt", "neither PNG"),
         (b"{", "its record is not a job"),
         (b"{}", "spec: Field required"),
@@ -245,7 +247,81 @@ def test_clip_of_any_size_is_read_without_reading_it(made: dict[str, bytes], tmp
     assert embedded.read(file).spec == making.clip_spec()
 
 
-HEADS = [b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe1", b"RIFF\x40\0\0\0WEBPVP8X", b"\0\0\0\x10ftypisom", b'{"v": 1']
+def _gif_with(*blocks: bytes) -> bytes:
+    """Return a GIF of no frames: a screen of 8 x 8, and then the blocks."""
+    return b"GIF89a" + struct.pack("<HHBBB", 8, 8, 0, 0, 0) + b"".join(blocks)
+
+
+RECORD = metadata.record(making.clip_spec(), making.PLAN).encode()
+COMMENT = b"!\xfe" + b"".join(
+    bytes([len(RECORD[at : at + 200])]) + RECORD[at : at + 200] for at in range(0, len(RECORD), 200)
+)
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        [COMMENT, b"\0;"],
+        [b"!\xfe\x09a holiday\0", COMMENT, b"\0;"],
+        [COMMENT, b"\0!\xfe\x09a holiday\0;"],
+        [b",", bytes(9), b"\x08\x02ab\0", COMMENT, b"\0;"],
+        [b",", bytes(8), b"\x80", bytes(6), b"\x08\x02ab\0", COMMENT, b"\0;"],
+    ],
+    ids=["alone", "after another comment", "before one", "after a frame", "after a frame with its palette"],
+)
+def test_comment_of_a_gif_made_by_hand_is_read(blocks: list[bytes], tmp_path: Path) -> None:
+    file = tmp_path / "a.gif"
+    file.write_bytes(_gif_with(*blocks))
+
+    assert embedded.read(file).spec == making.clip_spec()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (_gif_with(b";"), "holds no record"),
+        (_gif_with(b"!\xfe\x09a holiday\0;"), "holds no record"),
+        (_gif_with(b"!\xfe" + (b"\xff" + b"{" * 255) * 5_000 + b"\0;"), "larger than 1 MiB"),
+        (_gif_with(COMMENT), "cannot be read"),
+        (_gif_with(b"\0"), "do not follow each other"),
+        (_gif_with(b""), "do not follow each other"),
+        (_gif_with(b",", bytes(8)), "cannot be read"),
+        (b"GIF89a", "cannot be read"),
+    ],
+    ids=range(8),
+)
+def test_hostile_blocks_of_a_gif_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.gif"
+    file.write_bytes(content)
+
+    with pytest.raises(InvalidJob, match=message):
+        embedded.read(file)
+
+
+def test_folder_of_frames_is_read_from_its_first_or_from_the_receipt_beside(tmp_path: Path) -> None:
+    spec = making.clip_spec(output_format="png")
+    folder = tmp_path / "0001_a-red-fox_s7"
+    folder.mkdir()
+    Image.fromarray(PIXELS).save(folder / "0001.png", pnginfo=metadata.png(spec, making.PLAN))
+
+    assert embedded.read(folder).spec == spec
+
+    Image.fromarray(PIXELS).save(folder / "0001.png")
+    with pytest.raises(InvalidJob, match=r"0001_a-red-fox_s7: holds no record"):
+        embedded.read(folder)
+    folder.with_suffix(".json").write_text(making.receipt(spec, ()).model_dump_json())
+    assert embedded.read(folder).spec == spec
+
+
+HEADS = [
+    b"GIF89a\x08\0\x08\0\0\0\0",
+    b"",
+    b"\x89PNG\r\n\x1a\n",
+    b"\xff\xd8\xff\xe1",
+    b"RIFF\x40\0\0\0WEBPVP8X",
+    b"\0\0\0\x10ftypisom",
+    b'{"v": 1',
+]
 
 
 @given(head=st.sampled_from(HEADS), rest=st.binary(max_size=400))

@@ -82,7 +82,21 @@ def test_job_without_a_model_gets_the_one_of_its_kind(written: dict[str, object]
         ({"model": "wan-ti2v-5b", "guidance_scale_2": 3}, "guidance_scale_2 would be ignored: wan-ti2v-5b"),
         ({"model": "wan-i2v-a14b"}, "wan-i2v-a14b animates a picture and none was given. Add image: NAME."),
         ({"model": "wan-t2v-a14b", "image": DIGEST}, "image would be ignored by wan-t2v-a14b. Leave it out, or"),
-        ({"model": "wan-ti2v-5b", "output_format": "png"}, "output_format 'png' is not one of a video's: mp4."),
+        ({"model": "wan-ti2v-5b", "output_format": "jpg"}, "output_format 'jpg' is none for videos: mp4, gif, webp, "
+         "png are. Use mp4."),
+        ({"output_format": "gif"}, "output_format 'gif' is none for images: png, jpg, webp are. Use png."),
+        ({"interpolate": 2}, "interpolate means nothing to flux-schnell, which makes images. Leave it out."),
+        ({"model": "wan-ti2v-5b", "interpolate": 3}, "interpolate 3 is not 2 or 4. Use one of them, or leave it out."),
+        ({"model": "wan-ti2v-5b", "interpolate": 1}, "interpolate 1 is not 2 or 4. Use one of them, or leave it out."),
+        ({"model": "wan-ti2v-5b", "interpolate": "twice"}, "interpolate 'twice' is not 2 or 4."),
+        ({"model": "wan-ti2v-5b", "interpolate": 4, "fps": 40}, "fps 40 interpolated by 4 is 160 frames a second. At "
+         "most 120: use fps 30, or leave interpolate out."),
+        ({"model": "wan-ti2v-5b", "output_format": "gif"}, "a gif cannot show 24 frames a second: its frames last "
+         "whole hundredths of one. Use fps 25, or another output_format."),
+        ({"model": "wan-t2v-a14b", "output_format": "gif", "interpolate": 4}, "a gif cannot show 64 frames a second: "
+         "its frames last whole hundredths of one. Use fps 5, or another output_format."),
+        ({"model": "wan-ti2v-5b", "output_format": "gif", "fps": 100}, "a gif cannot show 100 frames a second: its "
+         "frames last whole hundredths of one. Use fps 50, or another output_format."),
         ({"model": "flux-schnel"}, "model 'flux-schnel' is not known. Known: flux-schnell, "),
         ({"kind": "video", "model": "flux-dev"}, "kind 'video' does not fit model flux-dev. flux-dev makes images."),
         ({"vae_tiling": True}, "vae_tiling True is not auto, on or off."),
@@ -106,6 +120,37 @@ def test_what_a_model_would_refuse_or_ignore_is_a_fault(written: dict[str, objec
     found = faults(**written)
 
     assert any(each.startswith(fault) for each in found), found
+
+
+@pytest.mark.parametrize("output_format", ["mp4", "gif", "webp", "png"])
+@pytest.mark.parametrize(("interpolate", "frames", "fps"), [(None, 81, 25), (2, 161, 50), ("2", 161, 50)])
+def test_clip_says_what_its_file_will_be(output_format: str, interpolate: object, frames: int, fps: int) -> None:
+    clip = {"model": "wan-ti2v-5b", "num_frames": 81, "fps": 25, "output_format": output_format}
+
+    made = spec(**clip, interpolate=interpolate)
+
+    assert (made.num_frames, made.fps) == (81, 25)
+    assert (made.clip_frames, made.clip_fps) == (frames, fps)
+
+
+def test_picture_has_no_frames() -> None:
+    assert (spec().clip_frames, spec().clip_fps) == (None, None)
+
+
+@pytest.mark.parametrize(("interpolate", "times"), [(None, 1), (2, 2), (4, 4)])
+@pytest.mark.parametrize("fps", range(1, 121))
+def test_gif_is_taken_at_rates_it_keeps_and_the_remedy_for_others_is_one(
+    fps: int, interpolate: int | None, times: int
+) -> None:
+    clip = {"model": "wan-ti2v-5b", "output_format": "gif", "interpolate": interpolate}
+    shown = fps * times
+
+    if shown <= 50 and 100 % shown == 0:
+        assert spec(**clip, fps=fps).clip_fps == shown
+    elif shown <= 120:
+        (fault,) = faults(**clip, fps=fps)
+        nearest = int(fault.split("Use fps ")[1].split(",")[0])
+        assert spec(**clip, fps=nearest).clip_fps == nearest * times
 
 
 def test_all_faults_of_a_job_are_told_at_once() -> None:

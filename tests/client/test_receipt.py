@@ -33,6 +33,13 @@ def test_a_receipt_written_and_read_back_is_the_same() -> None:
     assert receipt == Receipt.model_validate_json(receipt.model_dump_json(exclude_none=True), strict=False)
 
 
+def test_a_receipt_of_before_there_were_posters_and_new_frames_has_neither() -> None:
+    (output,) = Receipt.model_validate(json.loads(OLD.read_text()), strict=False).outputs
+
+    assert (output.poster, output.interpolated_by) == (None, None)
+    assert "poster" not in output.model_dump_json(exclude_none=True)
+
+
 @pytest.mark.parametrize("change", [{"v": 2}, {"state": "almost"}, {"surprise": 1}, {"outputs": [{"path": "x"}]}])
 def test_a_receipt_of_another_version_or_shape_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(ValidationError):

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from safelight import collect as collecting
-from safelight import retention
+from safelight import content, inputs, retention
 from safelight.config import Config
 from safelight.errors import Forgotten
 from safelight.ledger import job_id, submission_of
-from safelight.receipt import Output, Receipt
+from safelight.receipt import Output, Poster, Receipt
 from safelight.retention import Ended, Gone, Rules
 from tests.cli_steps import runner
 from tests.conftest import Installation
@@ -302,6 +305,59 @@ def test_a_job_that_only_the_queue_had_known_goes_by_itself(installation: Instal
         installation.ledger.receipt(lone.id)
 
 
+def with_picture(installation: Installation, submission: str, letter: str, state: str | None) -> Path:
+    """A submission of one job that began with a picture, which was put there as long ago as the job ended."""
+    digest = letter * 64
+    spec = making.image_spec(id=job_id(submission, 1), index=1, image=digest)
+    installation.ledger.accept({submission: [spec]})
+    finished_at = (NOW - timedelta(days=40)).isoformat()
+    if state:
+        receipt = {"id": spec.id, "state": state, "spec": spec, "finished_at": finished_at}
+        installation.ledger.record(Receipt.model_validate(receipt))
+    return picture_of(installation, digest)
+
+
+def picture_of(installation: Installation, digest: str, days: float = 40) -> Path:
+    file = installation.paths.inputs / digest
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"picture")
+    old = (NOW - timedelta(days=days)).timestamp()
+    os.utime(file, (old, old))
+    return file
+
+
+def test_input_pictures_go_with_the_last_record_that_names_them(installation: Installation) -> None:
+    ended = with_picture(installation, FIRST, "a", "failed")
+    waiting = with_picture(installation, SECOND, "b", None)
+    lone, just_stored = picture_of(installation, "c" * 64), picture_of(installation, "d" * 64, days=0.1)
+    before = sorted(installation.paths.inputs.iterdir())
+    said = prune(installation, dry_run=True, ledger_days=30)
+
+    assert sorted(installation.paths.inputs.iterdir()) == before
+    assert said == prune(installation, ledger_days=30)
+    assert said == [Gone("record", FIRST), Gone("input", ended.name, 7), Gone("input", lone.name, 7)]
+    assert sorted(installation.paths.inputs.iterdir()) == [waiting, just_stored]
+
+
+def test_where_a_record_cannot_be_read_no_input_picture_goes(installation: Installation) -> None:
+    picture = with_picture(installation, FIRST, "a", "failed")
+    (installation.paths.jobs / f"{SECOND}.jsonl").write_text("{\n")
+
+    assert prune(installation, ledger_days=30) == [Gone("record", FIRST)]
+    assert picture.exists()
+
+
+def test_a_picture_that_is_submitted_again_is_as_new(installation: Installation, tmp_path: Path) -> None:
+    source = tmp_path / "fox.png"
+    Image.new("RGB", (8, 8), "red").save(source)
+    digest = inputs.store(source, installation.paths.inputs)
+    os.utime(installation.paths.inputs / digest, (0, 0))
+    inputs.store(source, installation.paths.inputs)
+
+    assert prune(installation, ledger_days=30) == []
+    assert (installation.paths.inputs / digest).exists()
+
+
 def test_retried_jobs_leave_no_old_receipts(installation: Installation) -> None:
     (failed,) = night(installation, FIRST, "failed")
     installation.ledger.reopen(failed.id)
@@ -399,3 +455,100 @@ def test_prune_says_what_it_would_remove_and_then_removes_it(installation: Insta
     assert safelight("prune").stdout == would.stdout
     assert in_outbox(installation) == []
     assert "Nothing is done that fits" in safelight("collect", "--all", "--to", target).stderr
+
+
+def clips(installation: Installation) -> tuple[Receipt, Receipt]:
+    """A clip with its poster, and a folder of frames, both old and collected."""
+    clip, frames = night(installation, FIRST, "done", "done")
+    outbox = installation.paths.outbox
+    receipts = []
+    for receipt, is_folder in ((clip, False), (frames, True)):
+        (output,) = receipt.outputs
+        file = outbox / output.path
+        if is_folder:
+            file.unlink()
+            file = file.with_suffix("")
+            file.mkdir()
+            for number in range(3):
+                (file / f"{number:04}.png").write_bytes(b"frame %d" % number)
+            said = {"sha256": content.digest(file), "bytes": content.size_bytes(file)}
+            output = output.model_copy(update={"path": output.path.removesuffix(".png"), **said})
+        else:
+            poster = file.with_suffix(".jpg")
+            poster.write_bytes(b"poster")
+            path = str(poster.relative_to(outbox))
+            output = output.model_copy(
+                update={"poster": Poster(path=path, sha256=content.digest(poster), bytes=6)},
+            )
+        receipts.append(receipt.model_copy(update={"outputs": (output,)}))
+        file.with_suffix(".json").write_text(receipts[-1].model_dump_json())
+    installation.ledger.record_all(receipts)
+    collected(installation, *receipts)
+    return receipts[0], receipts[1]
+
+
+def test_posters_and_folders_of_frames_go_too(installation: Installation) -> None:
+    clip, frames = clips(installation)
+
+    gone = prune(installation, outputs_days=30)
+
+    assert {(one.name, one.bytes) for one in gone} == {
+        (output.path, output.bytes) for receipt in (clip, frames) for output in receipt.outputs
+    }
+    assert in_outbox(installation) == []
+
+
+@pytest.mark.parametrize("change", ["edited", "added", "hidden", "linked", "replaced by a link"])
+def test_folder_that_somebody_changed_stays(installation: Installation, change: str) -> None:
+    _, frames = clips(installation)
+    folder = installation.paths.outbox / frames.outputs[0].path
+    if change == "edited":
+        (folder / "0001.png").write_bytes(b"frame X")
+    elif change == "added":
+        (folder / "masks").mkdir()
+    elif change == "hidden":
+        (folder / ".notes").write_text("mine")
+    elif change == "linked":
+        (folder / "0001.png").rename(installation.root / "moved.png")
+        (folder / "0001.png").symlink_to(installation.root / "moved.png")
+    else:
+        folder.rename(installation.root / "moved")
+        folder.symlink_to(installation.root / "moved")
+    before = sorted(folder.iterdir())
+
+    prune(installation, outputs_days=30)
+
+    assert sorted(folder.iterdir()) == before
+
+
+def test_picture_that_replaced_a_poster_stays(installation: Installation) -> None:
+    clip, _ = clips(installation)
+    poster = (installation.paths.outbox / clip.outputs[0].path).with_suffix(".jpg")
+    poster.write_bytes(b"a person's own")
+
+    prune(installation, outputs_days=30)
+
+    assert [installation.paths.outbox / name for name in in_outbox(installation)] == [poster]
+
+
+def test_removal_of_a_folder_that_was_killed_is_finished(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, frames = clips(installation)
+    remove = content.remove
+
+    def half(path: Path) -> None:
+        if path.is_dir():
+            (path / "0000.png").unlink()
+            raise OSError(errno.EIO, "the plug was pulled")
+        remove(path)
+
+    monkeypatch.setattr(content, "remove", half)
+    with pytest.raises(OSError, match="the plug was pulled"):
+        prune(installation, outputs_days=30)
+    monkeypatch.undo()
+
+    prune(installation, outputs_days=30)
+
+    assert in_outbox(installation) == []
+    assert frames.id in installation.ledger.outputs_removed()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -113,6 +114,26 @@ def test_a_disk_that_cannot_be_looked_at_is_a_hold_and_not_the_workers_end(tmp_p
     lost = replace(config, paths=replace(config.paths, outbox=tmp_path / ("x" * 300)))
 
     assert "name too long" in read(lost)["disk"]
+
+
+def test_a_folder_that_cannot_be_written_is_a_hold_and_burns_no_job() -> None:
+    """As after a remount read-only, or in a folder of somebody else."""
+    with tempfile.TemporaryDirectory() as made:  # pytest's own folders are closed to others
+        folder = Path(made)
+        config = config_in(folder)
+        folder.chmod(0o555)
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.seteuid(65534)
+        try:
+            reason = read(config)["disk"]
+        finally:
+            if is_root:
+                os.seteuid(0)
+            folder.chmod(0o755)
+
+        assert reason == f"nothing can be written to {folder}: mounted read-only, or not this user's"
+        assert read(config) == {}
 
 
 def test_a_models_disk_that_is_unmounted_is_missed_once_it_was_seen(tmp_path: Path) -> None:

@@ -453,7 +453,7 @@ def test_an_engine_that_cannot_start_holds_the_queue_and_burns_no_job(launch: La
     eventually(lambda: any("did not start" in row.holds.get("machine", "") for row in worker.queue.workers()))
     found = [worker.installation.ledger.attempts(spec.id) for spec in specs]
 
-    assert [attempts.crashes for attempts in found] == [0, 0]
+    assert [(attempts.crashes, attempts.returns) for attempts in found] == [(0, 0), (0, 0)]
 
     worker.stop()
     worker.program = PROGRAM

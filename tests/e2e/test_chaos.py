@@ -155,6 +155,7 @@ def _check_outputs(installation: Installation) -> None:
     there = {file.relative_to(paths.outbox) for file in paths.outbox.rglob("*") if file.is_file()}
     there = {file for file in there if file.parts[0] != "latest"}
     expected = {Path(output.path) for output in published} | {Path(o.path).with_suffix(".json") for o in published}
+    expected |= {Path(output.poster.path) for output in published if output.poster}
     assert there == expected, "no half file, no second copy"
     left = [file for folder in (paths.claimed, paths.publishing, paths.attempts) for file in folder.glob("*")]
     assert left == []

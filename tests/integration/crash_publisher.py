@@ -1,6 +1,6 @@
 """Run by test_outputs: publishes one job again and again, killed with SIGKILL one step later each time.
 
-    python crash_publisher.py ROOT {renameat2|link}
+    python crash_publisher.py ROOT {renameat2|link} {picture|clip|frames}
 
 A step is a call that changes a folder or syncs a file; the kill comes before it. Each round has a folder of its own
 below ROOT, in which `finish` is killed, too. Prints the number of rounds. `link` runs under a kernel that refuses
@@ -23,6 +23,7 @@ from types import FrameType
 
 from safelight import config as settings
 from safelight.config import Config
+from safelight.jobspec import JobSpec
 from safelight.ledger import Ledger
 from safelight.rename import rename_new
 from safelightd import outputs
@@ -33,7 +34,8 @@ FINISH_STEPS = 25
 """Kills of `finish` are spread over so many steps; it takes fewer."""
 
 
-def main(root: Path, how: str) -> None:
+def main(root: Path, how: str, what: str) -> None:
+    spec = making.published(what)
     if how == "link":
         refuse_renameat2()
     base = settings.load({"SAFELIGHT_CONFIG": str(root / "safelight.toml")})
@@ -42,8 +44,8 @@ def main(root: Path, how: str) -> None:
     while killed:
         rounds += 1
         config = below(root / str(rounds), base)
-        killed = killed_at(rounds, lambda config=config: publish(config))
-        killed_at(1 + (7 * rounds) % FINISH_STEPS, lambda config=config: finish(config))
+        killed = killed_at(rounds, lambda config=config: publish(spec, config))
+        killed_at(1 + (7 * rounds) % FINISH_STEPS, lambda config=config: finish(spec, config))
     sys.stdout.write(f"{rounds}\n")
 
 
@@ -52,14 +54,13 @@ def below(folder: Path, base: Config) -> Config:
     return replace(base, paths=replace(base.paths, outbox=folder / "outbox", state=folder / "state"))
 
 
-def publish(config: Config) -> None:
-    spec = making.image_spec()
-    file = outputs.write(spec, making.PLAN, [making.noise(spec)], config)
+def publish(spec: JobSpec, config: Config) -> None:
+    file = outputs.write(spec, making.PLAN, making.frames(spec), config)
     outputs.publish(lambda published: making.receipt(spec, published), file, spec, Ledger(config.paths), config.paths)
 
 
-def finish(config: Config) -> None:
-    outputs.finish(making.image_spec().id, Ledger(config.paths), config.paths)
+def finish(spec: JobSpec, config: Config) -> None:
+    outputs.finish(spec.id, Ledger(config.paths), config.paths)
 
 
 def killed_at(step: int, act: Callable[[], None]) -> bool:
@@ -105,4 +106,4 @@ def refuse_renameat2() -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])

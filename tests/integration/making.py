@@ -57,6 +57,18 @@ def clip_spec(**changes: Any) -> JobSpec:
     return image_spec(**(fields | changes))
 
 
+def published(what: str) -> JobSpec:
+    """A picture, a clip with its poster, or a clip as a folder of frames."""
+    if what == "picture":
+        return image_spec()
+    return clip_spec(num_frames=5, output_format={"clip": "mp4", "frames": "png"}[what])
+
+
+def frames(spec: JobSpec) -> Iterator[NDArray[np.uint8]]:
+    """What the model made: noise, or a clip that moves."""
+    yield from moving(spec) if spec.kind == "video" else [noise(spec)]
+
+
 def noise(spec: JobSpec, seed: int = 0) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, (spec.height, spec.width, 3), dtype=np.uint8)
 

@@ -17,6 +17,7 @@ from safelight import jobspec, models
 from safelight.jobspec import JobSpec
 from safelight.plan import Plan
 from safelightd import pipelines
+from safelightd.checkpoint import NOWHERE, Checkpoint
 from safelightd.loading import Loader, model_folder
 from safelightd.pipelines import Frame
 from safelightd.progress import Watch
@@ -76,6 +77,7 @@ class Run:
     last_image: Image.Image | None = None
     stop: StopAt = field(default_factory=StopAt)
     sent: list[dict[str, Any]] = field(default_factory=list)
+    checkpoint: Checkpoint = NOWHERE
 
     def __post_init__(self) -> None:
         facts = MODELS[self.spec.model]
@@ -97,7 +99,14 @@ class Run:
     def denoise(self, embeddings: Any) -> torch.Tensor:
         with self.watch.phase("denoise"):
             return self.family.denoise(
-                self.spec, self.plan, self.loader, embeddings, self.watch, self.image, self.last_image
+                self.spec,
+                self.plan,
+                self.loader,
+                embeddings,
+                self.watch,
+                self.image,
+                self.last_image,
+                self.checkpoint,
             )
 
     def decode(self, latents: torch.Tensor) -> list[Frame]:

@@ -21,13 +21,14 @@ import pytest
 from PIL import Image
 
 from safelight import config as settings
+from safelight import content
 from safelight.config import Config
 from safelight.errors import SafelightError
 from safelight.jobspec import JobSpec
 from safelight.ledger import Ledger
 from safelight.paths import Paths
 from safelight.receipt import Output, Receipt
-from safelightd import outputs, verify
+from safelightd import formats, outputs, verify
 from safelightd.progress import Cancelled
 from tests.conftest import Installation
 from tests.integration import making
@@ -42,8 +43,7 @@ def config(installation: Installation) -> Config:
 
 
 def _write(spec: JobSpec, config: Config) -> Path:
-    frames = making.moving(spec) if spec.kind == "video" else [making.noise(spec)]
-    return outputs.write(spec, making.PLAN, frames, config)
+    return outputs.write(spec, making.PLAN, making.frames(spec), config)
 
 
 def _publish(spec: JobSpec, config: Config, file: Path | None = None) -> Receipt:
@@ -58,11 +58,13 @@ def _files(folder: Path) -> list[str]:
 
 
 def _assert_published(receipt: Receipt, paths: Paths) -> None:
-    """The file, its digest, the sidecar and the ledger agree, and nothing else is left of the job."""
+    """The output, its digest, its poster, the sidecar and the ledger agree, and nothing else is left of the job."""
     (output,) = receipt.outputs
     file = paths.outbox / output.path
-    assert hashlib.sha256(file.read_bytes()).hexdigest() == output.sha256
-    assert file.stat().st_size == output.bytes
+    assert content.is_there_as(file, output.sha256, output.bytes)
+    if poster := output.poster:
+        assert poster.path == str(Path(output.path).with_suffix(".jpg"))
+        assert content.is_there_as(paths.outbox / poster.path, poster.sha256, poster.bytes)
     assert Receipt.model_validate_json(file.with_suffix(".json").read_bytes()) == receipt
     ledger = Ledger(paths)
     assert ledger.receipt(receipt.id) == receipt
@@ -94,8 +96,9 @@ def test_clip_is_published_with_its_length_and_rate(config: Config) -> None:
     receipt = _publish(spec, config, file)
 
     _assert_published(receipt, config.paths)
-    assert _files(config.paths.outbox) == [f"{NAME}.json", f"{NAME}.mp4", "latest"]
+    assert _files(config.paths.outbox) == [f"{NAME}.jpg", f"{NAME}.json", f"{NAME}.mp4", "latest"]
     assert (receipt.outputs[0].num_frames, receipt.outputs[0].fps) == (9, 24)
+    assert receipt.outputs[0].interpolated_by is None
 
 
 def test_sidecar_is_indented_for_people(config: Config) -> None:
@@ -278,29 +281,40 @@ def test_second_attempt_replaces_what_a_killed_one_left(config: Config) -> None:
 # Crashes.
 
 
+PUBLISHED = {
+    "picture": [f"{NAME}.png"],
+    "clip": [f"{NAME}.jpg", f"{NAME}.mp4"],
+    "frames": [f"{NAME}/{number:04}.png" for number in range(1, 6)],
+}
+
+
 @pytest.mark.parametrize("how", ["renameat2", "link"])
-def test_job_killed_at_any_step_is_published_once(installation: Installation, how: str) -> None:
+@pytest.mark.parametrize("what", PUBLISHED)
+def test_job_killed_at_any_step_is_published_once(installation: Installation, how: str, what: str) -> None:
     """After each kill: before the intention nothing is visible and the job runs again; after it `finish` completes."""
-    program = [sys.executable, str(ROOT / "tests/integration/crash_publisher.py"), str(installation.root), how]
+    program = [sys.executable, str(ROOT / "tests/integration/crash_publisher.py"), str(installation.root), how, what]
     env = installation.env | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("client", "daemon", "."))}
     done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     rounds = int(done.stdout)
-    spec = making.image_spec()
+    spec = making.published(what)
+    whole = sorted([*PUBLISHED[what], f"{NAME}.json", "latest"])
     seen = {"rendered again": 0, "completed": 0, "complete": 0}
     for number in range(1, rounds + 1):
         folder = installation.root / str(number)
         paths = replace(installation.paths, outbox=folder / "outbox", state=folder / "state")
         visible = [name for name in _files(paths.outbox) if not name.startswith(".unfinished")]
-        assert set(visible) <= {f"{NAME}.png", f"{NAME}.json", "latest"}
-        assert f"{NAME}.json" not in visible or f"{NAME}.png" in visible, "a receipt without its file"
-        if f"{NAME}.png" in visible:
-            verify.image(paths.outbox / f"{NAME}.png", spec)
+        assert set(visible) <= set(whole)
+        assert f"{NAME}.json" not in visible or set(PUBLISHED[what]) <= set(visible), "a receipt without its file"
+        if what == "frames":
+            assert len(set(PUBLISHED[what]) & set(visible)) in (0, 5), "half a folder"
+        if (file := paths.outbox / f"{NAME}{formats.suffix(spec)}").exists():
+            verify.output(file, spec)
 
         receipt = _recover(spec, replace(installation.config, paths=paths), visible, seen)
 
         _assert_published(receipt, paths)
-        assert _files(paths.outbox) == [f"{NAME}.json", f"{NAME}.png", "latest"], f"after round {number}"
+        assert _files(paths.outbox) == whole, f"after round {number}"
     assert min(seen.values()) > 0, seen
 
 

@@ -220,7 +220,7 @@ def _store_image(source: Source, inputs: Path, name: str) -> str:
 
 def hand_over(client: Client, submissions: Mapping[str, Sequence[JobSpec]], *, dry_run: bool, as_json: bool) -> None:
     """Queue jobs and print their ids, or say what they would take."""
-    from safelight import submit
+    from safelight import submit, wan_cli
     from safelight.commands import planning
     from safelight.errors import InvalidJob
 
@@ -232,6 +232,8 @@ def hand_over(client: Client, submissions: Mapping[str, Sequence[JobSpec]], *, d
         if ground.told and not all(shape.plan for shape in found):
             click.get_current_context().exit(InvalidJob.exit_code)
         return
+    if client.config.embedded:  # the daemon of another host has settings of its own
+        wan_cli.refuse_unconfigured(specs, client.models, client.config)
     vram_gib = client.config.settings.worker.vram_gib
     with client.queue() as queue:
         machines = [worker.machine for worker in queue.workers() if worker.machine]

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -227,7 +228,7 @@ def watch(ctx: click.Context, ids: tuple[str, ...], *, as_json: bool) -> None:
     if as_json:
         all_done = _watch_json(following)
     elif display.on_terminal():
-        all_done = _watch_live(following)
+        all_done = _watch_live(following, client.config.paths.previews)
     else:
         all_done = _watch_plain(following)
     ctx.exit(0 if all_done else 1)
@@ -266,7 +267,7 @@ def _watch_plain(following: Following) -> bool:
     return all_done
 
 
-def _watch_live(following: Following) -> bool:
+def _watch_live(following: Following, folder: Path) -> bool:
     from safelight import display
     from safelight.commands.standing import progress_text
 
@@ -277,5 +278,6 @@ def _watch_live(following: Following) -> bool:
                 all_done &= ended.state == "done"
                 board.say(_line(ended))
             bars = [(job["id"], progress_text(job), job["i"] or 0, job["n"]) for job in look.running]
-            board.show(bars, [*look.holds, f"{look.waiting} waiting"])
+            previews = [folder / f"{job['id']}.jpg" for job in look.running]
+            board.show(bars, [*look.holds, f"{look.waiting} waiting"], previews)
     return all_done

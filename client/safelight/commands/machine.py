@@ -1,4 +1,4 @@
-"""The installation: `up`, `demo`, `doctor`, `models`, `service`, `completion`."""
+"""The installation: `up`, `demo`, `doctor`, `models`, `service`, `completion`; `concat`, which the daemon does."""
 
 from __future__ import annotations
 
@@ -102,6 +102,35 @@ def doctor(ctx: click.Context, client: Client, *, as_json: bool) -> None:
             if found.remedy:
                 click.echo(f"{'':16}{display.line(found.remedy)}")
     ctx.exit(finding.exit_code(findings))
+
+
+@click.command()
+@click.argument("batch")
+@click.option("-o", "--to", "target", type=click.Path(path_type=Path), metavar="FILE", help="Else ./BATCH.mp4.")
+@click.option("--date", "day", metavar="DATE", help="Only those in this folder of the outbox, such as 2026-11-22.")
+@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
+@click.pass_context
+def concat(ctx: click.Context, batch: str, target: Path | None, day: str | None, *, force: bool) -> None:
+    """Join the clips of a batch into one MP4.
+
+    They follow each other as their jobs were submitted. Nothing is encoded again: the clips must be MP4s of one size
+    and rate, as they lie in the outbox; those that differ are named and nothing is written. Jobs of the batch that
+    are not done are named and left out. The file is whole or absent. Prints its path. Needs safelight[daemon].
+
+    \b
+        safelight concat night -o night.mp4
+        safelight concat night --date 2026-11-22
+    """
+    from safelight import clips
+
+    client = ctx.find_object(Client)
+    assert client is not None
+    found = clips.of_batch(client.ledger, batch, day)
+    for job, state in found.left_out:
+        click.echo(f"{job} {state}: left out.", err=True)
+    file = (target or Path(f"{batch}.mp4")).expanduser().absolute()
+    words = [*(["--force"] if force else []), "--", str(file), *map(str, found.files)]
+    _become_daemon(ctx, "concat", "concat", *words)
 
 
 @click.group()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _OPTIONS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("--model",), "KEY", "A model of `safelight models list`; else the default of [defaults]."),
+    (("--backend",), "NAME", "diffusers, or wan-cli: Wan's own program, where [wan_cli] says that it is installed."),
     (("--kind",), "KIND", "image or video, where no model is named."),
     (("--negative-prompt",), "TEXT", "What it should not show. There is no short -n for it."),
     (("--prompt-2",), "TEXT", "Another prompt for FLUX's second text encoder."),
@@ -25,6 +26,7 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("--max-sequence-length",), "TOKENS", "Tokens of the prompt that are read."),
     (("--frames", "--num-frames"), "N", "Frames of a clip, 4n + 1."),
     (("--fps",), "N", "Frames a second of a clip."),
+    (("--interpolate",), "N", "2 or 4 times the frames a second: ffmpeg makes those between the model's."),
     (("--shift", "--flow-shift"), "SHIFT", "Flow shift of Wan's scheduler."),
     (("--image",), "FILE", "The picture to animate. It is copied now: move it as you like."),
     (("--last-image",), "FILE", "The picture to end with."),
@@ -44,7 +46,7 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("--vae-tiling",), "HOW", "auto, on or off."),
     (("--text-encoder-precision",), "HOW", "As --precision, of the large text encoder."),
     (("--text-encoder-device",), "HOW", "auto, gpu or cpu."),
-    (("--format", "--output-format"), "KIND", "png, jpg or webp; mp4 for clips."),
+    (("--format", "--output-format"), "KIND", "png, jpg or webp; of clips mp4, gif, webp, or png: a folder of frames."),
     (("--priority",), "CLASS", "high, normal, low or night (only inside the window of [policy])."),
     (("--not-before",), "WHEN", "Such as 2026-11-23T06:00, your local time."),
     (("--tags",), "A,B", "Words to find it by."),

@@ -130,7 +130,8 @@ def _day(written: str | None) -> str | None:
 def prune(client: Client, *, dry_run: bool) -> None:
     """Remove what [retention] in the settings says is too old.
 
-    Outputs that were collected, and records of jobs that ended; the daemon does the same once a day. What was not
+    Outputs that were collected, and records of jobs that ended with the pictures they began with; the daemon does the
+    same once a day. What was not
     collected stays unless the settings say `uncollected = "remove"`. What waits, runs or is quarantined stays, and so
     does every file in the outbox that is not as it was published. Prints what it removed, a line each.
     """

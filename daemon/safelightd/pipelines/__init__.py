@@ -22,7 +22,9 @@ from torch import nn
 from safelight.errors import SafelightError
 from safelight.jobspec import JobSpec
 from safelight.plan import Plan
+from safelightd.checkpoint import NOWHERE, Checkpoint
 from safelightd.loading import Loader
+from safelightd.preview import Values
 from safelightd.progress import Watch
 
 NOTHING_KNOWN: Mapping[str, torch.Tensor] = MappingProxyType({})
@@ -66,8 +68,13 @@ class Family(Protocol):
         watch: Watch,
         image: Image | None = None,
         last_image: Image | None = None,
+        checkpoint: Checkpoint = NOWHERE,
     ) -> torch.Tensor:
-        """Return latents without noise, `watch.step` told after each step."""
+        """Return latents without noise, `watch.step` told after each step; what takes long is kept in `checkpoint`."""
+        ...
+
+    def first_frame(self, spec: JobSpec, latents: torch.Tensor) -> torch.Tensor:
+        """Return of the family's latents those of the picture or first frame, (channels, height, width)."""
         ...
 
     def decode(self, spec: JobSpec, plan: Plan, loader: Loader, latents: torch.Tensor, watch: Watch) -> Iterator[Frame]:
@@ -112,6 +119,12 @@ def dtype_of(plan: Plan) -> torch.dtype:
     dtype = getattr(torch, plan.dtype)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def values(latents: torch.Tensor) -> Values:
+    """Return latents as a preview takes them."""
+    array: Values = latents.float().cpu().numpy()
+    return array
 
 
 def noise_source(spec: JobSpec) -> torch.Generator:

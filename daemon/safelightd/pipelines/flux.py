@@ -6,6 +6,7 @@ bits as FluxPipeline. Knows no file, no queue, and nothing of where a picture go
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from PIL.Image import Image
 from safelight.errors import SafelightError
 from safelight.jobspec import JobSpec
 from safelight.plan import Plan
+from safelightd.checkpoint import NOWHERE, Checkpoint
 from safelightd.loading import Loader
 from safelightd.pipelines import (
     NOTHING_KNOWN,
@@ -29,8 +31,13 @@ from safelightd.pipelines import (
     refuse_other_images,
     stop_between_blocks,
     stop_inside,
+    values,
 )
+from safelightd.preview import Values
 from safelightd.progress import Watch
+
+VAE_SCALE_FACTOR = 8
+"""Pixels of a picture to one of its latents."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,7 @@ def denoise(
     watch: Watch,
     image: Image | None = None,
     last_image: Image | None = None,
+    checkpoint: Checkpoint = NOWHERE,  # noqa: ARG001 - a picture takes less than what lies between two
 ) -> torch.Tensor:
     """Return packed latents (1, (H/16)(W/16), 64) on the CPU; the transformer is gone when this returns."""
     refuse_other_images(spec, image=image, last_image=last_image)
@@ -123,6 +131,7 @@ def denoise(
             if is_guided(spec):
                 away = transformer(latents, timestep=timestep, **negative, **constant, return_dict=False)[0]
                 velocity = away + spec.true_cfg_scale * (velocity - away)
+            watch.show(functools.partial(_without_noise, spec, latents, velocity, scheduler.sigmas[i]))
             latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
             watch.step(i + 1, len(timesteps))
     return latents.cpu()
@@ -159,6 +168,19 @@ def _pipeline(**components: Any) -> FluxPipeline:
     """The stock pipeline with the components of one phase: what its helpers need and no more."""
     names = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")
     return FluxPipeline(**dict.fromkeys(names) | components)
+
+
+def first_frame(spec: JobSpec, latents: torch.Tensor) -> torch.Tensor:
+    """Return (16, H/8, W/8) of packed latents (1, (H/16)(W/16), 64)."""
+    unpacked: torch.Tensor = FluxPipeline._unpack_latents(  # noqa: SLF001 - there is no other way to unpack
+        latents, spec.height, spec.width, VAE_SCALE_FACTOR
+    )
+    return unpacked[0]
+
+
+def _without_noise(spec: JobSpec, latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor) -> Values:
+    """Return what the picture's latents would be if the rest of the way were straight."""
+    return values(first_frame(spec, latents - sigma.to(latents.device) * velocity))
 
 
 def is_guided(spec: JobSpec) -> bool:

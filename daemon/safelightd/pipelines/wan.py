@@ -6,6 +6,7 @@ bits as WanPipeline and WanImageToVideoPipeline. Knows no file, no queue, and no
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from PIL.Image import Image
 from safelight.errors import SafelightError
 from safelight.jobspec import JobSpec
 from safelight.plan import Plan
+from safelightd.checkpoint import NOWHERE, Checkpoint, Saved
 from safelightd.loading import Loader
 from safelightd.pipelines import (
     NOTHING_KNOWN,
@@ -31,9 +33,11 @@ from safelightd.pipelines import (
     refuse_other_images,
     stop_between_blocks,
     stop_inside,
+    values,
     wan_modulation,
 )
-from safelightd.progress import Watch
+from safelightd.preview import Values
+from safelightd.progress import Cancelled, Watch
 
 TILE_STRIDE = 0.75
 """Of a tile's side, from one to the next: diffusers' own share. Its tiles of 256 show more seams than those of 512, and
@@ -106,31 +110,53 @@ def denoise(
     watch: Watch,
     image: Image | None = None,
     last_image: Image | None = None,
+    checkpoint: Checkpoint = NOWHERE,
 ) -> torch.Tensor:
     """Return latents (1, C, T, h, w), float32, on the CPU; every transformer is gone when this returns.
 
-    Of two experts one is in memory at a time; `watch` counts the steps of both together.
+    Of two experts one is in memory at a time; `watch` counts the steps of both together. What is kept in `checkpoint`
+    when it is due, between two experts and when the job is asked to stop, the next attempt goes on with.
     """
     refuse_other_images(spec, image=image, last_image=last_image)
     device = torch.device(plan.device)
-    start = _start(spec, plan, loader, watch, image, last_image)
+    saved = checkpoint.load()
+    start = _start(spec, plan, loader, watch, image, last_image) if saved is None else _start_from(saved, device)
     scheduler = loader.scheduler(flow_shift=spec.flow_shift)
     scheduler.set_timesteps(spec.num_inference_steps, device=device)
     scheduler.set_begin_index(0)  # else it looks steps up by timestep, and a large shift makes neighbours equal
     experts = _experts(loader, scheduler)
-    latents = start.latents
-    for expert, steps in itertools.groupby(range(len(experts)), experts.__getitem__):
-        with loader.component(expert, device, None if start.mask is None else wan_modulation.share) as transformer:
-            stop_between_blocks(transformer, watch)
-            prompts = _prompts(embeddings, device, dtype_of(plan))
-            guidance_scale = _guidance_scale(spec, expert)
-            watch.loaded()
-            for i in steps:
-                t = scheduler.timesteps[i]
-                seen = _seen(latents, start).to(dtype_of(plan))
-                velocity = _velocity(transformer, seen, _timestep(t, start), prompts, guidance_scale)
-                latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
-                watch.step(i + 1, len(experts))
+    latents, done = start.latents, 0
+    if saved is not None:
+        saved.restore(scheduler, device)
+        watch.goes_on_after(done := saved.step)
+    keeper = checkpoint.keeper()
+
+    def keep() -> None:
+        keeper.save(done, {"latents": latents, "condition": start.condition, "mask": start.mask}, scheduler)
+
+    try:
+        for expert, steps in itertools.groupby(range(done, len(experts)), experts.__getitem__):
+            with loader.component(expert, device, None if start.mask is None else wan_modulation.share) as transformer:
+                stop_between_blocks(transformer, watch)
+                prompts = _prompts(embeddings, device, dtype_of(plan))
+                guidance_scale = _guidance_scale(spec, expert)
+                watch.loaded()
+                for i in steps:
+                    t = scheduler.timesteps[i]
+                    seen = _seen(latents, start).to(dtype_of(plan))
+                    velocity = _velocity(transformer, seen, _timestep(t, start), prompts, guidance_scale)
+                    clean = functools.partial(_first_frame_without_noise, latents, velocity, scheduler.sigmas[i])
+                    watch.show(clean)
+                    latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
+                    done = i + 1
+                    if keeper.is_due():
+                        keep()
+                    watch.step(done, len(experts))
+            if done < len(experts):
+                keep()
+    except Cancelled:
+        keep()
+        raise
     return _with_picture(latents, start).cpu()
 
 
@@ -173,6 +199,11 @@ def tile(vae: Any, side: int) -> None:
     """Make the VAE work in tiles of so many pixels."""
     stride = int(TILE_STRIDE * side)
     vae.enable_tiling(side, side, stride, stride)
+
+
+def first_frame(_spec: JobSpec, latents: torch.Tensor) -> torch.Tensor:
+    """Return (C, h, w) of latents (1, C, T, h, w)."""
+    return latents[0, :, 0]
 
 
 def is_guided(spec: JobSpec) -> bool:
@@ -234,6 +265,12 @@ def _start(
         return Start(*pipe.prepare_latents(first, 1, vae.config.z_dim, *shape, None, last))
 
 
+def _start_from(saved: Saved, device: torch.device) -> Start:
+    # A copy also on the CPU: in a file's bytes they lie anywhere, and BLAS rounds by where they lie.
+    there = {name: tensor.to(device, copy=True) for name, tensor in saved.tensors.items() if "." not in name}
+    return Start(there["latents"], there.get("condition"), there.get("mask"))
+
+
 def _prompts(embeddings: Embeddings, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
     both = (embeddings.prompt_embeds, embeddings.negative_prompt_embeds)
     return [embeds.to(device, dtype) for embeds in both if embeds is not None]
@@ -246,6 +283,11 @@ def _velocity(
     wanted, *unwanted = [transformer(seen, timestep, prompt, return_dict=False)[0] for prompt in prompts]
     guided: torch.Tensor = unwanted[0] + guidance_scale * (wanted - unwanted[0]) if unwanted else wanted
     return guided
+
+
+def _first_frame_without_noise(latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor) -> Values:
+    """Return what the first latent frame would be if the rest of the way were straight."""
+    return values(latents[0, :, 0] - sigma.to(latents.device) * velocity[0, :, 0])
 
 
 def _seen(latents: torch.Tensor, start: Start) -> torch.Tensor:

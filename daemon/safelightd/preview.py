@@ -1,0 +1,137 @@
+"""A small picture of what a job has denoised so far: each colour is a sum of the latent's channels. Knows no torch.
+
+The weights of these sums are learned here, one set a model, from each finished job: its last latents, and what its VAE
+made of them. So there is none before the first job of a model has ended; and a model of one's own gets its own.
+
+    state/previews/<id>.jpg        what `safelight watch` shows, while the job runs
+    state/previews/<model>.json    what was learned
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from safelight import durable
+from safelight.paths import Paths
+from safelightd.logs import Log
+
+EVERY_S = 2.0
+"""Between two pictures of a job: each makes the GPU wait for a copy of a few hundred kilobytes."""
+
+SIDE_PIXELS_MAX = 256
+WEIGHT_OF_LAST = 0.5
+RIDGE = 1e-4
+"""Of the mean square of the latents: what a job of one colour says little of stays small."""
+
+Values = NDArray[np.float32]
+"""A latent frame (channels, height, width)."""
+
+log = Log("safelight.preview")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What was learned: the normal equations of colours as sums of channels and a constant."""
+
+    gram: NDArray[np.float64]
+    """(channels + 1, channels + 1)"""
+    moment: NDArray[np.float64]
+    """(channels + 1, 3)"""
+
+    def colours(self, latents: Values) -> NDArray[np.uint8]:
+        """Return (height, width, 3)."""
+        size = len(self.gram)
+        damped = self.gram + RIDGE * np.trace(self.gram) / size * np.eye(size)
+        weights = np.linalg.solve(damped, self.moment)
+        shown = _rows(latents) @ weights
+        return np.clip(np.rint(shown), 0, 255).astype(np.uint8).reshape(*latents.shape[1:], 3)
+
+
+def learned(before: Factors | None, latents: Values, frame: NDArray[np.uint8]) -> Factors:
+    """Return what one more picture shows, which counts as much as all before it.
+
+    Args:
+        frame: (height, width, 3), a whole number of times larger than the latents.
+    """
+    height, width = latents.shape[1:]
+    small = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BOX), dtype=np.float64)
+    rows = _rows(latents)
+    gram, moment = rows.T @ rows / len(rows), rows.T @ small.reshape(-1, 3) / len(rows)
+    if before is None or before.gram.shape != gram.shape:
+        return Factors(gram, moment)
+    old, new = 1 - WEIGHT_OF_LAST, WEIGHT_OF_LAST
+    return Factors(old * before.gram + new * gram, old * before.moment + new * moment)
+
+
+def _rows(latents: Values) -> NDArray[np.float64]:
+    channels = latents.reshape(len(latents), -1).T.astype(np.float64)
+    return np.hstack([channels, np.ones((len(channels), 1))])
+
+
+class Preview:
+    """One job's. A disk that takes no preview costs the job nothing."""
+
+    def __init__(self, paths: Paths, job: str, model: str) -> None:
+        self._picture = picture(paths, job)
+        self._file = paths.previews / f"{model}.json"
+        self._factors = _load(self._file)
+        self._shown_at = time.monotonic()
+
+    def show(self, latents_of: Callable[[], Values]) -> None:
+        """Put a picture of the latents in the place of the last one, where it is time and there is something to see."""
+        now = time.monotonic()
+        if self._factors is None or now - self._shown_at < EVERY_S:
+            return
+        self._shown_at = now
+        latents = latents_of()
+        if len(latents) + 1 != len(self._factors.gram) or not np.isfinite(latents).all():
+            return
+        shown = Image.fromarray(self._factors.colours(latents))
+        shown.thumbnail((SIDE_PIXELS_MAX, SIDE_PIXELS_MAX))
+        unfinished = self._picture.with_name(f".{self._picture.name}.part")
+        try:
+            unfinished.parent.mkdir(parents=True, exist_ok=True)
+            shown.save(unfinished, "JPEG", quality=90, subsampling="4:4:4")
+            unfinished.replace(self._picture)
+        except OSError as error:
+            log.warning("preview.unwritten", file=self._picture, error=error)
+
+    def learning(self, frames: Iterator[NDArray[np.uint8]], latents: Values) -> Iterator[NDArray[np.uint8]]:
+        """Yield `frames`, and learn from the first of them what `latents` look like."""
+        for i, frame in enumerate(frames):
+            if i == 0:
+                self._learn(latents, frame)
+            yield frame
+
+    def _learn(self, latents: Values, frame: NDArray[np.uint8]) -> None:
+        factors = learned(self._factors, latents, frame)
+        told = {"gram": factors.gram.tolist(), "moment": factors.moment.tolist()}
+        try:
+            durable.write(self._file, json.dumps(told).encode())
+        except OSError as error:
+            log.warning("preview.unlearned", file=self._file, error=error)
+
+
+def picture(paths: Paths, job: str) -> Path:
+    """Return where the preview of a job lies, if there is one."""
+    return paths.previews / f"{job}.jpg"
+
+
+def _load(file: Path) -> Factors | None:
+    try:
+        told = json.loads(file.read_bytes())
+        factors = Factors(np.asarray(told["gram"], np.float64), np.asarray(told["moment"], np.float64))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("preview.damaged", file=file, error=error)  # it is learned again
+        return None
+    return factors if factors.gram.shape == (len(factors.moment),) * 2 and factors.moment.shape[1:] == (3,) else None

@@ -1,0 +1,200 @@
+"""A clip that was stopped or killed goes on where it stood, and comes out as if nothing had been."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+from safelight.plan import PhasePrediction
+from safelightd import checkpoint
+from safelightd.checkpoint import Checkpoint
+from safelightd.progress import Cancelled
+from tests.integration.rendering import StopAt, plan_for, spec_for
+from tests.integration.test_wan import JOBS, run_of
+
+STEPS = 6
+CPU = torch.device("cpu")
+
+
+class Killed(BaseException):
+    """The process ends here, as far as the loop can tell."""
+
+
+def kept(folder: Path, every_s: float = 0.0) -> Checkpoint:
+    return Checkpoint(folder / "job", "made by this", every_s)
+
+
+def interrupted(fields: dict[str, Any], models_folder: Path, place: Checkpoint, after_step: int) -> None:
+    """Run a job until so many steps are done, and end it there without a word."""
+    run = run_of(fields, models_folder, checkpoint=place)
+
+    def kill(told: dict[str, Any]) -> None:
+        if told["type"] == "step" and told["phase"] == "denoise" and told["i"] == after_step:
+            raise Killed
+
+    run.watch._send = kill
+    with pytest.raises(Killed):
+        run.latents()
+
+
+@pytest.mark.parametrize(
+    "job", ["5B from text", "5B from a picture", "A14B from text", "A14B from a picture", "A14B from two pictures"]
+)
+def test_a_clip_that_was_killed_three_times_has_the_bits_of_an_undisturbed_one(
+    job: str, tiny_models_folder: Path, tmp_path: Path
+) -> None:
+    fields = {**JOBS[job], "num_inference_steps": STEPS}
+    undisturbed = run_of(fields, tiny_models_folder).latents()
+    for after_step in (1, 3, 4):
+        interrupted(fields, tiny_models_folder, kept(tmp_path), after_step)
+    last = run_of(fields, tiny_models_folder, checkpoint=kept(tmp_path))
+
+    assert torch.equal(last.latents(), undisturbed)
+    assert last.watch.resumed_after_step == 4
+    assert last.steps("denoise") == [(5, STEPS), (6, STEPS)]
+
+
+def test_two_experts_are_parted_by_a_checkpoint_however_seldom_there_is_one(
+    tiny_models_folder: Path, tmp_path: Path
+) -> None:
+    fields = {**JOBS["A14B from text"], "num_inference_steps": STEPS}
+    undisturbed = run_of(fields, tiny_models_folder)
+    latents = undisturbed.latents()
+    interrupted(fields, tiny_models_folder, kept(tmp_path, every_s=3600.0), STEPS)
+    last = run_of(fields, tiny_models_folder, checkpoint=kept(tmp_path, every_s=3600.0))
+
+    assert torch.equal(last.latents(), latents)
+    assert last.watch.resumed_after_step is not None
+    assert 0 < last.watch.resumed_after_step < STEPS
+
+
+def test_a_job_that_is_asked_to_stop_keeps_its_last_step(tiny_models_folder: Path, tmp_path: Path) -> None:
+    """In the middle of a step: what the next attempt begins with is what the step before it ended with."""
+    fields = {**JOBS["5B from text"], "num_inference_steps": STEPS}
+    whole = run_of(fields, tiny_models_folder)
+    undisturbed = whole.latents()
+    stopped = run_of(
+        fields, tiny_models_folder, checkpoint=kept(tmp_path, every_s=3600.0), stop=StopAt(whole.stop.asked * 2 // 3)
+    )
+    with pytest.raises(Cancelled):
+        stopped.latents()
+    last = run_of(fields, tiny_models_folder, checkpoint=kept(tmp_path, every_s=3600.0))
+
+    assert torch.equal(last.latents(), undisturbed)
+    assert last.watch.resumed_after_step == stopped.steps("denoise")[-1][0]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "another plan"])
+def test_what_is_damaged_or_of_another_plan_is_left_and_the_log_says_so(
+    damage: str, tiny_models_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = {**JOBS["5B from text"], "num_inference_steps": STEPS}
+    interrupted(fields, tiny_models_folder, kept(tmp_path), 3)
+    file = tmp_path / "job"
+    content = file.read_bytes()
+    middle = len(content) // 2
+    match damage:
+        case "cut":
+            file.write_bytes(content[:middle])
+        case "flipped":
+            file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        case "empty":
+            file.write_bytes(b"")
+    place = Checkpoint(file, "made by that" if damage == "another plan" else "made by this", 3600.0)
+    with caplog.at_level(logging.WARNING):
+        last = run_of(fields, tiny_models_folder, checkpoint=place)
+        latents = last.latents()
+
+    assert torch.equal(latents, run_of(fields, tiny_models_folder).latents())
+    assert last.watch.resumed_after_step is None
+    assert "first step" in caplog.text
+
+
+def test_a_disk_that_takes_no_checkpoint_fails_no_job(
+    tiny_models_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("safelight.durable._stage", full)
+    fields = {**JOBS["5B from text"], "num_inference_steps": 2}
+    run = run_of(fields, tiny_models_folder, checkpoint=kept(tmp_path))
+
+    assert run.latents().isfinite().all()
+    assert "No space left on device" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "new",
+    [
+        lambda: UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
+        FlowMatchEulerDiscreteScheduler,
+    ],
+    ids=["UniPC", "FlowMatchEuler"],
+)
+@pytest.mark.parametrize("after", [1, 2, 5])
+def test_a_scheduler_remembers_everything(new: Any, after: int, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    velocities = torch.randn(8, 1, 4, 3, 3)
+
+    def run(scheduler: Any, latents: torch.Tensor, steps: range) -> torch.Tensor:
+        for i in steps:
+            latents = scheduler.step(velocities[i], scheduler.timesteps[i], latents, return_dict=False)[0]
+        return latents
+
+    noise = torch.randn(1, 4, 3, 3)
+    schedulers = [new() for _ in range(3)]
+    for scheduler in schedulers:
+        scheduler.set_timesteps(8)
+        scheduler.set_begin_index(0)
+    whole, first, second = schedulers
+    place = kept(tmp_path)
+    place.keeper().save(after, {"latents": run(first, noise, range(after))}, first)
+    saved = place.load()
+    assert saved is not None
+    saved.restore(second, CPU)
+
+    assert torch.equal(run(second, saved.tensors["latents"], range(after, 8)), run(whole, noise, range(8)))
+
+
+def test_what_no_checkpoint_can_hold_is_an_error_and_not_forgotten(tmp_path: Path) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.order_of_the_day = object()
+
+    with pytest.raises(TypeError, match="order_of_the_day"):
+        kept(tmp_path).keeper().save(1, {}, scheduler)
+
+
+def test_only_what_decides_bits_makes_another_job() -> None:
+    spec, plan = spec_for("tiny-wan-ti2v"), plan_for("tiny-wan-ti2v")
+    same = checkpoint.digest(spec, plan, [], {"torch": "2"})
+    moved = plan.model_copy(update={"streamed": {"transformer": (1,)}, "predicted": {"encode": PhasePrediction(
+        device_bytes=1, host_bytes=1)}})  # fmt: skip
+
+    assert checkpoint.digest(spec, moved, [], {"torch": "2"}) == same
+    for other in (
+        checkpoint.digest(spec.model_copy(update={"seed": 8}), plan, [], {"torch": "2"}),
+        checkpoint.digest(spec, plan.model_copy(update={"precision": "nf4"}), [], {"torch": "2"}),
+        checkpoint.digest(spec, plan, [["a", 1, 2]], {"torch": "2"}),
+        checkpoint.digest(spec, plan, [], {"torch": "3"}),
+    ):
+        assert other != same
+
+
+def test_a_checkpoint_says_what_it_is_of(tiny_models_folder: Path, tmp_path: Path) -> None:
+    fields = {**JOBS["5B from text"], "num_inference_steps": STEPS}
+    interrupted(fields, tiny_models_folder, kept(tmp_path), 2)
+    saved = kept(tmp_path).load()
+
+    assert saved is not None
+    assert saved.step == 2
+    assert {"latents", "mask"} <= set(saved.tensors)
+    assert json.dumps(saved.scheduler["model_outputs"])

@@ -1,0 +1,167 @@
+"""What a job looks like while it runs: learned from pictures that are done, shown in the place of the last one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from safelight import display
+from safelightd import pipelines, preview
+from safelightd.preview import Preview
+from tests.conftest import Installation
+from tests.integration.rendering import Run, spec_for
+from tests.integration.test_wan import run_of
+
+CHANNELS, HEIGHT, WIDTH, TIMES = 5, 12, 16, 8
+RANDOM = np.random.default_rng(5)
+MIXED = RANDOM.uniform(-15, 15, (CHANNELS, 3))
+
+
+def latents_and_frame() -> tuple[preview.Values, np.ndarray]:
+    """Latents, and the picture of a VAE that mixes their channels into colours."""
+    latents = RANDOM.standard_normal((CHANNELS, HEIGHT, WIDTH)).astype(np.float32)
+    colours = np.tensordot(MIXED, latents, axes=(0, 0)).transpose(1, 2, 0) + 128
+    small = np.clip(np.rint(colours), 0, 255).astype(np.uint8)
+    return latents, small.repeat(TIMES, axis=0).repeat(TIMES, axis=1)
+
+
+def of(installation: Installation, job: str = "job") -> Preview:
+    return Preview(installation.paths, job, "model")
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preview, "EVERY_S", 0.0)
+
+
+def learn(installation: Installation) -> None:
+    latents, frame = latents_and_frame()
+    assert len(list(of(installation).learning(iter([frame, frame]), latents))) == 2
+
+
+def test_before_a_job_of_the_model_has_ended_there_is_none(installation: Installation) -> None:
+    def never() -> preview.Values:
+        raise AssertionError("nobody can look at them yet")
+
+    of(installation).show(never)
+
+    assert not preview.picture(installation.paths, "job").exists()
+
+
+def test_the_next_job_looks_like_what_its_vae_will_make_of_it(installation: Installation) -> None:
+    for _ in range(3):
+        learn(installation)
+    latents, frame = latents_and_frame()
+    of(installation).show(lambda: latents)
+    with Image.open(preview.picture(installation.paths, "job")) as opened:
+        shown = np.asarray(opened, dtype=float)
+
+    assert shown.shape == (HEIGHT, WIDTH, 3)
+    unclipped = (frame[::TIMES, ::TIMES] > 0) & (frame[::TIMES, ::TIMES] < 255)
+    assert np.corrcoef(shown[unclipped], frame[::TIMES, ::TIMES][unclipped].astype(float))[0, 1] > 0.9
+
+
+def test_pictures_come_no_oftener_than_a_person_looks(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learn(installation)
+    monkeypatch.setattr(preview, "EVERY_S", 3600.0)
+    asked: list[preview.Values] = []
+
+    def latents_of() -> preview.Values:
+        asked.append(latents_and_frame()[0])
+        return asked[-1]
+
+    shower = of(installation)
+    for _ in range(5):
+        shower.show(latents_of)
+
+    assert asked == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"gram": [[1]], "moment": [[1, 2, 3], [4, 5, 6]]}', b"\xff\xfe"])
+def test_what_was_learned_and_is_damaged_is_learned_again(content: bytes, installation: Installation) -> None:
+    learn(installation)
+    (installation.paths.previews / "model.json").write_bytes(content)
+    of(installation).show(lambda: latents_and_frame()[0])
+    assert not preview.picture(installation.paths, "job").exists()
+
+    learn(installation)
+    of(installation).show(lambda: latents_and_frame()[0])
+    assert preview.picture(installation.paths, "job").exists()
+
+
+def test_latents_that_are_no_numbers_or_another_vaes_are_not_shown(installation: Installation) -> None:
+    learn(installation)
+    broken = latents_and_frame()[0]
+    broken[0, 0, 0] = np.nan
+    of(installation).show(lambda: broken)
+    of(installation).show(lambda: np.zeros((CHANNELS + 1, HEIGHT, WIDTH), np.float32))
+
+    assert not preview.picture(installation.paths, "job").exists()
+
+
+def test_a_disk_that_takes_no_preview_fails_no_job(installation: Installation) -> None:
+    learn(installation)
+    factors = (installation.paths.previews / "model.json").read_bytes()
+    (installation.paths.previews / "model.json").unlink()
+    installation.paths.previews.rmdir()
+    shower = of(installation)
+    installation.paths.previews.write_bytes(factors)  # a file where the folder was
+    latents, frame = latents_and_frame()
+
+    assert len(list(shower.learning(iter([frame]), latents))) == 1
+
+
+@pytest.mark.parametrize("model", ["tiny-flux-schnell", "tiny-wan-ti2v", "tiny-wan-t2v-a14b"])
+def test_every_family_shows_its_steps(model: str, tiny_models_folder: Path, installation: Installation) -> None:
+    fields: dict[str, Any] = {"model": model, "num_inference_steps": 3}
+    first = Run(spec_for(**fields), tiny_models_folder) if "flux" in model else run_of(fields, tiny_models_folder)
+    latents = first.latents()
+    first_frame = pipelines.values(first.family.first_frame(first.spec, latents))
+    frame = next(iter(first.decode(latents)))
+    assert len(list(Preview(installation.paths, "one", model).learning(iter([frame]), first_frame))) == 1
+
+    second = Run(first.spec, tiny_models_folder)
+    seen: list[preview.Values] = []
+
+    class Seen(Preview):
+        def show(self, latents_of: Callable[[], preview.Values]) -> None:
+            seen.append(latents_of())
+            super().show(lambda: seen[-1])
+
+    second.watch.preview = Seen(installation.paths, "two", model)
+    second.latents()
+
+    assert [values.shape for values in seen] == [first_frame.shape] * 3
+    assert np.allclose(seen[-1], first_frame, atol=1e-3)  # before the last step the rest of the way is straight
+    with Image.open(preview.picture(installation.paths, "two")) as opened:
+        assert opened.size == (first_frame.shape[2], first_frame.shape[1])
+
+
+def test_a_job_leaves_what_it_taught_and_no_picture(installation: Installation) -> None:
+    from safelightd.execution import leave_nothing
+
+    learn(installation)
+    of(installation).show(lambda: latents_and_frame()[0])
+    leave_nothing(installation.paths, "job")
+
+    assert [file.name for file in installation.paths.previews.iterdir()] == ["model.json"]
+
+
+def test_a_terminal_shows_two_pixels_a_character(tmp_path: Path) -> None:
+    file = tmp_path / "preview.png"
+    pixels = np.zeros((4, 6, 3), np.uint8)
+    pixels[0], pixels[1] = (255, 0, 0), (0, 0, 255)
+    Image.fromarray(pixels).save(file)
+    text = display.half_blocks(file, 20, 10)
+
+    assert text is not None
+    assert text.plain == "▀▀▀▀▀▀\n▀▀▀▀▀▀\n"
+    assert str(text.spans[0].style) == "#ff0000 on #0000ff"
+    assert display.half_blocks(tmp_path / "none.png", 20, 10) is None
