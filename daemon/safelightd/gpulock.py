@@ -60,4 +60,8 @@ def _open(path: Path) -> int:
         # Another user's file in a sticky folder may be opened for reading, not with O_CREAT (fs.protected_regular).
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
-        return os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o444)
+        before = os.umask(0)  # everybody's worker must be able to open it, whatever the unit or the shell of the first
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o444)
+        finally:
+            os.umask(before)

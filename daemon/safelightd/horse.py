@@ -16,12 +16,14 @@ Request = Literal["cancel", "stop"]
 
 
 class Shared:
-    """Three facts in shared memory: whether a job is with the engine, until when it may be silent (CLOCK_MONOTONIC,
-    which worker and horse read alike), and why the machine took the job back, if it did."""
+    """Four facts in shared memory: whether a job is with the engine, until when it may be silent (CLOCK_MONOTONIC,
+    which worker and horse read alike), why the machine took the job back, if it did, and how far it is, for people."""
 
     LAYOUT = struct.Struct("=?d")
     REASON = struct.Struct("=H1000s")
+    PROGRESS = struct.Struct("=60s")
     _reason_at = LAYOUT.size
+    _progress_at = _reason_at + REASON.size
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
@@ -46,6 +48,15 @@ class Shared:
     @property
     def deadline(self) -> float:
         return float(self.LAYOUT.unpack(self._memory[: self.LAYOUT.size])[1])
+
+    @property
+    def progress(self) -> str:
+        (said,) = self.PROGRESS.unpack_from(self._memory, self._progress_at)
+        return bytes(said).rstrip(b"\0").decode(errors="replace")
+
+    @progress.setter
+    def progress(self, said: str) -> None:
+        self.PROGRESS.pack_into(self._memory, self._progress_at, said.encode())
 
 
 class Requests:

@@ -141,6 +141,8 @@ class GpuWorker(Worker):
             with suppress(*AWAY):
                 self.line.forget_worker(self.name)
             os.close(held)
+        # Python takes handlers away before it ends: a second SIGTERM would end us by that signal, and not with 0.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return 0 if self.stopping.is_set() else 1
 
     def recover(self) -> None:
@@ -232,16 +234,13 @@ class GpuWorker(Worker):
     def _look_at_holds(self) -> dict[str, str]:
         if self.trouble.due():
             self._probe()
-        found = holds.read(
-            self.config,
-            user_hold=self.line.user_hold(),
-            gpu=self.trouble.reason,
-            machine=self.setback.reason,
-            sleep=self.awake.hold,
-        )
-        found |= self.card.holds(own=self.engine.pid)
+        found = self._holds() | self.card.holds(own=self.engine.pid)
         self.line.set_holds(self.name, found)
         return found
+
+    def _holds(self) -> dict[str, str]:
+        user_hold, gpu, machine = self.line.user_hold(), self.trouble.reason, self.setback.reason
+        return holds.read(self.config, user_hold=user_hold, gpu=gpu, machine=machine, sleep=self.awake.hold)
 
     def _mind_sleep(self) -> None:
         """Let the machine sleep with nothing on the GPU; when it is back, nothing starts before a probe."""
@@ -274,8 +273,12 @@ class GpuWorker(Worker):
         self.line.publish_worker(
             self.name, FORGOTTEN_S, device=self.machine.device, machine=self.machine.model_dump_json(), engine=engine
         )
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in in_force.items())
-        systemd.notify("WATCHDOG=1", f"STATUS={'Held: ' + reasons if reasons else 'Waiting for jobs'}")
+        systemd.notify("WATCHDOG=1", f"STATUS={_told(in_force) or 'Waiting for jobs'}")
+
+    def _say_running(self, job: str) -> None:
+        """Tell systemd how far the job is, and what lets nothing start after it."""
+        parts = (f"Running {job}", self.shared.progress, _told(self._holds()))
+        systemd.notify(f"STATUS={'; '.join(filter(None, parts))}")
 
     def _look_for_late(self) -> None:
         """Queue what a client wrote down and did not live to hand over."""
@@ -305,9 +308,11 @@ class GpuWorker(Worker):
         self.awake.job_starts()
         self.engine.ensure()
         self.shared.set(busy=False)
+        self.shared.progress = ""
         self.requests.forget()
         try:
             execution = self.prepare_execution(job)
+            self._say_running(str(job.args[0]))
             self.fork_work_horse(job, queue)
             self.monitor_work_horse(job, queue, execution)
         except AWAY as error:
@@ -390,7 +395,7 @@ class GpuWorker(Worker):
         if self.awake.overdue:
             self.engine.kill()  # the horse, which was asked to stop, puts the job back
         if not self.shared.busy or time.monotonic() < self.shared.deadline:
-            systemd.notify("WATCHDOG=1", f"STATUS=Running {job.args[0]}")
+            systemd.notify("WATCHDOG=1")
         if self.awake.must_stop:
             return  # a server that hangs would take the time that the engine has to leave
         try:
@@ -399,6 +404,7 @@ class GpuWorker(Worker):
                 self.name, FORGOTTEN_S, device=self.machine.device, machine=self.machine.model_dump_json(),
                 engine=f"running, pid {self.engine.pid}",
             )  # fmt: skip
+            self._say_running(str(job.args[0]))
         except AWAY as error:
             self._unsure = True  # a client may have had to leave its jobs to the ledger
             log.debug("queue.away", error=error)  # the job goes on without a server
@@ -469,6 +475,11 @@ def serve(config: Config, engine: Sequence[str] = ENGINE, awake: Awake | None = 
     machine = missing_gpu.await_device(config, FORGOTTEN_S)
     server = _await_server(config)
     return GpuWorker(config, machine, server, engine, awake).run()
+
+
+def _told(in_force: dict[str, str]) -> str:
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in in_force.items())
+    return f"Held: {reasons}" if reasons else ""
 
 
 def _leave(_signum: int, _frame: FrameType | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from safelight import config as settings
 from safelight import service
 from safelight.config import Config
+from tests.systemd.booted import Machine, boot
 
 GPU = "GPU-a6d5b0c1-1234-4321-aaaa-0123456789ab"
 KINDS: tuple[service.Kind, ...] = ("user", "system")
@@ -42,3 +44,9 @@ def written(kind: service.Kind, config: Config, folder: Path, program: Path) -> 
     for name, text in service.render(kind, program=program, config=config_of(kind, config), gpu=GPU).items():
         (folder / name).write_text(text)
     return sorted(path for path in folder.iterdir() if path.suffix in {".service", ".target"})
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    with boot(tmp_path) as booted:
+        yield booted

@@ -1,6 +1,6 @@
 """A real logind and a real polkit: who may keep the machine awake, and that a sleep waits for the engine to be gone.
 
-Needs what test_boot needs; the unit that would put the machine to sleep is replaced by one that only takes a moment.
+The unit that would put the machine to sleep is replaced by one that only takes a moment.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import pytest
 
 from safelight import service
 from safelight.config import Config
+from tests.systemd.booted import PERSON, Machine
 from tests.systemd.conftest import GPU
-from tests.systemd.test_boot import PERSON, Machine, machine, until  # noqa: F401 - a fixture
 
 needs_polkit = pytest.mark.skipif(not shutil.which("pkaction"), reason="polkit is not installed")
 
@@ -64,7 +64,7 @@ WHATS = ("sleep", "idle", "handle-lid-switch")
 
 
 @needs_polkit
-def test_a_person_who_is_not_logged_in_may_block_sleep_with_the_rule_alone(machine: Machine, config: Config) -> None:  # noqa: F811 - the fixture of that name
+def test_a_person_who_is_not_logged_in_may_block_sleep_with_the_rule_alone(machine: Machine, config: Config) -> None:
     machine.root("systemctl", "start", "systemd-logind.service", f"user@{PERSON}.service")
     before = machine.person(sys.executable, "-c", A_JOB)
 
@@ -83,18 +83,19 @@ def test_a_person_who_is_not_logged_in_may_block_sleep_with_the_rule_alone(machi
     assert "sleep.not_blocked" not in after.stderr
 
 
-def test_a_real_sleep_waits_until_nothing_is_on_the_gpu_and_its_end_is_heard(machine: Machine) -> None:  # noqa: F811 - the fixture of that name
+def test_a_real_sleep_waits_until_nothing_is_on_the_gpu_and_its_end_is_heard(machine: Machine) -> None:
     unit = f"cat > /etc/systemd/system/systemd-suspend.service <<'END'\n{SUSPEND}END"
     assert machine.root("sh", "-c", unit).returncode == 0
     able = "echo mem > /run/state && mount --bind /run/state /sys/power/state"  # a virtual machine often has no sleep
     assert machine.root("sh", "-c", able).returncode == 0
     machine.root("systemctl", "daemon-reload")
     machine.root("systemctl", "start", "systemd-logind.service")
-    able = machine.root("busctl", "call", *LOGIN1, "CanSuspend")
-    if "yes" not in able.stdout:
-        pytest.skip(f"logind says that this kernel cannot suspend: {able.stdout.strip()}")
-    words = ["nsenter", "-t", str(machine.init), "--mount", "--uts", "--ipc", "--net", "--pid", "--root", "--wd"]
-    with subprocess.Popen([*words, sys.executable, "-c", A_NIGHT], stdout=subprocess.PIPE, text=True) as night:
+    answer = machine.root("busctl", "call", *LOGIN1, "CanSuspend").stdout
+    if "yes" not in answer:
+        pytest.skip(f"logind says that this kernel cannot suspend: {answer.strip()}")
+    with subprocess.Popen(
+        [*machine.enter(), sys.executable, "-c", A_NIGHT], stdout=subprocess.PIPE, text=True
+    ) as night:
         assert night.stdout is not None
         assert night.stdout.readline() == "ready\n"
         asked = machine.root("busctl", "call", *LOGIN1, "Suspend", "b", "false")
