@@ -71,15 +71,16 @@ def remove(path: Path) -> None:
 
 
 def remove_copied(source: Path, kept: Path) -> None:
-    """Remove a file of which `kept` is another, or from a folder all that `kept` has, and the folder once it is empty.
+    """Remove a file that `kept` is a copy of, or from a folder all that `kept` has, and the folder once it is empty.
 
-    What is one file under two names stays.
+    What is one file under two names stays, and what somebody has changed since.
     """
     if source.is_file() and kept.is_file() and not source.samefile(kept):
-        source.unlink()
+        if _of_file(source) == _of_file(kept):
+            source.unlink()
     elif source.is_dir() and kept.is_dir() and not source.samefile(kept):
         for file in filter(Path.is_file, _files(kept)):
-            (source / file.name).unlink(missing_ok=True)
+            remove_copied(source / file.name, file)
         if not _all(source):
             source.rmdir()
 

@@ -144,7 +144,7 @@ def half_blocks(file: Path, columns: int, lines: int) -> Text | None:
             picture = opened.convert("RGB")
     except (OSError, SyntaxError, ValueError):
         return None
-    picture.thumbnail((columns, 2 * lines))
+    picture.thumbnail((max(columns, 1), 2 * max(lines, 1)))
     text = Text()
     for top in range(0, picture.height - 1, 2):
         for column in range(picture.width):

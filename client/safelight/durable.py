@@ -45,10 +45,11 @@ def _stage(path: Path, content: bytes) -> Path:
     """Write beside the final name; the name starts with a dot, so that no scan takes it for the file itself."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        unfinished.write_bytes(content)
-    except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(content)
+        try:
+            unfinished.write_bytes(content)
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.write_bytes(content)
     except OSError:
         unfinished.unlink(missing_ok=True)
         raise

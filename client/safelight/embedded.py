@@ -43,7 +43,7 @@ PICTURE_BYTES_MAX = 2**26
 """The largest picture has 2048 x 2048 pixels: 12.6 MB before compression."""
 
 BOXES_MAX = 10_000
-"""Boxes looked at in one MP4; ffmpeg's files have about 40."""
+"""Boxes looked at in one MP4, where ffmpeg's files have about 40, or chunks in a WebP, which has one a frame."""
 
 _PICTURE_HEADS = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"RIFF": "WEBP"}
 
@@ -87,8 +87,8 @@ def read(path: Path) -> Embedded:
         raise _refusal(path, f"cannot be read ({_first_line(error)})") from error
     if text is not None:
         return _parse(text, path)
-    sidecar = path.with_suffix(".json")
-    if sidecar != path and sidecar.is_file():
+    sidecar = path.absolute().with_suffix(".json")  # "." has no name of its own
+    if sidecar != path.absolute() and sidecar.is_file():
         return read(sidecar)
     raise _refusal(
         path, "holds no record of safelight: its metadata was switched off or stripped", "Give the .json beside it."
@@ -113,6 +113,8 @@ def _text(path: Path) -> bytes | None:
 
 
 def _of_picture(file: BinaryIO, kind: str) -> bytes | None:
+    if kind == "WEBP":
+        return _of_webp(file)
     if file.seek(0, 2) > PICTURE_BYTES_MAX:
         raise ValueError(f"larger than {PICTURE_BYTES_MAX >> 20} MiB, so not a picture of safelight")
     file.seek(0)
@@ -123,7 +125,30 @@ def _of_picture(file: BinaryIO, kind: str) -> bytes | None:
                 # `info` has the chunks before the pixels, where we write; other programs move them behind.
                 found = image.info.get(PNG_KEY) or getattr(image, "text", {}).get(PNG_KEY)
                 return _limited(found.encode()) if isinstance(found, str) else None
-            note = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.MakerNote)
+            return _in_exif(image.getexif())
+
+
+def _of_webp(file: BinaryIO) -> bytes | None:
+    """Return the record in the Exif; chunks are walked over, since Pillow would read all of a clip for it."""
+    if file.read(12)[8:] != b"WEBP":
+        raise ValueError("a RIFF file, but no WebP")
+    for _ in range(BOXES_MAX):
+        head = file.read(8)
+        if len(head) < 8:
+            return None
+        (length,) = struct.unpack_from("<I", head, 4)
+        if head.startswith(b"EXIF"):
+            exif = Image.Exif()
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                exif.load(_limited(file.read(min(length, RECORD_BYTES_MAX + 1))))
+                return _in_exif(exif)
+        file.seek(length + length % 2, 1)
+    raise ValueError("too many chunks")
+
+
+def _in_exif(exif: Image.Exif) -> bytes | None:
+    note = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.MakerNote)
     if not isinstance(note, bytes) or not note.startswith(MAKER):
         return None
     return _limited(note.removeprefix(MAKER))

@@ -419,3 +419,11 @@ def _fault(error: ValueError) -> str:
         return str(error)
     first = error.errors(include_url=False)[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+
+
+def leave_nothing(paths: Paths, job: str) -> None:
+    """Remove what was kept for a job while it ran, and what a killed engine had begun of it."""
+    for file in (paths.checkpoints / job, paths.previews / f"{job}.jpg"):
+        file.unlink(missing_ok=True)
+        for unfinished in file.parent.glob(f".{file.name}.*part"):
+            unfinished.unlink(missing_ok=True)

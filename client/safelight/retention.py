@@ -194,11 +194,12 @@ def _remove_inputs(
     except (FileNotFoundError, LedgerDamaged):
         return
     for digest, file in sorted(old.items()):
-        is_at = file.stat()
-        if is_at.st_mtime < horizon:  # still: somebody may be submitting it
-            if not dry_run:
-                file.unlink()
-            yield Gone("input", digest, is_at.st_size)
+        with suppress(FileNotFoundError):  # another run was faster
+            is_at = file.stat()
+            if is_at.st_mtime < horizon:  # still: somebody may be submitting it
+                if not dry_run:
+                    file.unlink()
+                yield Gone("input", digest, is_at.st_size)
 
 
 def _submitted_before(names: Iterable[str], days: float, now: datetime) -> list[str]:

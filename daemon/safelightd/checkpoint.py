@@ -114,31 +114,38 @@ class Keeper:
     def save(self, step: int, tensors: Mapping[str, torch.Tensor | None], scheduler: Any) -> None:
         """Put what there is after so many steps in the place of what was saved before: whole, and synced.
 
-        A disk that takes it not costs the job nothing but what it would have saved; the log says so.
+        A disk that takes it not, or a scheduler of one's own that remembers what no file can hold, costs the job
+        nothing but what it would have saved; the log says so.
         """
         if self._checkpoint.file is None or step == self._step:
             return
+        self._saved_at = time.monotonic()
+        self._step = step
         packed = {name: _packed_tensor(tensor) for name, tensor in tensors.items() if tensor is not None}
-        state = {
-            name: _packed(value, f"scheduler.{name}", packed)
-            for name, value in vars(scheduler).items()
-            if name not in SCHEDULER_KEEPS
-        }
+        try:
+            state = {
+                name: _packed(value, f"scheduler.{name}", packed)
+                for name, value in vars(scheduler).items()
+                if name not in SCHEDULER_KEEPS
+            }
+        except TypeError as error:
+            log.warning("checkpoint.impossible", error=error)
+            return
         told = {"made_by": self._checkpoint.made_by, "step": str(step), "scheduler": json.dumps(state)}
         content = save_tensors(packed, metadata=told)
         try:
             durable.write(self._checkpoint.file, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
         except OSError as error:
             log.warning("checkpoint.unwritten", file=self._checkpoint.file, error=error)
-        self._saved_at = time.monotonic()
-        self._step = step
 
 
 NOWHERE = Checkpoint(None)
 
 
 def digest(spec: JobSpec, plan: Plan, weights: object, versions: Mapping[str, str]) -> str:
-    """Return what decides every bit of a job's latents, as one word.
+    """Return what decides a job's latents from any step on, as one word.
+
+    What a VAE made of a given picture is in the checkpoint itself: a plan with other tiles goes on with it.
 
     Args:
         weights: what tells the model's files from others, as JSON can say it.

@@ -93,7 +93,10 @@ def _shown(clip: video.Timing) -> str:
 
 def _check(path: Path, wanted: video.Timing) -> None:
     """Raise SafelightError unless the file decodes to the frames of all clips."""
-    found = video.timing(path)
+    try:
+        found = video.timing(path)
+    except ValueError as error:
+        raise SafelightError(f"The joined clip is not whole: {error}. Join fewer to find the one at fault.") from error
     count = sum(1 for _ in video.read_frames(path))
     if found != wanted or count != wanted.num_frames:
         raise SafelightError(

@@ -20,7 +20,7 @@ from safelight.config import Config
 from safelight.errors import InvalidJob, LedgerDamaged, QueueUnreachable
 from safelight.jobqueue import JobQueue
 from safelight.jobspec import JobSpec
-from safelight.ledger import Attempts, Ledger
+from safelight.ledger import Attempts, Ledger, leave_nothing
 from safelight.models import Models
 from safelight.paths import Paths
 from safelight.plan import Overrun, Plan
@@ -322,12 +322,6 @@ def ended(spec: JobSpec, attempts: Attempts, state: EndState, error: str, phase:
             "finished_at": datetime.now().astimezone().isoformat(timespec="milliseconds"),
         }
     )
-
-
-def leave_nothing(paths: Paths, job: str) -> None:
-    """Remove what was kept for a job while it ran."""
-    for file in (paths.checkpoints / job, paths.previews / f"{job}.jpg"):
-        file.unlink(missing_ok=True)
 
 
 def leave_no_file(paths: Paths, job: str) -> None:

@@ -134,4 +134,5 @@ def _load(file: Path) -> Factors | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("preview.damaged", file=file, error=error)  # it is learned again
         return None
-    return factors if factors.gram.shape == (len(factors.moment),) * 2 and factors.moment.shape[1:] == (3,) else None
+    colours = factors.moment.shape[1:]
+    return factors if factors.gram.shape == factors.moment.shape[:1] * 2 and colours == (3,) else None

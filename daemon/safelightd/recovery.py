@@ -10,10 +10,10 @@ from pathlib import Path
 from safelight import durable
 from safelight.errors import LedgerDamaged
 from safelight.jobspec import JobSpec
-from safelight.ledger import Ledger
+from safelight.ledger import Ledger, leave_nothing
 from safelight.paths import Paths
 from safelightd import gpulock
-from safelightd.execution import Place, conclude, give_back, leave_nothing, rejected, settle_job, spec_of
+from safelightd.execution import Place, conclude, give_back, rejected, settle_job, spec_of
 from safelightd.logs import Log
 
 LATE_S = 5.0

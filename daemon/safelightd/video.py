@@ -197,14 +197,30 @@ def join(clips: Sequence[Path], path: Path) -> None:
         OSError: a clip cannot be read, or the disk is full or refuses.
         FfmpegFailed: anything else, in ffmpeg's words.
     """
-    names = (str(clip.absolute()).replace("'", r"'\''") for clip in clips)
-    with _memory_file("".join(f"file 'file:{name}'\n" for name in names).encode(errors="surrogateescape")) as listed:
+    with _memory_file(_list_of(clips).encode(errors="surrogateescape")) as listed:
         arguments = [
             "-y", "-f", "concat", "-safe", "0", "-i", f"/proc/self/fd/{listed.fileno()}", "-map", "0:v:0",
             "-map_metadata", "-1", "-c", "copy", "-movflags", "+faststart", "-f", "mp4", f"file:{path}",
         ]  # fmt: skip
         with _ffmpeg(arguments, path, stdin=subprocess.DEVNULL, pass_fds=(listed.fileno(),)) as run:
             run.check()
+
+
+def _list_of(clips: Sequence[Path]) -> str:
+    """Return the clips as ffmpeg's concat wants them, each with its length.
+
+    An MP4's own is in whole milliseconds, so that the next clip would begin up to one too early or too late. Ends are
+    rounded and not lengths: a hundred clips are no further off than one.
+    """
+    lines, seconds, begins_us = [], 0.0, 0
+    for clip in clips:
+        found = timing(clip)
+        seconds += found.num_frames / found.fps
+        ends_us = round(seconds * 1e6)
+        name = str(clip.absolute()).replace("'", r"'\''")
+        lines.append(f"file 'file:{name}'\nduration {ends_us - begins_us}us\n")
+        begins_us = ends_us
+    return "".join(lines)
 
 
 def encoding(path: Path) -> bytes:

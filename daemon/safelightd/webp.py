@@ -53,7 +53,7 @@ def write(
             _chunk(file, b"ANMF", head + _pixels(frame))
             count += 1
         if exif:
-            _chunk(file, b"EXIF", exif)
+            _chunk(file, b"EXIF", exif.removeprefix(b"Exif\0\0"))  # which begins it in a JPEG only
         length = file.tell()
         file.seek(4)
         file.write(struct.pack("<I", length - 8))

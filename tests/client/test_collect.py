@@ -446,6 +446,19 @@ def test_folder_that_somebody_changed_is_left_alone(outbox: Path, target: Path, 
     assert list((target / "night").iterdir()) == []
 
 
+@pytest.mark.parametrize("changed", [FRAMES + "/0002.png", CLIP])
+def test_what_was_changed_after_it_was_collected_stays_when_it_is_moved(
+    outbox: Path, target: Path, changed: str
+) -> None:
+    receipt = _publish_with_poster(outbox) if changed == CLIP else _publish_frames(outbox)
+    collect([receipt], outbox, target)
+    (outbox / changed).write_bytes(b"retouched")
+
+    collect([receipt], outbox, target, move=True)
+
+    assert (outbox / changed).read_bytes() == b"retouched", "it lies nowhere else"
+
+
 def test_moved_folder_leaves_the_outbox_but_for_what_a_person_added(outbox: Path, target: Path) -> None:
     receipt = _publish_frames(outbox)
     collect([receipt], outbox, target)

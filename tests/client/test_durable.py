@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import subprocess
@@ -53,6 +54,22 @@ def test_a_full_disk_leaves_the_old_file_and_no_leftover(tmp_path: Path) -> None
     assert "File too large" in done.stderr
     assert file.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_full_disk_leaves_no_leftover_in_a_folder_that_is_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_bytes = Path.write_bytes
+
+    def fills(file: Path, content: bytes) -> int:
+        write_bytes(file, content[:1])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fills)
+    with pytest.raises(OSError, match="No space"):
+        durable.write(tmp_path / "new" / "file", b"content")
+
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_a_reader_never_sees_half_a_file_while_its_writer_is_killed(tmp_path: Path) -> None:

@@ -230,8 +230,8 @@ def test_picture_that_would_fill_memory_is_refused(
 
 
 def test_picture_file_far_larger_than_any_of_ours_is_refused_unread(made: dict[str, bytes], tmp_path: Path) -> None:
-    file = tmp_path / "a.webp"
-    file.write_bytes(made["webp"])
+    file = tmp_path / "a.png"
+    file.write_bytes(made["png"])
     os.truncate(file, 2**40)
 
     with pytest.raises(InvalidJob, match="larger than 64 MiB"):
@@ -245,6 +245,17 @@ def test_clip_of_any_size_is_read_without_reading_it(made: dict[str, bytes], tmp
     os.truncate(file, 2**40)
 
     assert embedded.read(file).spec == making.clip_spec()
+
+
+def test_long_webp_is_read_without_reading_it(made: dict[str, bytes], tmp_path: Path) -> None:
+    file = tmp_path / "a.webp"
+    at = made["webp"].index(b"EXIF")
+    with file.open("wb") as stream:
+        stream.write(made["webp"][:at] + struct.pack("<4sI", b"ANMF", 2**31))
+        stream.seek(2**31, 1)
+        stream.write(made["webp"][at:])
+
+    assert embedded.read(file).id
 
 
 def _gif_with(*blocks: bytes) -> bytes:
@@ -298,7 +309,9 @@ def test_hostile_blocks_of_a_gif_are_refused(content: bytes, message: str, tmp_p
         embedded.read(file)
 
 
-def test_folder_of_frames_is_read_from_its_first_or_from_the_receipt_beside(tmp_path: Path) -> None:
+def test_folder_of_frames_is_read_from_its_first_or_from_the_receipt_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = making.clip_spec(output_format="png")
     folder = tmp_path / "0001_a-red-fox_s7"
     folder.mkdir()
@@ -311,6 +324,8 @@ def test_folder_of_frames_is_read_from_its_first_or_from_the_receipt_beside(tmp_
         embedded.read(folder)
     folder.with_suffix(".json").write_text(making.receipt(spec, ()).model_dump_json())
     assert embedded.read(folder).spec == spec
+    monkeypatch.chdir(folder)
+    assert embedded.read(Path()).spec == spec
 
 
 HEADS = [

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -33,7 +34,7 @@ from safelightd.progress import Cancelled, Watch
 from safelightd.wan_cli import job, keeper
 from safelightd.wan_cli.command import command, environment
 from safelightd.wan_cli.program import Program, ProgramBroke, ProgramFailed, at_work
-from safelightd.wan_cli.transcript import PENDING_BYTES_MAX, STAGES, Transcript
+from safelightd.wan_cli.transcript import PENDING_BYTES_MAX, STAGES, WORDS_CHARACTERS_MAX, Transcript
 from tests.daemon.roomy_engine import ROOMY
 from tests.daemon.test_worker import eventually
 
@@ -165,6 +166,15 @@ def test_a_line_that_never_ends_is_not_kept_whole() -> None:
         transcript.feed(b"x" * 10_000)
 
     assert len(transcript._pending) == PENDING_BYTES_MAX
+
+
+def test_a_long_line_has_its_last_words_at_once() -> None:
+    transcript = Transcript(50)
+    transcript.feed(b"x" * 40_000 + b"\n")
+    started = time.process_time()
+
+    assert transcript.words == "x" * WORDS_CHARACTERS_MAX
+    assert time.process_time() - started < 0.5
 
 
 LOG = "[2025-07-30 11:27:41,938] INFO: "
@@ -371,8 +381,9 @@ def test_the_keeper_ends_as_its_command_did(command: list[str], status: int) -> 
     done.communicate()
 
 
-def test_what_a_command_leaves_behind_ends_with_it(tmp_path: Path) -> None:
-    script = f"sleep 600 & echo $! > {tmp_path}/pid"
+@pytest.mark.parametrize("sleep", ["sleep 600", "setsid sleep 600"])
+def test_what_a_command_leaves_behind_ends_with_it(sleep: str, tmp_path: Path) -> None:
+    script = f"{sleep} & echo $! > {tmp_path}/pid; sleep 0.5"
     kept = [sys.executable, "-I", "-S", keeper.__file__, "/bin/sh", "-c", script]
     with subprocess.Popen(kept, stdin=subprocess.PIPE) as process:
         assert process.wait() == 0

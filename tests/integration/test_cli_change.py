@@ -66,6 +66,20 @@ def test_cancel_reaches_a_job_that_only_the_ledger_knows(
     assert installation.ledger.ended() == {job}
 
 
+def test_a_cancelled_job_that_was_put_back_leaves_nothing_of_its_run(
+    safelight: Safelight, installation: Installation
+) -> None:
+    (job,) = ids_of(safelight("add", "a red fox"))
+    kept = [installation.paths.checkpoints / job, installation.paths.previews / f"{job}.jpg"]
+    for file in kept:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+    safelight("cancel", job)
+
+    assert not any(file.exists() for file in kept)
+
+
 def test_cancel_of_a_batch_leaves_others(safelight: Safelight, queue: JobQueue) -> None:
     ids_of(safelight("add", "a b", "c d", "--batch", "one"))
     (other,) = ids_of(safelight("add", "e f", "--batch", "two"))

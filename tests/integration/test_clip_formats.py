@@ -119,6 +119,12 @@ def test_another_program_decodes_the_exact_frames_of_a_webp(config: Config) -> N
     assert said.stderr == ""
 
 
+def test_exif_of_a_webp_begins_as_its_specification_says(config: Config) -> None:
+    content = write(clip("webp"), config).read_bytes()
+
+    assert content[content.index(b"EXIF") + 8 :].startswith(b"MM\0*"), "readers may take it for damaged else"
+
+
 # What is published.
 
 

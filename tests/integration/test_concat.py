@@ -65,6 +65,33 @@ def test_joined_clip_has_exactly_the_frames_of_all(lengths: tuple[int, ...], fps
     assert video.timing(tmp_path / "all.mp4") == video.Timing(96, 64, sum(lengths), fps)
 
 
+@pytest.mark.parametrize("lengths", [(5, 9), (81, 49, 121), (5,) * 150])
+@pytest.mark.parametrize("fps", [16, 24])
+def test_clips_whose_length_is_no_whole_milliseconds_follow_evenly(
+    lengths: tuple[int, ...], fps: int, tmp_path: Path
+) -> None:
+    made = {count: tmp_path / f"{count}.mp4" for count in set(lengths)}
+    y, x = np.mgrid[0:64, 0:96]
+    for count, path in made.items():
+        # Slow enough for frames that are stored out of their order.
+        pictures = (np.stack([3 * x + 5 * n, 3 * y, x + y + 3 * n], -1).astype(np.uint8) for n in range(count))
+        video.write_mp4(path, pictures, fps=fps, width=96, height=64)
+
+    concat([made[count] for count in lengths], tmp_path / "all.mp4")
+
+    assert video.timing(tmp_path / "all.mp4") == video.Timing(96, 64, sum(lengths), fps)
+
+
+def test_clips_that_cannot_follow_evenly_are_said_and_nothing_is_kept(tmp_path: Path) -> None:
+    """H.264 of one frame is decoded without delay, that of more is not."""
+    parts = [make(tmp_path / f"{count}.mp4", count, fps=16) for count in (5, 1)]
+
+    with pytest.raises(SafelightError, match="not evenly spaced"):
+        concat(parts, tmp_path / "all.mp4")
+
+    assert below(tmp_path) == ["1.mp4", "5.mp4"]
+
+
 @needs_ffprobe
 def test_another_program_decodes_the_exact_frames_evenly_spaced(tmp_path: Path) -> None:
     concat(three(tmp_path), tmp_path / "all.mp4")

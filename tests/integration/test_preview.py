@@ -15,7 +15,7 @@ from safelightd import pipelines, preview
 from safelightd.preview import Preview
 from tests.conftest import Installation
 from tests.integration.rendering import Run, spec_for
-from tests.integration.test_wan import run_of
+from tests.integration.test_wan import JOBS, run_of
 
 CHANNELS, HEIGHT, WIDTH, TIMES = 5, 12, 16, 8
 RANDOM = np.random.default_rng(5)
@@ -84,7 +84,10 @@ def test_pictures_come_no_oftener_than_a_person_looks(
     assert asked == []
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b'{"gram": [[1]], "moment": [[1, 2, 3], [4, 5, 6]]}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b'{"gram": 1, "moment": 1}', b'{"gram": [[1]], "moment": [[1, 2, 3], [4, 5, 6]]}', b"\xff\xfe"],
+)
 def test_what_was_learned_and_is_damaged_is_learned_again(content: bytes, installation: Installation) -> None:
     learn(installation)
     (installation.paths.previews / "model.json").write_bytes(content)
@@ -144,13 +147,35 @@ def test_every_family_shows_its_steps(model: str, tiny_models_folder: Path, inst
         assert opened.size == (first_frame.shape[2], first_frame.shape[1])
 
 
+def test_a_clip_from_a_picture_shows_what_is_denoised_and_not_what_lies_under_the_picture(
+    tiny_models_folder: Path, installation: Installation
+) -> None:
+    run = run_of({**JOBS["5B from a picture"], "num_inference_steps": 3}, tiny_models_folder)
+    seen: list[preview.Values] = []
+
+    class Seen(Preview):
+        def show(self, latents_of: Callable[[], preview.Values]) -> None:
+            seen.append(latents_of())
+
+    run.watch.preview = Seen(installation.paths, "job", "model")
+    latents = run.latents()
+
+    assert np.allclose(seen[-1], pipelines.values(latents[0, :, -1]), atol=1e-3)
+
+
 def test_a_job_leaves_what_it_taught_and_no_picture(installation: Installation) -> None:
-    from safelightd.execution import leave_nothing
+    from safelight.ledger import leave_nothing
 
     learn(installation)
     of(installation).show(lambda: latents_and_frame()[0])
+    (installation.paths.previews / ".job.jpg.part").touch()  # an engine was killed while it wrote
+    checkpoints = installation.paths.checkpoints
+    checkpoints.mkdir(parents=True)
+    for name in ("job", ".job.123.part", "other"):
+        (checkpoints / name).touch()
     leave_nothing(installation.paths, "job")
 
+    assert [file.name for file in checkpoints.iterdir()] == ["other"]
     assert [file.name for file in installation.paths.previews.iterdir()] == ["model.json"]
 
 
@@ -165,3 +190,4 @@ def test_a_terminal_shows_two_pixels_a_character(tmp_path: Path) -> None:
     assert text.plain == "▀▀▀▀▀▀\n▀▀▀▀▀▀\n"
     assert str(text.spans[0].style) == "#ff0000 on #0000ff"
     assert display.half_blocks(tmp_path / "none.png", 20, 10) is None
+    assert display.half_blocks(file, 20, 0) is not None  # a terminal of one line

@@ -67,6 +67,8 @@ def _cancel_in_ledger(queue: JobQueue, ledger: Ledger, answers: dict[str, str]) 
     An accepted job that the queue does not know (the server lost it, no worker has filled it yet) gets its receipt
     first; a worker that filled it meanwhile is told afterwards.
     """
+    from safelight.ledger import leave_nothing
+
     unheard = [job for job, answer in answers.items() if answer == "unknown"]
     for job in unheard:
         receipt = ledger.receipt(job)
@@ -77,6 +79,7 @@ def _cancel_in_ledger(queue: JobQueue, ledger: Ledger, answers: dict[str, str]) 
         ledger.record_all(group)
         for receipt in group:
             ledger.forget_attempts(receipt.id)  # it may have run before it was put back
+            leave_nothing(ledger.paths, receipt.id)
     again = [job for job in unheard if answers[job] == "cancelled"]
     for job, answer in zip(again, queue.cancel(again), strict=True):
         answers[job] = "cancelled" if answer == "unknown" else answer

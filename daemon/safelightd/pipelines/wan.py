@@ -145,7 +145,7 @@ def denoise(
                     t = scheduler.timesteps[i]
                     seen = _seen(latents, start).to(dtype_of(plan))
                     velocity = _velocity(transformer, seen, _timestep(t, start), prompts, guidance_scale)
-                    clean = functools.partial(_first_frame_without_noise, latents, velocity, scheduler.sigmas[i])
+                    clean = functools.partial(_without_noise, latents, velocity, scheduler.sigmas[i], _shown(start))
                     watch.show(clean)
                     latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
                     done = i + 1
@@ -285,9 +285,14 @@ def _velocity(
     return guided
 
 
-def _first_frame_without_noise(latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor) -> Values:
-    """Return what the first latent frame would be if the rest of the way were straight."""
-    return values(latents[0, :, 0] - sigma.to(latents.device) * velocity[0, :, 0])
+def _shown(start: Start) -> int:
+    """Return the latent frame that a preview shows: the first, but where the picture is put over it, the last."""
+    return 0 if start.condition is None or start.mask is None else -1
+
+
+def _without_noise(latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, frame: int) -> Values:
+    """Return what a latent frame would be if the rest of the way were straight."""
+    return values(latents[0, :, frame] - sigma.to(latents.device) * velocity[0, :, frame])
 
 
 def _seen(latents: torch.Tensor, start: Start) -> torch.Tensor:

@@ -13,15 +13,18 @@ import select
 import signal
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
 NOT_STARTED = 127
 
 
 def keep(command: list[str]) -> int:
     """Run a command to its end, or to the end of stdin; return the exit status to pass on."""
     own = os.getpid()
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     child = os.fork()
     if child == 0:
         _become(command, own)
@@ -31,7 +34,17 @@ def keep(command: list[str]) -> int:
     with suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    _end_the_rest(own)
     return 128 - status if status < 0 else status
+
+
+def _end_the_rest(own: int) -> None:
+    """Kill what went into a session of its own: whose parent ends becomes a child of this process, as subreaper."""
+    children = Path(f"/proc/self/task/{own}/children")
+    while left := children.read_text().split():
+        for child in left:
+            os.kill(int(child), signal.SIGKILL)  # not waited for yet: nobody else can have its number
+        os.wait()
 
 
 def _become(command: list[str], keeper: int) -> NoReturn:

@@ -25,7 +25,7 @@ _LOGGED = re.compile(r"\[\d{4}-\d\d-\d\d [^\]]*\] [A-Z]+: ")
 _CREATING = re.compile(_LOGGED.pattern + r"Creating \w+ pipeline")
 _GENERATING = re.compile(_LOGGED.pattern + r"Generating video")
 _ERROR = re.compile(r"([A-Za-z_][\w.]*(Error|Exception|Interrupt)\b|\S+: error: )")
-_UNSAVED = re.compile(r"\w+ failed, error: .*")
+_UNSAVED = re.compile(r"\b\w+ failed, error: .*")
 
 
 class Transcript:
