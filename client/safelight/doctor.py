@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from safelight import config as settings
-from safelight import models, prepared, queueserver, tonight, wan_cli
+from safelight import models, prepared, pulled, queueserver, tonight, wan_cli
 from safelight.config import Config
 from safelight.errors import BadConfig, NoUsableGpu, QueueUnreachable
 from safelight.finding import Finding, fail, ok, warn
@@ -196,15 +196,23 @@ def _models(config: Config, table: Models) -> Iterator[Finding]:
             yield _completeness(facts, models.folder(facts, config.paths.models))
         elif facts.key in keys:
             folder = models.folder(facts, config.paths.models)
-            yield warn("models", f"{facts.key} is not there", f"Put {facts.repository} (diffusers layout) at {folder}.")
+            yield warn(
+                "models",
+                f"{facts.key} is not there",
+                f"Fetch it: safelight models pull {facts.key}. It goes to {folder}.",
+            )
 
 
 def _completeness(facts: ModelFacts, folder: Path) -> Finding:
-    missing = missing_files(facts, folder)
+    missing = models.missing_files(facts, folder)
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        return fail("models", f"{facts.key} at {folder} lacks {shown}", "Copy it again, whole.")
+        return fail("models", f"{facts.key} at {folder} lacks {shown}", _whole_again(facts, folder))
     return ok("models", f"{facts.key}: complete")
+
+
+def _whole_again(facts: ModelFacts, folder: Path) -> str:
+    return pulled.remedy(facts.key) if (folder / pulled.MANIFEST).is_file() else "Copy it again, whole."
 
 
 def _prepared(config: Config, table: Models) -> Iterator[Finding]:
@@ -232,31 +240,6 @@ def _own_program(config: Config, table: Models) -> Iterator[Finding]:
         yield from (fail("wan-cli", f"{facts.key}: {problem}", remedy) for problem, remedy in wrong)
         if not wrong:
             yield ok("wan-cli", f"{facts.key}: the program and its checkpoints are there")
-
-
-def missing_files(facts: ModelFacts, folder: Path) -> list[str]:
-    """Return what the model's own indices name and the folder does not have: components, and shards of weights."""
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        named = [name for name, value in index.items() if isinstance(value, list) and value[:1] != [None]]
-    except (OSError, ValueError, AttributeError):
-        return ["a readable model_index.json"]
-    missing = []
-    for component in named:
-        place = Path(facts.component_paths.get(component, folder / component)).expanduser()
-        if not place.is_dir() or not any(place.iterdir()):
-            missing.append(f"{component}/")
-            continue
-        for shards in sorted(place.glob("*.safetensors.index.json")):
-            missing += [f"{component}/{name}" for name in _shards(shards) if not (place / name).is_file()]
-    return missing
-
-
-def _shards(index: Path) -> list[str]:
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, LookupError, AttributeError, TypeError):
-        return [f"a readable {index.name}"]
 
 
 def _daemon() -> Finding:

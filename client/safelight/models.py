@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tomllib
 from collections.abc import Mapping
@@ -103,6 +104,8 @@ class ModelFacts(BaseModel):
     kind: Literal["image", "video"]
     family: Literal["flux", "wan"]
     repository: str
+    revision: str = ""
+    """The commit that a pull fetches; else the one that `main` is then."""
     pipeline: str
     licence: str
     gated: bool
@@ -253,8 +256,9 @@ def _merge(key: str, rows: Mapping[str, Mapping[str, Any]], seen: tuple[str, ...
     if base in seen or base == key:
         raise LookupError(f'like = "{base}" leads back to itself.')
     merged = _over(_merge(base, rows, (*seen, key)), row)
-    # What a model is like is not where it lives: a new key has folders of its own.
-    return {name: value for name, value in merged.items() if name in row or name not in PLACES}
+    # What a model is like is not where it lives: a new key has folders of its own, another repository other commits.
+    own = (*PLACES, "revision") if "repository" in row else PLACES
+    return {name: value for name, value in merged.items() if name in row or name not in own}
 
 
 def _with_component_paths(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,3 +288,28 @@ def folder(facts: ModelFacts, models: Path) -> Path:
 def is_there(facts: ModelFacts, models: Path) -> bool:
     """Whether the model can be loaded: a tiny one is built on first use, any other needs its index."""
     return facts.tiny or (folder(facts, models) / "model_index.json").is_file()
+
+
+def missing_files(facts: ModelFacts, folder: Path) -> list[str]:
+    """Return what the model's own indices name and the folder does not have: components, and shards of weights."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        named = [name for name, value in index.items() if isinstance(value, list) and value[:1] != [None]]
+    except (OSError, ValueError, AttributeError):
+        return ["a readable model_index.json"]
+    missing = []
+    for component in named:
+        place = Path(facts.component_paths.get(component, folder / component)).expanduser()
+        if not place.is_dir() or not any(place.iterdir()):
+            missing.append(f"{component}/")
+            continue
+        for shards in sorted(place.glob("*.safetensors.index.json")):
+            missing += [f"{component}/{name}" for name in _shards(shards) if not (place / name).is_file()]
+    return missing
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return [f"a readable {index.name}"]

@@ -153,6 +153,33 @@ def prepare(
     os.execve(program[0], program, env)
 
 
+@group.command()
+@click.argument("key")
+@click.option("--models", "folder", type=click.Path(path_type=Path), help="Models folder; else [paths] models.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--force", is_flag=True, help="Read what is there, and fetch again what is not right.")
+@click.pass_obj
+def pull(config: Config, key: str, folder: Path | None, *, yes: bool, force: bool) -> int:
+    """Fetch a model from the hub; prints its folder."""
+    from dataclasses import replace
+
+    from safelight import models
+    from safelight.errors import Fault, InvalidJob
+
+    table = models.load(config)
+    if key not in table:
+        known = f"Known: {', '.join(table.near(key))} (safelight models list)."
+        raise InvalidJob([Fault(key, "is not a model", known)])
+    # huggingface_hub reads these when it is imported. Offline is for jobs; who asks for a pull wants the network.
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        os.environ.pop(name, None)
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    from safelightd import pull as pulling
+
+    config = replace(config, paths=replace(config.paths, models=folder or config.paths.models))
+    return pulling.run(config, table[key], yes=yes, force=force)
+
+
 def main() -> None:
     """Run one process; the exit code is the class of what went wrong."""
     try:

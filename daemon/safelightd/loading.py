@@ -77,10 +77,14 @@ def model_folder(facts: ModelFacts, models_folder: Path) -> Path:
     if not (folder / "model_index.json").is_file():
         what = facts.repository or facts.key
         raise BadModelFolder(
-            f"{folder / 'model_index.json'} is missing. Put the diffusers folder of {what} there, "
+            f"{folder / 'model_index.json'} is missing. {_fetching(facts)}Put the diffusers folder of {what} there, "
             f"or name yours as [models.{facts.key}] path in the settings."
         )
     return folder
+
+
+def _fetching(facts: ModelFacts) -> str:
+    return f"safelight models pull {facts.key} fetches it. " if facts.repository else ""
 
 
 def give_back() -> None:

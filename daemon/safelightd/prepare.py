@@ -7,10 +7,8 @@ next run. Knows the format of the files; what is in them is `safelightd.precisio
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -32,6 +30,7 @@ from safelight.models import ModelFacts
 from safelight.plan import Precision
 from safelight.prepared import Manifest, StoredFile
 from safelightd import logs, precision
+from safelightd.claim import claimed
 from safelightd.outline import DTYPE, Piece, Work, outline, published
 from safelightd.shards import Shard, split
 from safelightd.weights import Reader
@@ -155,7 +154,7 @@ def _make(work: Work, device: torch.device, say: Say) -> None:
     """Write one folder and give it its name."""
     unfinished = work.target.with_name(work.target.name + prepared.UNFINISHED)
     try:
-        with _claimed(unfinished):
+        with _emptied(unfinished):
             files = _write_shards(work, unfinished, device, say)
             config = Path(work.source.folder) / "config.json"
             files.append(_write_small(unfinished / config.name, config.read_bytes()))
@@ -182,7 +181,7 @@ def _make(work: Work, device: torch.device, say: Say) -> None:
 
 
 @contextmanager
-def _claimed(unfinished: Path) -> Iterator[None]:
+def _emptied(unfinished: Path) -> Iterator[None]:
     """Have an empty folder that no other process writes to; what an interrupted run left in it is removed.
 
     Whatever is there under this name when the block ends is removed, too.
@@ -190,28 +189,13 @@ def _claimed(unfinished: Path) -> Iterator[None]:
     Raises:
         SafelightError: another process is writing to it.
     """
-    unfinished.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(unfinished, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        if not _is_locked(descriptor, unfinished):
-            raise SafelightError(f"{unfinished}: another process is preparing this. Wait for it.")
+    with claimed(unfinished, "preparing"):
         for left in unfinished.iterdir():
             left.unlink()
         try:
             yield
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    finally:
-        os.close(descriptor)
-
-
-def _is_locked(descriptor: int, folder: Path) -> bool:
-    """Whether the folder is this process's now: locked, and still under its name, which the last owner may change."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.fstat(descriptor).st_ino == folder.stat().st_ino
-    except (BlockingIOError, FileNotFoundError):
-        return False
 
 
 def _write_shards(work: Work, folder: Path, device: torch.device, say: Say) -> list[StoredFile]:

@@ -7,11 +7,14 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from safelight.commands.client import Client, pass_client
+
+if TYPE_CHECKING:
+    from safelight.models import ModelFacts
 
 PRECISIONS = (
     "bf16",
@@ -145,7 +148,9 @@ def list_models(client: Client, *, as_json: bool) -> None:
     """Show the models: what each makes, its licence, its size in bf16, and whether it is there.
 
     Models of your own go into the settings file as [models.KEY]. Marked * is what a job gets that names no model.
-    PREPARED is what `safelight models prepare` has stored; one made of other weights than are there now is not used.
+    HERE tells one that is whole from one that is being pulled, or was until something stopped it, and from one whose
+    folder lacks files. PREPARED is what `safelight models prepare` has stored; one made of other weights than are
+    there now is not used.
     """
     from safelight import display
     from safelight.models import folder, is_there
@@ -161,6 +166,7 @@ def list_models(client: Client, *, as_json: bool) -> None:
             "licence": facts.licence,
             "bf16_bytes": 2 * sum(facts.components.values()),
             "present": is_there(facts, client.config.paths.models),
+            "here": _here(client, facts),
             "tiny": facts.tiny,
             "folder": str(folder(facts, client.config.paths.models)),
             "repository": facts.repository,
@@ -176,7 +182,7 @@ def list_models(client: Client, *, as_json: bool) -> None:
             f"{row['key']}{' *' if row['default'] else ''}",
             str(row["kind"]),
             "tiny" if row["tiny"] else display.gib(float(str(row["bf16_bytes"]))),
-            "built on first use" if row["tiny"] else "present" if row["present"] else "missing",
+            str(row["here"]),
             _shown(stored.get(str(row["key"]), [])),
             str(row["licence"]),
             str(row["folder"]),
@@ -184,6 +190,20 @@ def list_models(client: Client, *, as_json: bool) -> None:
         for row in rows
     ]
     display.columns(["MODEL", "KIND", "BF16", "HERE", "PREPARED", "LICENCE", "FOLDER"], cells)
+
+
+def _here(client: Client, facts: ModelFacts) -> str:
+    """Return how much of a model is there, in words."""
+    from safelight import display, models, pulled
+
+    if facts.tiny:
+        return "built on first use"
+    place = models.folder(facts, client.config.paths.models)
+    if models.is_there(facts, client.config.paths.models):
+        return "incomplete" if models.missing_files(facts, place) or pulled.mismatch(place) else "present"
+    if (arrived := pulled.arrived(place)) is None:
+        return "missing"
+    return f"{display.gib(arrived.size_bytes)} of {display.gib(arrived.of_bytes)} pulled"
 
 
 def _prepared(client: Client) -> dict[str, list[dict[str, object]]]:
@@ -238,32 +258,67 @@ def prepare(ctx: click.Context, key: str, *, precision: str, components: tuple[s
 
 
 @models.command()
+@click.argument("key")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--force", is_flag=True, help="Read what is there, and fetch again what is damaged or has changed.")
+@click.pass_context
+def pull(ctx: click.Context, key: str, *, yes: bool, force: bool) -> None:
+    """Fetch a model from the hub.
+
+    Only the files that jobs load: safetensors, settings and vocabularies, never a pickle, nothing twice. Says the
+    size, the licence and the free disk, then asks; without a terminal to ask at it needs --yes. May be interrupted:
+    run it again and it goes on where it was. The model appears when every byte of it was read back and has the digest
+    that the hub lists, and not before. [models.KEY] revision pins a commit. For a gated model put your token into
+    HF_TOKEN, or where `hf auth login` puts it. HF_ENDPOINT names another hub. With --force a damaged model is away
+    until it is mended. Prints the folder. Needs safelight[daemon].
+
+    \b
+        safelight models pull flux-schnell
+        safelight models pull wan-ti2v-5b --yes
+    """
+    client = ctx.find_object(Client)
+    assert client is not None
+    config = client.config  # the daemon's that this client would reach, which may be the system's
+    words = ["--models", str(config.paths.models), *["--yes"] * yes, *["--force"] * force, "--", key]
+    _become_daemon(ctx, "models pull", "pull", *words, settings=config.source if config.source.exists() else None)
+
+
+@models.command()
 @click.argument("key", required=False)
 @pass_client
 @click.pass_context
 def verify(ctx: click.Context, client: Client, key: str | None) -> None:
-    """Read what is prepared and compare it with its digests.
+    """Read what was pulled or prepared and compare it with its digests.
 
     All models, or one. Exit code 1 when a file is damaged; the line says which, and what to do.
     """
-    from safelight import display, prepared
+    from safelight import prepared, pulled
     from safelight.errors import Fault, InvalidJob
 
     if key is not None and key not in client.models:
         known = f"Known: {', '.join(client.models.near(key))} (safelight models list)."
         raise InvalidJob([Fault(key, "is not a model", known)])
-    folders = [folder for folder in prepared.folders(client.config.paths.models) if key in (None, folder.parts[-3])]
-    faults = 0
-    for folder in folders:
-        wrong = prepared.damage(folder)
-        faults += len(wrong)
-        for fault in wrong:
-            click.echo(display.line(fault))
-        if not wrong:
-            click.echo(f"{'/'.join(folder.parts[-3:])} is as it was written")
-    if not folders:
-        click.echo(f"nothing{f' of {key}' if key else ''} is prepared", err=True)
+    found = faults = 0
+    for facts, folder in pulled.folders(client.config.paths.models, client.models):
+        if key in (None, facts.key):
+            found += 1
+            faults += _told(pulled.damage(facts.key, folder), f"{facts.key} is as it was pulled")
+    for folder in prepared.folders(client.config.paths.models):
+        if key in (None, folder.parts[-3]):
+            found += 1
+            faults += _told(prepared.damage(folder), f"{'/'.join(folder.parts[-3:])} is as it was written")
+    if not found:
+        click.echo(f"nothing{f' of {key}' if key else ''} is pulled or prepared", err=True)
     ctx.exit(1 if faults else 0)
+
+
+def _told(wrong: list[str], well: str) -> int:
+    """Say what is wrong with a folder, or that nothing is; return how many lines were wrong."""
+    from safelight import display
+
+    for line in wrong or [well]:
+        click.echo(display.line(line))
+    return len(wrong)
 
 
 @click.group()
