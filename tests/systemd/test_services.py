@@ -64,7 +64,8 @@ def slow_server(daemon: Daemon) -> Iterator[Path]:
     server = daemon.machine.path(redis_server.find_binary())
     real = server.rename(server.with_name("the-real-one"))
     wait = f"[ $1 = --version ] || until [ -e {daemon.inside(gate)} ]; do sleep 0.1; done"
-    server.write_text(f'#!/bin/sh\n{wait}\nexec {daemon.inside(real)} "$@"\n')
+    # Named by where this one lies: a checkout below /tmp is not seen by a service with PrivateTmp=.
+    server.write_text(f'#!/bin/sh\n{wait}\nexec "${{0%/*}}/{real.name}" "$@"\n')
     server.chmod(0o755)
     gate.unlink(missing_ok=True)
     yield gate
