@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -205,7 +205,7 @@ def damage(found: Path) -> list[str]:
         return [f"{found / MANIFEST}: is missing. {remedy(found)}"]
     if manifest.name != _name(found):
         return [f"{found / MANIFEST}: is that of {manifest.name}. {remedy(found)}"]
-    wrong = ((file, _wrong(found / file.name, file)) for file in manifest.files)
+    wrong = ((file, file_damage(found / file.name, file)) for file in manifest.files)
     return [f"{found / file.name}: {problem}. {remedy(found)}" for file, problem in wrong if problem]
 
 
@@ -217,9 +217,14 @@ def mismatch(found: Path) -> str | None:
         return f"its {MANIFEST} cannot be read"
     if manifest is None or manifest.name != _name(found):
         return f"its {MANIFEST} is missing, or another folder's"
-    for file in manifest.files:
+    return size_mismatch(found, manifest.files)
+
+
+def size_mismatch(folder: Path, files: Iterable[StoredFile]) -> str | None:
+    """Return the first of these files that is not there, or not as long as it was."""
+    for file in files:
         try:
-            size = (found / file.name).stat().st_size
+            size = (folder / file.name).stat().st_size
         except OSError as error:
             return f"{file.name}: {error.strerror}"
         if size != file.size_bytes:
@@ -227,7 +232,8 @@ def mismatch(found: Path) -> str | None:
     return None
 
 
-def _wrong(path: Path, file: StoredFile) -> str | None:
+def file_damage(path: Path, file: StoredFile, were: str = "written") -> str | None:
+    """Return what is wrong with a file that was `were` as it says; every byte of it is read."""
     try:
         with path.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -236,7 +242,7 @@ def _wrong(path: Path, file: StoredFile) -> str | None:
             same = hashlib.file_digest(stream, "sha256").hexdigest() == file.sha256
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    return None if same else "damaged: its bytes are not those that were written"
+    return None if same else f"damaged: its bytes are not those that were {were}"
 
 
 def _source_files(published: Path) -> list[Path]:

@@ -6,8 +6,6 @@ in a hidden folder beside the final one, which is renamed as a whole. Knows no n
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from safelight import models
+from safelight import models, prepared
 from safelight.errors import SafelightError
 from safelight.models import ModelFacts, Models
 from safelight.prepared import StoredFile
@@ -154,14 +152,7 @@ def mismatch(folder: Path) -> str | None:
         manifest = read(folder)
     except DamagedModel:
         return f"its {MANIFEST} cannot be read"
-    for file in manifest.files if manifest else ():
-        try:
-            size = (folder / file.name).stat().st_size
-        except OSError as error:
-            return f"{file.name}: {error.strerror}"
-        if size != file.size_bytes:
-            return f"{file.name} is {size} bytes long and was {file.size_bytes}"
-    return None
+    return prepared.size_mismatch(folder, manifest.files) if manifest else None
 
 
 def damage(key: str, folder: Path) -> list[str]:
@@ -170,20 +161,9 @@ def damage(key: str, folder: Path) -> list[str]:
         manifest = read(folder)
     except DamagedModel as error:
         return [f"{error} {remedy(key)}"]
-    wrong = ((file, _wrong(folder / file.name, file)) for file in (manifest.files if manifest else ()))
+    files = manifest.files if manifest else ()
+    wrong = ((file, prepared.file_damage(folder / file.name, file, "fetched")) for file in files)
     return [f"{folder / file.name}: {problem}. {remedy(key)}" for file, problem in wrong if problem]
-
-
-def _wrong(path: Path, file: StoredFile) -> str | None:
-    try:
-        with path.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if size != file.size_bytes:
-                return f"is {size} bytes long and was {file.size_bytes}"
-            same = hashlib.file_digest(stream, "sha256").hexdigest() == file.sha256
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    return None if same else "damaged: its bytes are not those that were fetched"
 
 
 def remedy(key: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +18,7 @@ from safelight.jobspec import JobSpec
 from safelight.ledger import Ledger
 from safelight.machine import Machine
 from safelight.models import Models
-from safelight.plan import Plan
+from safelight.plan import Overrun, Plan
 from safelight.planner import NO_CIRCUMSTANCES, make_plan, with_known_embeddings
 from safelight.receipt import Output, Receipt
 from safelight.rung import Circumstances
@@ -67,7 +67,7 @@ def run_job(
     if receipt := outputs.finish(spec.id, ledger, paths):
         return receipt  # rendered by an attempt that died before it could say so
     outputs.discard(spec.id, paths)
-    started_at = _now()
+    started_at = moment()
 
     with watch.phase("plan"):
         machine = probe.read_machine(setting.config, device.own())
@@ -107,7 +107,9 @@ def run_job(
         verify.output(file, spec)
     with watch.phase("publish"):
         device.release()
-        receipt_of = _receipt_of(spec, plan, machine, attempt, started_at, watch, around)
+        receipt_of = receipt_of_done(
+            spec, plan, machine, attempt, started_at, watch, metadata.versions(), around.overruns
+        )
         return outputs.publish(receipt_of, file, spec, ledger, paths)
 
 
@@ -117,14 +119,15 @@ def now(circumstances: Circumstances, pinned: PinnedSet) -> Circumstances:
     return dataclasses.replace(circumstances, compiled_here=here, compiled_before=before, pinned=pinned.held)
 
 
-def _receipt_of(
+def receipt_of_done(
     spec: JobSpec,
     plan: Plan,
     machine: Machine,
     attempt: int,
     started_at: str,
     watch: Watch,
-    around: Circumstances,
+    versions: Mapping[str, str],
+    overruns: tuple[Overrun, ...] = (),
 ) -> Callable[[tuple[Output, ...]], Receipt]:
     """Return what makes the receipt once the output has its name."""
     return lambda published: Receipt(
@@ -134,15 +137,15 @@ def _receipt_of(
         plan=plan,
         outputs=published,
         attempts=attempt,
-        overruns=around.overruns,
+        overruns=overruns,
         started_at=started_at,
-        finished_at=_now(),
+        finished_at=moment(),
         resumed_after_step=watch.resumed_after_step,
         phases=dict(watch.records),
         seconds_per_step=watch.seconds_per_step,
         device_bytes_after=device.held_bytes(),
         machine=machine,
-        versions=metadata.versions(),
+        versions=dict(versions),
     )
 
 
@@ -164,5 +167,6 @@ def input_picture(digest: str | None, inputs: Path) -> Image.Image | None:
     return ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")  # as the phone was held
 
 
-def _now() -> str:
+def moment() -> str:
+    """Return now, as receipts say it."""
     return datetime.now().astimezone().isoformat(timespec="milliseconds")

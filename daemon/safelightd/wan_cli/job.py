@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 
 from PIL import ImageOps
 
 from safelight import __version__, wan_cli
 from safelight.jobspec import JobSpec
-from safelight.machine import Machine
 from safelight.plan import Plan
 from safelight.planner import NO_CIRCUMSTANCES, make_plan
-from safelight.receipt import Output, Receipt
+from safelight.receipt import Receipt
 from safelight.rung import Circumstances
 from safelight.wan_cli import Installed
 from safelightd import calibration, device, formats, outputs, probe, runjob, verify, video
@@ -43,7 +40,7 @@ def run_job(
     if receipt := outputs.finish(spec.id, ledger, paths):
         return receipt  # rendered by an attempt that died before it could say so
     outputs.discard(spec.id, paths)
-    started_at = _now()
+    started_at = runjob.moment()
 
     with watch.phase("plan"):
         setting.pinned.drop_unless([])  # what the jobs of this process keep in RAM is wanted elsewhere now
@@ -57,7 +54,8 @@ def run_job(
         with watch.phase("verify"):
             verify.output(file, spec)
         with watch.phase("publish"):
-            receipt_of = _receipt_of(spec, plan, machine, attempt, started_at, watch, where)
+            versions = {"safelight": __version__, "wan-cli": version(where.checkout)}
+            receipt_of = runjob.receipt_of_done(spec, plan, machine, attempt, started_at, watch, versions)
             return outputs.publish(receipt_of, file, spec, ledger, paths)
     except BaseException:
         outputs.discard(spec.id, paths)
@@ -110,27 +108,6 @@ def _refuse_broken(made: Path, spec: JobSpec, running: Program) -> None:
     raise ProgramFailed(f"Wan's own program ended well, but without a clip: {running.words}.")
 
 
-def _receipt_of(
-    spec: JobSpec, plan: Plan, machine: Machine, attempt: int, started_at: str, watch: Watch, where: Installed
-) -> Callable[[tuple[Output, ...]], Receipt]:
-    """Return what makes the receipt once the output has its name."""
-    return lambda published: Receipt(
-        id=spec.id,
-        state="done",
-        spec=spec,
-        plan=plan,
-        outputs=published,
-        attempts=attempt,
-        started_at=started_at,
-        finished_at=_now(),
-        phases=dict(watch.records),
-        seconds_per_step=watch.seconds_per_step,
-        device_bytes_after=device.held_bytes(),
-        machine=machine,
-        versions={"safelight": __version__, "wan-cli": version(where.checkout)},
-    )
-
-
 def version(checkout: Path) -> str:
     """Return the commit of the program's folder, "unknown" where it is no clone or there is no git to ask."""
     if not (checkout / ".git").exists():
@@ -142,7 +119,3 @@ def version(checkout: Path) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-
-def _now() -> str:
-    return datetime.now().astimezone().isoformat(timespec="milliseconds")
