@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -99,3 +101,14 @@ def receipt(spec: JobSpec, outputs: tuple[Output, ...], plan: Plan = PLAN) -> Re
         finished_at="2026-11-22T13:00:00+00:00",
         versions={"safelight": "0"},
     )
+
+
+@contextmanager
+def file_size_limit(size_bytes: int) -> Iterator[None]:
+    """Let the kernel refuse larger files (EFBIG) in this process and its children."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -447,24 +445,13 @@ def test_clip_that_shows_nothing_is_refused_in_every_format(output_format: str, 
 # Disks.
 
 
-@contextmanager
-def file_size_limit(size_bytes: int) -> Iterator[None]:
-    """Let the kernel refuse larger files (EFBIG) in this process and its children."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("interpolate", [None, 2])
 @pytest.mark.parametrize("output_format", FORMATS)
 def test_clip_that_the_disk_refuses_leaves_nothing(output_format: str, interpolate: int | None, config: Config) -> None:
     spec = clip(output_format, fps=25, interpolate=interpolate)
     frames = (making.noise(spec, seed) for seed in range(9))
 
-    with file_size_limit(1024), pytest.raises(OSError, match="File too large"):
+    with making.file_size_limit(1024), pytest.raises(OSError, match="File too large"):
         outputs.write(spec, making.PLAN, frames, config)
 
     assert below(config.paths.outbox) == []

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -185,24 +182,13 @@ def test_target_that_comes_meanwhile_is_not_overwritten(tmp_path: Path, monkeypa
     assert [name for name in below(tmp_path) if name.endswith(".part")] == []
 
 
-@contextmanager
-def file_size_limit(size_bytes: int) -> Iterator[None]:
-    """Let the kernel refuse larger files (EFBIG) in this process and its children."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_file_that_the_disk_refuses_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> None:
     target = tmp_path / "all.mp4"
     target.write_bytes(b"of last week")
     parts = three(tmp_path)
     before = below(tmp_path)
 
-    with file_size_limit(1024), pytest.raises(OSError, match="File too large"):
+    with making.file_size_limit(1024), pytest.raises(OSError, match="File too large"):
         concat(parts, target, force=True)
 
     assert below(tmp_path) == before

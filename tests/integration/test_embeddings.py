@@ -25,6 +25,7 @@ from safelightd.loading import Loader, model_folder
 from safelightd.progress import Watch
 from tests.conftest import Installation
 from tests.daemon.test_worker import specs_of
+from tests.integration import making
 from tests.integration.rendering import MODELS, NoMeter, Run, spec_for
 
 GPU = "NVIDIA GeForce RTX 4090 Laptop GPU"
@@ -271,31 +272,11 @@ def test_a_limit_of_nothing_reads_nothing_and_removes_what_was_kept(cache: Cache
 def test_a_full_disk_is_said_and_leaves_no_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     full = tmp_path / "embeddings"
     full.mkdir()
-    with _file_size_limit(2048):
+    with making.file_size_limit(2048):
         Cache(full, 1 * GIB).put(key(1), of(1.0))
 
     assert "embeddings.not_kept" in caplog.text
     assert files(tmp_path) == []
-
-
-def _file_size_limit(size_bytes: int) -> Any:
-    """The kernel refuses to write more to a file, halfway through it, as a full disk does."""
-    import contextlib
-    import resource
-    import signal
-
-    @contextlib.contextmanager
-    def limited() -> Any:
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-            signal.signal(signal.SIGXFSZ, handler)
-
-    return limited()
 
 
 def test_a_file_in_the_folders_place_fails_no_job(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,13 +6,11 @@ import errno
 import hashlib
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -437,22 +435,11 @@ def test_many_publishers_of_one_name_each_get_their_own(config: Config) -> None:
 # Disks.
 
 
-@contextmanager
-def _file_size_limit(size_bytes: int) -> Iterator[None]:
-    """Let the kernel refuse larger files (EFBIG) in this process and its children."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("make", [making.image_spec, making.clip_spec])
 def test_file_that_the_disk_refuses_leaves_nothing(config: Config, make: Callable[[], JobSpec]) -> None:
     spec = make()
 
-    with _file_size_limit(1024), pytest.raises(OSError, match="File too large"):
+    with making.file_size_limit(1024), pytest.raises(OSError, match="File too large"):
         _write(spec, config)
 
     assert _files(config.paths.outbox) == []
