@@ -20,10 +20,10 @@ test: $(INSTALLED)
 	$(BIN)/lint-imports
 	$(BIN)/pytest --no-fold-skipped
 
-# JSON on stdout, from every script that needs no GPU; ends with the first whose bar is missed. The gpu_ ones are run
-# by hand on a machine that has one. docs/numbers.md holds what was measured, on what and when.
+# JSON on stdout, from every script that needs no GPU; ends with the first whose bar is missed. The gpu_ and train_ ones
+# are run by hand on a machine that has one. docs/numbers.md holds what was measured, on what and when.
 bench: $(INSTALLED)
-	set -e; for script in $(filter-out __init__ scratch gpu_%,$(basename $(notdir $(wildcard bench/*.py)))); do \
+	set -e; for script in $(filter-out __init__ scratch gpu_% train_%,$(basename $(notdir $(wildcard bench/*.py)))); do \
 		echo "== bench/$$script.py" >&2; $(BIN)/python -m bench.$$script; done
 
 # docs/cli.md, from --help, and docs/plans.md, from the planner; `make test` fails when one is old.

@@ -72,6 +72,9 @@ def _top_levels(names: set[str]) -> set[Path]:
     return tops
 
 
+DEMO = CHECKOUT / "daemon/safelightd/demo_models"
+
+
 def run(program: Path, *words: str, home: Path) -> subprocess.CompletedProcess[str]:
     env = {"PATH": "/usr/bin:/bin", "HOME": str(home), "LC_ALL": "C.UTF-8"}
     return subprocess.run([str(program), *words], capture_output=True, text=True, check=False, timeout=60, env=env)
@@ -83,7 +86,9 @@ def test_the_wheel_carries_everything_that_is_not_python(wheel: Path) -> None:
     shipped = {"safelight/shipped/models.toml", "safelight/shipped/safelight.toml", "safelight/py.typed"}
     units = {f"safelight/shipped/{path.relative_to(CHECKOUT)}" for path in (CHECKOUT / "systemd").rglob("*.*")}
     scripts = {f"safelight/lua/{path.name}" for path in (CHECKOUT / "client/safelight/lua").glob("*.lua")}
-    expected = shipped | units | scripts | {"safelightd/py.typed"}
+    demo = {f"safelightd/demo_models/{path.relative_to(DEMO)}" for path in DEMO.rglob("*.*") if path.suffix != ".pyc"}
+    expected = shipped | units | scripts | demo | {"safelightd/py.typed"}
+    assert "safelightd/demo_models/demo-flux/transformer/diffusion_pytorch_model.safetensors" in names
     assert len(units) >= 11
     assert scripts
     assert expected - names == set()

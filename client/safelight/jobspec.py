@@ -22,6 +22,7 @@ from safelight.models import ModelFacts, Models
 PRIORITIES = ("high", "normal", "low", "night")
 SEED_MAX = 2**32 - 1
 PROMPT_CHARACTERS_MAX = 20_000
+UNKNOWN_WORDS_SHOWN = 8
 
 Kind = Literal["image", "video"]
 Priority = Literal["high", "normal", "low", "night"]
@@ -254,7 +255,7 @@ def check(
     facts = _model_of(fields, models, faults, image_model=image_model, video_model=video_model)
     if facts is None:
         return faults.found
-    _check_prompt(fields, faults)
+    _check_prompt(fields, facts, faults)
     if fields.get("backend") == "wan-cli":
         faults.found += [Fault(where, *refusal) for refusal in wan_cli.refusals(fields, facts)]
     else:
@@ -308,7 +309,7 @@ def _model_of(
     return facts
 
 
-def _check_prompt(fields: dict[str, Any], faults: Faults) -> None:
+def _check_prompt(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> None:
     prompt = fields.get("prompt", "")
     if not prompt.strip():
         faults.add("the prompt is empty", "Write what the picture should show.")
@@ -318,6 +319,10 @@ def _check_prompt(fields: dict[str, Any], faults: Faults) -> None:
             faults.add(f"{name} has {len(text)} characters", f"At most {PROMPT_CHARACTERS_MAX}.")
         if "\x00" in text:
             faults.add(f"{name} has a NUL character", "Remove it.")
+        if unknown := facts.unknown_words(text):
+            said = ", ".join(map(shown, unknown[:UNKNOWN_WORDS_SHOWN]))
+            words = ", ".join(facts.vocabulary.split())
+            faults.add(f"{facts.key} does not know {said} of {name}", f"Its words: {words}.")
 
 
 def _check_size(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> None:

@@ -19,6 +19,8 @@ from safelight.errors import BadConfig
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 """A key is a folder's name and a word on a command line."""
 
+_WORD = re.compile(r"[^\s.,]+")
+
 PLACES = ("path", "component_paths", "native")
 """The fields of a row that say where its files are."""
 
@@ -129,6 +131,8 @@ class ModelFacts(BaseModel):
     experts: int = 1
     boundary_ratio: float | None = None
     tiny: bool = False
+    vocabulary: str = ""
+    """The words that prompts may have, with a space between two; "": any."""
     defaults: Defaults
     components: dict[str, int]
     component_paths: dict[str, str] = Field(default_factory=dict)
@@ -160,6 +164,12 @@ class ModelFacts(BaseModel):
             if side != self.side_near(side):
                 raise ValueError(f"defaults.{name} {side} is not legal for it. Use {self.side_near(side)}")
         return self
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Return the words of a prompt that are not in the vocabulary, each once, in their order."""
+        known = set(self.vocabulary.split())
+        words = _WORD.findall(text.lower()) if known else []
+        return [word for word in dict.fromkeys(words) if word not in known]
 
     def tokens(self, width: int, height: int, num_frames: int | None) -> int:
         """Return how many latent tokens the transformer sees: what time and activations grow with."""

@@ -40,7 +40,7 @@ def faults(**written: object) -> list[str]:
 def test_defaults_are_the_models_own(key: str) -> None:
     facts = TABLE[key]
     picture = {"image": DIGEST} if facts.image == "required" else {}
-    made = spec(model=key, **picture)
+    made = spec(model=key, prompt="a red circle", **picture)
 
     wanted = facts.defaults.model_dump()
     assert {name: getattr(made, name) for name in wanted} == wanted

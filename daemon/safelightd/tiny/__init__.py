@@ -1,6 +1,7 @@
 """The tiny models: true diffusers folders of the real classes with random weights, built where they are missing.
 
 They draw noise. They exist so that every path of a real job can be shown and tested on any machine in seconds.
+The demo models, which draw, are put in place the same way.
 Importing this package is cheap; building imports torch and diffusers.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 
 from safelight import durable
 from safelight.errors import SafelightError
+from safelightd import demo_models
 
 KEYS = ("tiny-flux-schnell", "tiny-flux-dev", "tiny-wan-ti2v", "tiny-wan-t2v-a14b", "tiny-wan-i2v-a14b")
 
@@ -24,20 +26,27 @@ class NotATinyModel(SafelightError):
 
 
 def build(key: str, folder: Path) -> None:
-    """Put the tiny model `key` at `folder`, whole and synced, unless it is there already.
+    """Put the tiny or demo model `key` at `folder`, whole and synced, unless it is there already.
 
     The folder appears by one rename. Several processes may build at once: the first wins, all return.
 
     Raises:
         NotATinyModel: no tiny model has this key, or `folder` holds something else.
+        DamagedDemoModel: a file of a demo model is not the one that was shipped.
     """
     if is_built(folder):
+        if key in demo_models.KEYS:
+            demo_models.check(key, folder)
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     unfinished.mkdir()
     try:
-        _pipeline(key).save_pretrained(unfinished, safe_serialization=True)
+        if key in demo_models.KEYS:
+            demo_models.copy(key, unfinished)
+            demo_models.check(key, unfinished)
+        else:
+            _pipeline(key).save_pretrained(unfinished, safe_serialization=True)
         durable.sync_filesystem(unfinished)
         _put_in_place(unfinished, folder)
     finally:

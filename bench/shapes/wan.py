@@ -1,0 +1,128 @@
+"""demo-wan: the classes of Wan 2.2 TI2V-5B, small enough to train in minutes, and how the training sees them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, unpatchify
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+from torch import Tensor, nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+from bench.shapes.tokens import rounded_up, t5_tokenizer
+
+WIDTH = 128
+LATENT_CHANNELS = 48
+LATENT_SIDE = 8
+FRAMES_PER_LATENT = 4
+FLOW_SHIFT = 3.0
+
+
+@dataclass
+class DemoWan:
+    """The modules, in float32, and the tokenizer."""
+
+    vae: Any
+    text_encoder: Any
+    transformer: Any
+    tokenizer: Any
+
+    @classmethod
+    def new(cls, device: str) -> DemoWan:
+        """Return untrained modules: random, as the classes draw them, with an output that begins as nothing."""
+        tokenizer = t5_tokenizer()
+        made = cls(_vae(), _umt5(tokenizer), _transformer(), tokenizer)
+        for module in made.modules():
+            module.to(device)
+        return made
+
+    def modules(self) -> list[nn.Module]:
+        return [self.vae, self.text_encoder, self.transformer]
+
+    def take(self, folder: Path) -> None:
+        """Begin with the VAE and the transformer of a saved pipeline; the text encoders learn to read anew."""
+        for name, kind in (("vae", AutoencoderKLWan), ("transformer", WanTransformer3DModel)):
+            stored = kind.from_pretrained(folder, subfolder=name, dtype=torch.float32, local_files_only=True)
+            getattr(self, name).load_state_dict(stored.state_dict())
+
+    def embeds(self, tokens: Tensor) -> Tensor:
+        """Return (B, length, WIDTH) of token rows, zero after each prompt's end, as WanPipeline pads."""
+        mask = (tokens > 0).long()
+        embeds: Tensor = self.text_encoder(tokens, mask).last_hidden_state * mask[..., None]
+        return embeds
+
+    def velocity(self, noisy: Tensor, sigma: Tensor, embeds: Tensor) -> Tensor:
+        """Return what the transformer predicts of (B, 48, T, 8, 8) at a noise level for each frame (B, T)."""
+        tokens = (LATENT_SIDE // 2) ** 2
+        timestep = (1000 * sigma).repeat_interleave(tokens, dim=1)
+        velocity: Tensor = self.transformer(noisy, timestep, embeds, return_dict=False)[0]
+        return velocity
+
+    def save(self, folder: Path) -> None:
+        """Write a WanPipeline in bfloat16."""
+        vae, text_encoder, transformer = (
+            copy.deepcopy(module).to("cpu", torch.bfloat16).eval() for module in self.modules()
+        )
+        WanPipeline(
+            vae=vae, text_encoder=text_encoder, transformer=transformer, tokenizer=self.tokenizer,
+            scheduler=scheduler(), expand_timesteps=True,
+        ).save_pretrained(folder, safe_serialization=True)  # fmt: skip
+
+
+def scheduler() -> UniPCMultistepScheduler:
+    return UniPCMultistepScheduler(
+        num_train_timesteps=1000, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT
+    )
+
+
+def encoded(vae: Any, clips: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and logarithm of the variance, (B, 48, T, 8, 8), of clips (B, 3, 4T - 3, 128, 128)."""
+    posterior = vae.encode(clips).latent_dist
+    return posterior.mean, posterior.logvar
+
+
+def decoded(vae: Any, latents: Tensor) -> Tensor:
+    """Return clips as AutoencoderKLWan decodes them, without its clamp, through which no gradient comes back."""
+    vae.clear_cache()
+    unmixed = vae.post_quant_conv(latents)
+    parts = [
+        vae.decoder(unmixed[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=[0], first_chunk=i == 0)
+        for i in range(unmixed.shape[2])
+    ]
+    vae.clear_cache()
+    clips: Tensor = unpatchify(torch.cat(parts, 2), patch_size=vae.config.patch_size)
+    return clips
+
+
+def _vae() -> AutoencoderKLWan:
+    return AutoencoderKLWan(
+        base_dim=16, decoder_base_dim=32, dim_mult=[1, 2, 2, 2], num_res_blocks=1, z_dim=LATENT_CHANNELS,
+        is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16,
+        latents_mean=[0.0] * LATENT_CHANNELS, latents_std=[1.0] * LATENT_CHANNELS,
+    )  # fmt: skip
+
+
+def _umt5(tokenizer: Any) -> UMT5EncoderModel:
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=rounded_up(len(tokenizer)), d_model=WIDTH, d_kv=32, d_ff=2 * WIDTH, num_layers=3, num_heads=4,
+            feed_forward_proj="gated-gelu", dropout_rate=0.0,
+        )
+    )  # fmt: skip
+
+
+def _transformer() -> WanTransformer3DModel:
+    transformer = WanTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=32, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
+        text_dim=WIDTH, freq_dim=WIDTH, ffn_dim=4 * WIDTH, num_layers=8,
+    )  # fmt: skip
+    with torch.no_grad():
+        transformer.proj_out.weight.zero_()
+        transformer.proj_out.bias.zero_()
+    return transformer

@@ -1,0 +1,95 @@
+"""The world of the demo models: what is drawn is read back right, captions say it, held-out scenes stay held out."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import torch
+from bench.shapes import analyser
+from bench.shapes.drawing import clips, pictures, placed
+from bench.shapes.tokens import TokenTables, clip_tokenizer, t5_tokenizer
+from bench.shapes.training import accuracy, as_bytes, clip_verdict, verdict
+from bench.shapes.world import COLOURS, SHAPES, World, held_out, texts
+
+from safelight import models
+
+
+def test_the_analyser_reads_every_true_picture_right() -> None:
+    scenes = World("cpu", 11).scenes(400)
+    drawn = as_bytes(pictures(scenes, placed(scenes, torch.Generator().manual_seed(12))))
+
+    answers = [verdict(scene, picture) for scene, picture in zip(scenes.each(), drawn, strict=True)]
+
+    assert set(accuracy(scenes.each(), answers).values()) == {100.0}
+
+
+def test_the_analyser_reads_every_true_clip_right() -> None:
+    scenes = World("cpu", 13).scenes(60, clip=True)
+    drawn = as_bytes(clips(scenes, 17, torch.Generator().manual_seed(14)))
+
+    answers = [clip_verdict(scene, clip) for scene, clip in zip(scenes.each(), drawn, strict=True)]
+
+    assert set(accuracy(scenes.each(), answers).values()) == {100.0}
+
+
+def test_noise_and_smears_are_no_shapes() -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    smear = np.full((128, 128, 3), 255, np.uint8)
+    smear[40:60, 20:110] = COLOURS["red"]
+
+    assert {thing.shape for thing in analyser.read(noise).things} <= {analyser.NO_SHAPE}
+    assert [thing.shape for thing in analyser.read(smear).things] == [analyser.NO_SHAPE]
+
+
+def test_a_wrong_colour_shape_size_or_place_is_told_apart() -> None:
+    scenes = World("cpu", 15).scenes(60)
+    drawn = as_bytes(pictures(scenes, placed(scenes, torch.Generator().manual_seed(16))))
+    others = [*scenes.each()[1:], scenes.each()[0]]
+
+    answers = [verdict(other, picture) for other, picture in zip(others, drawn, strict=True)]
+
+    assert sum(answer["all"] for answer in answers) <= 1
+    for name in ("count", "background", "colour", "shape", "size", "position"):
+        assert not all(answer[name] for answer in answers), name
+
+
+def test_training_never_sees_what_is_held_out() -> None:
+    training, kept = World("cpu", 17).scenes(3000, "training"), World("cpu", 18).scenes(300, "held out")
+
+    assert not held_out(training).any()
+    assert held_out(kept).all()
+    assert 0.05 < held_out(World("cpu", 19).scenes(5000)).float().mean() < 0.2
+
+
+def test_captions_use_the_words_of_the_table_and_no_others() -> None:
+    facts = models.load()["demo-flux"]
+    world = World("cpu", 20)
+    said = texts(world.captions(world.scenes(20_000)))
+
+    assert not {word for text in said for word in facts.unknown_words(text)}
+    assert {word for text in said for word in re.split(r"[ ,.]+", text) if word} == set(facts.vocabulary.split())
+
+
+def test_words_are_looked_up_to_the_very_tokens_that_the_tokenizers_give() -> None:
+    world, tables = World("cpu", 21), TokenTables.of("cpu")
+    captions = world.captions(world.scenes(200))
+    said = texts(captions)
+
+    t5 = t5_tokenizer()(said, padding="max_length", max_length=32, return_tensors="pt").input_ids
+    clip = clip_tokenizer()(said, padding="max_length", max_length=tables.for_clip(captions).shape[1]).input_ids
+
+    assert torch.equal(tables.for_t5(captions), t5)
+    assert tables.for_clip(captions).tolist() == clip
+
+
+def test_each_word_is_told_which_shape_it_belongs_to() -> None:
+    world = World("cpu", 22)
+    scenes = world.scenes(100)
+    captions, owner = world.captions_of(scenes, plain=True)
+
+    for scene, text, belongs in zip(scenes.each(), texts(captions), owner.tolist(), strict=True):
+        words = text.replace(",", " ,").replace(".", " .").split()
+        for i in range(scene.count):
+            own = [word for word, of in zip(words, belongs, strict=False) if of == i + 1]
+            assert own[-2:] == [list(COLOURS)[scene.colour[i]], SHAPES[scene.shape[i]]]
