@@ -1,6 +1,7 @@
 """`safelight demo`: prompt files become pictures and clips before your eyes, through the whole daemon.
 
-Real server, inbox, worker, engine and diffusers components; only the models are tiny and random, so they draw noise.
+Real server, inbox, worker, engine and diffusers components; only the models are small. The pictures are demo-flux's,
+which draws shapes as it is told; the clips are a random model's, which show noise.
 Everything lives in one folder that can be deleted; nothing of an installation is touched.
 """
 
@@ -22,10 +23,12 @@ from safelight.config import Config
 from safelight.errors import QueueUnreachable, SafelightError
 from safelight.jobqueue import JobQueue, Row
 from safelight.ledger import Ledger, submission_id
+from safelightd import contact_sheet
+from safelightd.contact_sheet import Entry
 from safelightd.supervisor import Supervisor
 
 SETTINGS = """\
-# Written by `safelight demo`: tiny random models on the CPU. Delete this folder when you have seen it.
+# Written by `safelight demo`: small models on the CPU. Delete this folder when you have seen it.
 [paths]
 inbox = "inbox"
 outbox = "outbox"
@@ -34,7 +37,7 @@ models = "models"
 [worker]
 device = "cpu"
 [defaults]
-image_model = "tiny-flux-schnell"
+image_model = "demo-flux"
 video_model = "tiny-wan-ti2v"
 [policy]
 min_free_disk_gib = 0
@@ -44,14 +47,16 @@ JOBS = 9
 """What the files below come to."""
 
 PROMPTS = {
-    "night.txt": "# one job a line\na red fox in the snow\na lighthouse at {dawn|dusk}, oil painting\n"
-    '--prompt "a paper boat on a pond" --steps 2 --n_iter 2\n',
-    "portrait.md": "---\nmodel: tiny-flux-dev\nnum_inference_steps: 6\ntrue_cfg_scale: 3\n"
-    "negative_prompt: blurry\n---\na portrait of an old sailor\n",
+    "night.txt": "# one job a line\na red circle left of a blue square on a white background\n"
+    "a {yellow|pink} star on a black background\n"
+    '--prompt "a large green triangle above a small orange circle" --n_iter 2\n',
+    "portrait.md": "---\nnum_inference_steps: 8\ntrue_cfg_scale: 2\n"
+    "negative_prompt: a red circle\n---\na circle on a gray background\n",
     "clips.yaml": "defaults:\n  kind: video\n  num_frames: 9\njobs:\n  - prompt: waves rolling in\n"
     "  - prompt: clouds over a city\n    model: tiny-wan-t2v-a14b\n",
-    "high/first.txt": "this one is rendered first: its folder says so\n",
+    "high/first.txt": "# the folder says that it is rendered first\na big purple square in the middle\n",
 }
+SHEET = "contact-sheet.png"
 
 
 def run(folder: Path, console: Console | None = None) -> int:
@@ -76,6 +81,7 @@ def run(folder: Path, console: Console | None = None) -> int:
             reason = "; ".join(show.bad) or f"stopped with status {status}"
             raise SafelightError(f"The demo did not finish: {reason}. {folder / 'daemon.log'} says more.")
         _summary(config, console, show.since, time.monotonic() - started)
+        console.print(str(_contact_sheet(config, folder / SHEET, show.since)), soft_wrap=True)
     finally:
         shutil.rmtree(runtime, ignore_errors=True)
     return 0
@@ -153,3 +159,17 @@ def _summary(config: Config, console: Console, since: str, seconds: float) -> No
     console.print(table)
     console.print(f"{JOBS} jobs verified and published in {seconds:.0f} s. Outputs and their receipts:")
     console.print(str(config.paths.outbox), soft_wrap=True)
+    console.print("All of them on one sheet:")
+
+
+def _contact_sheet(config: Config, file: Path, since: str) -> Path:
+    """Write the pictures, and of each clip the one beside it, with their prompts; return the file."""
+    ledger = Ledger(config.paths)
+    entries = []
+    for job in sorted(job for job in ledger.ended() if job > since):
+        receipt = ledger.receipt(job)
+        for output in receipt.outputs if receipt else ():
+            picture = config.paths.outbox / (output.poster or output).path
+            entries.append(Entry(picture, receipt.spec.prompt if receipt else ""))
+    contact_sheet.write(file, entries)
+    return file

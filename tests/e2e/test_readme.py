@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
 
 from tests.conftest import Installation
 from tests.e2e.test_chaos import Daemon
@@ -81,7 +82,10 @@ def test_demo_shows_nine_verified_outputs_and_leaves_no_process(installation: In
     done = subprocess.run(command, env=installation.env, capture_output=True, text=True, timeout=200, check=False)
 
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str(folder / "outbox")
+    sheet = folder / "contact-sheet.png"
+    assert done.stdout.splitlines()[-1] == str(sheet)
+    with Image.open(sheet) as opened:
+        assert opened.width > 4 * 192
     outputs = [file.suffix for file in (folder / "outbox").rglob("*") if file.suffix in (".png", ".mp4")]
     assert sorted(outputs) == [".mp4"] * 3 + [".png"] * 6
     assert [each.info["cmdline"] for each in psutil.process_iter(["cmdline"]) if _mentions(each, folder)] == []
