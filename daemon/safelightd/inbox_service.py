@@ -66,9 +66,13 @@ def serve(config: Config) -> int:
     lock = _lock(config)
     try:
         inbox.prepare(config.paths)
-        return _Service(config, wake).run()
+        status = _Service(config, wake).run()
     finally:
         os.close(lock)
+    # Python takes handlers away before it ends: a second signal would end us by itself, and not with 0.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    return status
 
 
 def _lock(config: Config) -> int:
