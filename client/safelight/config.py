@@ -119,6 +119,7 @@ class DefaultsSection(_Section):
 
 class InboxSection(_Section):
     settle_s: float = Field(default=1.0, ge=0)
+    unseen_s: float = Field(default=30.0, ge=0)
     partner_s: float = Field(default=60.0, ge=0)
     max_jobs_per_file: int = Field(default=10_000, ge=1)
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from safelight import drops, expand, inbox, pairing, promptfile, wan_cli
@@ -29,6 +28,7 @@ from safelight.models import Models
 from safelight.promptfile import InvalidPromptFile
 from safelightd.inbox_pictures import Pictures, Wait
 from safelightd.logs import Log
+from safelightd.writers import Writers
 
 GROUP_FILES = 200
 """Files claimed together: a group's syncs took 24 ms of its 0.3 s (ext4 on a virtual disk, 2 cores, 2026-11-22)."""
@@ -116,7 +116,7 @@ class Lot:
 class Intake:
     """Takes files from one inbox into the ledger and the queue; remembers what was seen, and nothing that matters."""
 
-    def __init__(self, config: Config, models: Models, record: Ledger, patience: Patience) -> None:
+    def __init__(self, config: Config, models: Models, record: Ledger, patience: Patience, writers: Writers) -> None:
         self._config = config
         self._paths = config.paths
         self._models = models
@@ -126,7 +126,8 @@ class Intake:
         self._scan: Scan | None = None
         self._later: dict[str, Later] = {}
         self._spoken: dict[str, float] = {}
-        self._pictures = Pictures(config.paths, models, patience)
+        self._writers = writers
+        self._pictures = Pictures(config.paths, models, patience, writers)
         self.queued_jobs = 0
         self.waiting_files = 0
 
@@ -217,7 +218,7 @@ class Intake:
             return None
         if fault:
             return Taken(inbox.claim(self._paths, entry, inbox.new_submission()), faults=(fault,))
-        text = _read_text(self._paths.inbox, entry, entry.path)
+        text = _parsed(self._writers.read(entry, scan.started_at), entry.path)
         if not text:
             self._later[entry.path] = Later(entry.mark, Wait(scan.started_at + WRITER_S))
             if entry.since + RETRY_S < scan.started_at:
@@ -246,7 +247,7 @@ class Intake:
                 self._speak(f".safelight/claimed/{name}", "is no claim of safelight: move it away")
                 continue
             try:
-                taken = self._take_again(claim, entry, settled=entry.since + self._patience.settle_s <= scan.started_at)
+                taken = self._take_again(claim, entry, scan.started_at)
             except (OSError, LedgerDamaged) as error:
                 if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
                     raise
@@ -262,14 +263,14 @@ class Intake:
         self._commit(queue, group)
         return next_at
 
-    def _take_again(self, claim: Claim, entry: Entry, *, settled: bool) -> Taken | None:
+    def _take_again(self, claim: Claim, entry: Entry, now: float) -> Taken | None:
         """Return a claim with what was in it; None while it may still change."""
         known = self._ledger.submission(claim.submission)
-        if not known and not settled:
+        if not known and entry.since + self._patience.settle_s > now:
             return None
         if not known and (fault := inbox.fault_of(claim.path, entry.kind, entry.size)):
             return Taken(claim, faults=(fault,))
-        text = _read_text(self._paths.claimed, entry, claim.path)
+        text = _parsed(self._writers.read_claimed(entry, now), claim.path)
         return Taken(claim, text, known=known) if text or known else None
 
     # -- queueing -------------------------------------------------------------------------------------------------
@@ -362,9 +363,8 @@ class Intake:
             log.warning("inbox.left", file=inbox.shown(path), problem=problem)
 
 
-def _read_text(top: Path, entry: Entry, path: str) -> Text | None:
+def _parsed(reading: Reading | None, path: str) -> Text | None:
     """Return what is in a prompt file, `path` being its name for people; None while it is being written."""
-    reading = inbox.read(top, entry)
     if reading is None:
         return None
     try:
