@@ -63,7 +63,8 @@ def load_key(plan: Plan, phase: PhaseName) -> str:
             held = (plan.text_encoder_precision or plan.dtype) + _made(plan, "text_encoder")
             return f"{plan.model}/encode/{held} on {plan.text_encoder_device}"
         case "denoise":
-            return f"{plan.model}/denoise/{plan.precision}{_made(plan, 'transformer')}"
+            fused = " fused" if plan.loras else ""
+            return f"{plan.model}/denoise/{plan.precision}{_made(plan, 'transformer')}{fused}"
         case "decode":
             return work_key(plan, phase)
 

@@ -137,6 +137,7 @@ def _plan(
         dtype="float32" if on_cpu else ladder.dtype_of("bf16", machine),
         precision="fp32" if on_cpu else "bf16",
         offload="none" if on_cpu else "model",
+        loras=len(spec.loras),
         vae_tiling=False,
         text_encoder_device=machine.device,
     )

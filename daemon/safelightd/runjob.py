@@ -28,6 +28,7 @@ from safelightd import (
     compiling,
     device,
     embeddings,
+    lora,
     metadata,
     outputs,
     pipelines,
@@ -72,14 +73,11 @@ def run_job(
     with watch.phase("plan"):
         machine = probe.read_machine(setting.config, device.own())
         around = now(circumstances, setting.pinned)
+        spec = lora.resolved(spec, paths)
         plan = watch.plan = make_plan(spec, machine, setting.models, calibration.load(paths.state), around)
     with watch.phase("load"):
         facts = setting.models[spec.model]
         family, folder = pipelines.family(facts.family), model_folder(facts, paths.models)
-        keys = embeddings.keys(spec, plan, facts, paths.models, machine.gpu, is_guided=family.is_guided(spec))
-        known = setting.embeddings.get(keys)
-        if keys.are_all_in(known):
-            plan = watch.plan = with_known_embeddings(plan)
         loader = Loader(
             folder,
             plan,
@@ -87,7 +85,15 @@ def run_job(
             blocks=facts.blocks,
             models_folder=paths.models,
             pinned=setting.pinned,
+            loras=lora.files(spec, paths),
         )
+        keys = embeddings.keys(
+            spec, plan, facts, paths.models, machine.gpu,
+            is_guided=family.is_guided(spec), changed=loader.changes_text_encoders,
+        )  # fmt: skip
+        known = setting.embeddings.get(keys)
+        if keys.are_all_in(known):
+            plan = watch.plan = with_known_embeddings(plan)
         made_by = checkpoint.digest(spec, plan, loader.weights(), metadata.versions())
         watch.preview = preview.Preview(paths, spec.id, spec.model)
         kept = checkpoint.Checkpoint(paths.checkpoints / spec.id, made_by, setting.config.settings.worker.checkpoint_s)

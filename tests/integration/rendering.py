@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from PIL import Image
 
 from safelight import jobspec, models
 from safelight.jobspec import JobSpec
+from safelight.lora import Lora
 from safelight.plan import Plan
 from safelightd import pipelines
+from safelightd.assembly import PinnedSet
 from safelightd.checkpoint import NOWHERE, Checkpoint
 from safelightd.loading import Loader, model_folder
 from safelightd.pipelines import Frame
@@ -78,6 +80,8 @@ class Run:
     stop: StopAt = field(default_factory=StopAt)
     sent: list[dict[str, Any]] = field(default_factory=list)
     checkpoint: Checkpoint = NOWHERE
+    loras: Sequence[tuple[Lora, Path]] = ()
+    pinned: PinnedSet | None = None
 
     def __post_init__(self) -> None:
         facts = MODELS[self.spec.model]
@@ -89,6 +93,8 @@ class Run:
             self.component_paths,
             blocks=facts.blocks,
             models_folder=self.models_folder,
+            pinned=self.pinned,
+            loras=self.loras,
         )
         self.watch = Watch(self.sent.append, self.stop, NoMeter())
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from safelight.embedded import Embedded
     from safelight.errors import Fault
     from safelight.jobspec import JobSpec
+    from safelight.lora import Lora
     from safelight.plan import Plan
     from safelight.receipt import Receipt
 
@@ -241,6 +242,7 @@ def _written(client: Client, spec: JobSpec, plan: Plan | None) -> dict[str, Any]
     known = client.models[spec.model].defaults.model_dump() if spec.model in client.models else {}
     values = {name: getattr(spec, name) for name in FIELDS}
     written = {name: value for name, value in values.items() if value is not None and known.get(name) != value}
+    written = {name: value for name, value in written.items() if value != ()}
     written.pop("not_before", None)
     return {**written, **{name: how for name, how in _as_planned(plan).items() if written.get(name) == "auto"}}
 
@@ -274,6 +276,29 @@ def _checked(client: Client, file: Path, written: dict[str, Any]) -> JobSpec:
         for name, digest in (("image", found.image), ("last_image", found.last_image))
         if digest is not None and not (_DIGEST.fullmatch(digest) and (client.config.paths.inputs / digest).is_file())
     ]
+    loras = []
+    for lora in found.loras:
+        try:
+            loras.append(_still_there(client, lora))
+        except InvalidJob as error:
+            gone += [Fault(str(file), f"{fault.where}: {fault.problem}", fault.remedy) for fault in error.faults]
     if gone:
         raise InvalidJob(gone)
-    return found
+    return found.model_copy(update={"loras": tuple(loras)})
+
+
+def _still_there(client: Client, lora: Lora) -> Lora:
+    """Return a LoRA that is what it was when the file was made, or that nobody here can look at.
+
+    Raises:
+        InvalidJob: it is gone, or another file now.
+    """
+    from safelight import lorafiles
+
+    paths = client.config.paths
+    if not client.is_on_workers_host or not lorafiles.may_look(paths.models):
+        return lora
+    if not lora.sha256:
+        return lorafiles.find(lora, paths.models)
+    lorafiles.file_of(lora, paths.models, paths.inputs)
+    return lora
