@@ -13,6 +13,9 @@ INTERPOLATIONS = (2, 4)
 LORAS_MAX = 16
 """Of one job: people use one to four."""
 
+STRENGTH = 0.6
+"""Of a picture that starts from another, where none is written: FluxImg2ImgPipeline's own."""
+
 SCALE_MAX = 10
 """Of a LoRA; sliders are used up to about 5, and backwards."""
 
@@ -175,6 +178,12 @@ def check_images(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> N
     """Note pictures that the model cannot use, or the want of one."""
     if "image" in fields and facts.image == "never":
         faults.add(f"image would be ignored by {facts.key}", "Leave it out, or use a model that animates pictures.")
+    if "strength" in fields and facts.kind == "video":
+        faults.add(f"strength would be ignored by {facts.key}, which animates a picture as it is", "Leave it out.")
+    elif "strength" in fields and "image" not in fields:
+        faults.add("strength would be ignored without an image", "Add image: NAME, or leave it out.")
+    elif not 0 < fields.get("strength", STRENGTH) <= 1:
+        faults.add(f"strength {fields['strength']:g} is not above 0 and at most 1", f"Use {STRENGTH}.")
     if "image" not in fields and facts.image == "required":
         faults.add(f"{facts.key} animates a picture and none was given", "Add image: NAME.")
     if "last_image" in fields and not facts.last_image:

@@ -18,6 +18,7 @@ from safelight import lora, wan_cli
 from safelight.errors import Fault
 from safelight.faults import Faults, near, shown
 from safelight.jobrules import (
+    STRENGTH,
     check_frames,
     check_images,
     check_loras,
@@ -85,6 +86,8 @@ class JobSpec(BaseModel):
     image: str | None = None
     """sha256 of an input image in state/inputs."""
     last_image: str | None = None
+    strength: float | None = None
+    """Of a picture that starts from `image`: the share of the steps that are run, and of the noise that covers it."""
     loras: tuple[Lora, ...] = Field(default=(), strict=False)
     """What is added to the model's weights, all of them together."""
     seed: int
@@ -105,6 +108,12 @@ class JobSpec(BaseModel):
     tags: tuple[str, ...] = Field(default=(), strict=False)
     axes: dict[str, str | int | float] = Field(default_factory=dict)
     """This job's values of a sweep or matrix."""
+
+    @property
+    def steps_run(self) -> int:
+        """Steps that are left when those are skipped that `strength` spares (FluxImg2ImgPipeline.get_timesteps)."""
+        steps = self.num_inference_steps
+        return steps - int(max(steps - steps * (1.0 if self.strength is None else self.strength), 0))
 
     @property
     def clip_fps(self) -> int | None:
@@ -188,6 +197,7 @@ FIELDS: dict[str, tuple[Callable[[object], Any], str]] = {
     "flow_shift": (_to_float, _NUMBER),
     "image": (_to_text, "the name of a picture"),
     "last_image": (_to_text, "the name of a picture"),
+    "strength": (_to_float, _NUMBER),
     "loras": (lora.read, 'LoRAs such as "style:0.8, grain"'),
     "seed": (_to_int, _WHOLE),
     "precision": (_to_text, "auto or one of " + ", ".join(get_args(Precision)[1:])),
@@ -277,7 +287,8 @@ def _read_fields(written: Mapping[str, object], faults: Faults) -> dict[str, Any
 def _model_of(
     fields: dict[str, Any], models: Models, faults: Faults, *, image_model: str, video_model: str
 ) -> ModelFacts | None:
-    wants_video = fields.get("kind") == "video" or ("kind" not in fields and "image" in fields)
+    animates = "image" in fields and "strength" not in fields
+    wants_video = fields.get("kind") == "video" or ("kind" not in fields and animates)
     key = fields.setdefault("model", video_model if wants_video else image_model)
     if key not in models:
         faults.add(f"model {shown(key)} is not known", f"Known: {', '.join(models.near(key))} (safelight models list).")
@@ -328,4 +339,6 @@ def _filled(fields: dict[str, Any], facts: ModelFacts) -> JobSpec:
         **defaults,
         **fields,
     }
+    if facts.kind == "image" and "image" in fields:
+        given.setdefault("strength", STRENGTH)
     return JobSpec.model_validate(given)

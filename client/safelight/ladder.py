@@ -175,7 +175,7 @@ def _denoise(
     if spec.loras and not facts.tiny:
         working = max(working, footprint.FUSING_BYTES)
     base = footprint.CONTEXT_BYTES + rest + working + footprint.SLACK_BYTES
-    forwards = (2 if pace.is_guided(spec, facts) else 1) * spec.num_inference_steps
+    forwards = (2 if pace.is_guided(spec, facts) else 1) * spec.steps_run
     rate = pace.flops_per_second(machine)
     efficiency = pace.COMPILED_EFFICIENCY if way.compiled else pace.EFFICIENCY
     compute = pace.forward_flop(facts, experts[0], seen) / (rate * efficiency[way.precision])
@@ -207,7 +207,7 @@ def _denoise(
         return Rung(
             "denoise", f"{way.precision}{' compiled' if way.compiled else ''}, {words}", device, host_bytes,
             setup + fetching * (1 - share), compute * forwards, changes | more, copying * forwards,
-            spec.num_inference_steps, read_once, pin, compiling,
+            spec.steps_run, read_once, pin, compiling,
         )  # fmt: skip
 
     match way.placement:
@@ -298,7 +298,7 @@ def decode_rungs(spec: JobSpec, facts: ModelFacts, machine: Machine, dtype: Dtyp
     weights = facts.components.get("vae", 0) * width
     frames = spec.width * spec.height * (spec.num_frames or 1)
     host = footprint.HOST_BYTES["cuda"] + held + 12 * frames
-    seconds = frames / (pace.DECODE_PIXELS_PER_FLOP[facts.family] * pace.flops_per_second(machine))
+    seconds = frames / pace.decode_pixels_per_second(facts, machine)
     seconds += pace.VAE_SECONDS + frames * pace.WRITE_SECONDS_PER_PIXEL
     base = footprint.CONTEXT_BYTES + weights + footprint.SLACK_BYTES
     for tile in footprint.tiles(spec, facts):
@@ -313,7 +313,12 @@ def of_phase(
     """Return every way to run a phase. `before` is the plan as far as it stands: its dtype is that of all phases."""
     found = _of_phase(phase, spec, facts, machine, circumstances, room_bytes, before, held, calibration)
     more = footprint.lora_bytes(spec)
-    return [replace(rung, host_bytes=rung.host_bytes + more) for rung in found] if more else found
+    encode_s = 0.0
+    if phase == "denoise" and spec.image and spec.kind == "image":  # the VAE encodes it before the transformer comes
+        encode_s = pace.VAE_SECONDS + spec.width * spec.height / pace.decode_pixels_per_second(facts, machine)
+    return [
+        replace(rung, host_bytes=rung.host_bytes + more, load_seconds=rung.load_seconds + encode_s) for rung in found
+    ]
 
 
 def _of_phase(

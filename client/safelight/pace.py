@@ -110,6 +110,11 @@ def flops_per_second(machine: Machine) -> float:
     return ASSUMED_FLOPS[known]
 
 
+def decode_pixels_per_second(facts: ModelFacts, machine: Machine) -> float:
+    """Return how fast the VAE makes pixels; it reads them as fast at least."""
+    return DECODE_PIXELS_PER_FLOP[facts.family] * flops_per_second(machine)
+
+
 def link_bytes_per_second(machine: Machine) -> int:
     return machine.link_bytes_per_second or ASSUMED_LINK_BYTES_PER_SECOND
 

@@ -171,6 +171,8 @@ def _plan(
         passed_over += _reasons(faster, comfortable)
         warnings += _warnings(chosen, faster)
     warnings += _advice(plan, facts, circumstances.waiting)
+    if spec.image and spec.kind == "image":
+        predicted["denoise"] = _with_encoding(predicted["denoise"], predicted["decode"])
     ordered = {phase: predicted[phase] for phase in PHASES}
     return plan.model_copy(
         update={
@@ -178,6 +180,19 @@ def _plan(
             "seconds": round(sum(prediction.seconds or 0.0 for prediction in ordered.values()), 2),
             "passed_over": tuple(passed_over),
             "warnings": tuple(warnings),
+        }
+    )
+
+
+def _with_encoding(denoise: PhasePrediction, decode: PhasePrediction) -> PhasePrediction:
+    """Return what a phase takes in which the VAE encodes a picture first, in the tiles that it decodes in.
+
+    That is less than decoding takes, with the same weights: 1.35 GB beside 1.6 at 1024x1024 (on meta tensors).
+    """
+    return denoise.model_copy(
+        update={
+            "device_bytes": max(denoise.device_bytes, decode.device_bytes),
+            "host_bytes": max(denoise.host_bytes, decode.host_bytes),
         }
     )
 

@@ -53,7 +53,7 @@ def forecast(specs: Iterable[JobSpec], machine: Machine, models: Models, calibra
 
 def _shape(spec: JobSpec) -> tuple[Any, ...]:
     return (
-        spec.model, spec.backend, spec.width, spec.height, spec.num_frames, spec.num_inference_steps,
+        spec.model, spec.backend, spec.width, spec.height, spec.num_frames, spec.steps_run,
         spec.max_sequence_length,
         spec.precision, spec.offload, spec.vae_tiling, spec.text_encoder_device, spec.text_encoder_precision,
         spec.compile, spec.low_cpu_mem_usage,

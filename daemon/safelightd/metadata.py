@@ -49,6 +49,7 @@ def parameters(spec: JobSpec) -> str:
         "Seed": spec.seed,
         "Size": f"{spec.width}x{spec.height}",
         "Model": spec.model,
+        "Denoising strength": spec.strength,
         "Version": f"safelight {__version__}",
     }
     lines = [" ".join([spec.prompt, *(lora.tag for lora in spec.loras)])]

@@ -161,7 +161,8 @@ def stock_pipeline(run: Run) -> Any:
     import diffusers
 
     facts = MODELS[run.spec.model]
-    name = "WanImageToVideoPipeline" if run.image else facts.pipeline
+    from_picture = {"flux": "FluxImg2ImgPipeline", "wan": "WanImageToVideoPipeline"}
+    name = from_picture[facts.family] if run.image else facts.pipeline
     pipe = getattr(diffusers, name).from_pretrained(model_folder(facts, run.models_folder), local_files_only=True)
     if run.spec.flow_shift is not None:
         scheduler = pipe.scheduler
@@ -182,7 +183,7 @@ def _align(module: torch.nn.Module) -> None:
 def stock(run: Run, pipe: Any, output_type: str) -> Any:
     """Return what `pipe` makes of the run's job."""
     names = ("prompt", "prompt_2", "negative_prompt", "width", "height", "num_inference_steps", "num_frames")
-    scales = ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "max_sequence_length")
+    scales = ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "max_sequence_length", "strength")
     wanted = {name: value for name in names + scales if (value := getattr(run.spec, name)) is not None}
     if run.image is not None:
         wanted["image"] = run.image

@@ -28,7 +28,12 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("--fps",), "N", "Frames a second of a clip."),
     (("--interpolate",), "N", "2 or 4 times the frames a second: ffmpeg makes those between the model's."),
     (("--shift", "--flow-shift"), "SHIFT", "Flow shift of Wan's scheduler."),
-    (("--image",), "FILE", "The picture to animate. It is copied now: move it as you like."),
+    (("--image",), "FILE", "The picture to animate, or to start from. It is copied now: move it as you like."),
+    (
+        ("--strength",),
+        "0 TO 1",
+        "How far a picture of FLUX may leave the one it starts from; 0.6 where none is written.",
+    ),
     (("--last-image",), "FILE", "The picture to end with."),
     (
         ("--lora", "--loras"),

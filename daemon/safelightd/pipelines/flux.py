@@ -1,7 +1,7 @@
 """FLUX.1 schnell and dev: prompts to embeddings, embeddings to latents, latents to one picture.
 
 Components and their helpers are diffusers' own; the loop over transformer and scheduler is ours and gives the same
-bits as FluxPipeline. Knows no file, no queue, and nothing of where a picture goes.
+bits as FluxPipeline and FluxImg2ImgPipeline. Knows no file, no queue, and nothing of where a picture goes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline, calculate_shift, retrieve_timesteps
+from diffusers.pipelines.flux.pipeline_flux_img2img import FluxImg2ImgPipeline
 from PIL.Image import Image
 
 from safelight.errors import SafelightError
@@ -107,16 +108,13 @@ def denoise(
 ) -> torch.Tensor:
     """Return packed latents (1, (H/16)(W/16), 64) on the CPU; the transformer is gone when this returns."""
     refuse_other_images(spec, image=image, last_image=last_image)
-    device = torch.device(plan.device)
+    device, dtype = torch.device(plan.device), dtype_of(plan)
     scheduler = loader.scheduler()
-    latents: torch.Tensor
+    timesteps = _timesteps(scheduler, spec, device)
+    latents, image_ids = _start(spec, plan, loader, watch, scheduler, timesteps, image)
+    skipped = spec.num_inference_steps - len(timesteps)
     with loader.component("transformer", device) as transformer:
         stop_between_blocks(transformer, watch)
-        dtype = dtype_of(plan)
-        latents, image_ids = _pipeline(transformer=transformer).prepare_latents(
-            1, transformer.config.in_channels // 4, spec.height, spec.width, dtype, device, noise_source(spec)
-        )
-        timesteps = _timesteps(scheduler, spec.num_inference_steps, latents.shape[1], device)
         constant = {
             "guidance": _guidance(spec, transformer, device),
             "txt_ids": torch.zeros(embeddings.prompt_embeds.shape[1], 3, device=device, dtype=dtype),
@@ -131,7 +129,7 @@ def denoise(
             if is_guided(spec):
                 away = transformer(latents, timestep=timestep, **negative, **constant, return_dict=False)[0]
                 velocity = away + spec.true_cfg_scale * (velocity - away)
-            watch.show(functools.partial(_without_noise, spec, latents, velocity, scheduler.sigmas[i]))
+            watch.show(functools.partial(_without_noise, spec, latents, velocity, scheduler.sigmas[skipped + i]))
             latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
             watch.step(i + 1, len(timesteps))
     return latents.cpu()
@@ -203,9 +201,45 @@ def _guidance(spec: JobSpec, transformer: Any, device: torch.device) -> torch.Te
     return torch.full([1], spec.guidance_scale, device=device, dtype=torch.float32)
 
 
-def _timesteps(scheduler: Any, steps: int, tokens: int, device: torch.device) -> torch.Tensor:
-    """Set the scheduler to its start and return its timesteps, shifted by the picture's size where it does that."""
-    config = scheduler.config
+def _start(
+    spec: JobSpec, plan: Plan, loader: Loader, watch: Watch, scheduler: Any, timesteps: torch.Tensor,
+    image: Image | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return packed latents to start from, and the places of their tokens: noise, or a picture with noise over it.
+
+    The VAE is gone when this returns.
+    """
+    device, dtype, channels = (
+        torch.device(plan.device),
+        dtype_of(plan),
+        loader.config("transformer")["in_channels"] // 4,
+    )
+    latents: torch.Tensor
+    if image is None:
+        latents, places = _pipeline().prepare_latents(
+            1, channels, spec.height, spec.width, dtype, device, noise_source(spec)
+        )
+        return latents, places
+    with loader.component("vae", device) as vae:
+        stop_inside(vae, watch)
+        if plan.vae_tiling:
+            tile(vae, plan.vae_tile_pixels)
+        names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")
+        pipe = FluxImg2ImgPipeline(scheduler=scheduler, vae=vae, **dict.fromkeys(names))
+        pixels = pipe.image_processor.preprocess(image, height=spec.height, width=spec.width)
+        latents, places = pipe.prepare_latents(
+            pixels, timesteps[:1], 1, channels, spec.height, spec.width, vae.dtype, device, noise_source(spec)
+        )
+    return latents.to(dtype), places.to(dtype)
+
+
+def _timesteps(scheduler: Any, spec: JobSpec, device: torch.device) -> torch.Tensor:
+    """Set the scheduler to its start and return its timesteps, shifted by the picture's size where it does that.
+
+    The first ones are left out where a picture is started from: as many as its strength spares.
+    """
+    config, steps = scheduler.config, spec.num_inference_steps
+    tokens = (spec.height // (2 * VAE_SCALE_FACTOR)) * (spec.width // (2 * VAE_SCALE_FACTOR))
     shift = calculate_shift(
         tokens,
         config.get("base_image_seq_len", 256),
@@ -215,6 +249,6 @@ def _timesteps(scheduler: Any, steps: int, tokens: int, device: torch.device) ->
     )
     sigmas = None if config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
     timesteps, _ = retrieve_timesteps(scheduler, steps, device, sigmas=sigmas, mu=shift)
-    scheduler.set_begin_index(0)
+    scheduler.set_begin_index(steps - spec.steps_run)
     assert isinstance(timesteps, torch.Tensor)
-    return timesteps
+    return timesteps[steps - spec.steps_run :]
