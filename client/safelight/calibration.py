@@ -79,7 +79,8 @@ def work_key(plan: Plan, phase: PhaseName) -> str:
         case "encode":
             return load_key(plan, phase)
         case "denoise":
-            return f"{plan.model}/denoise/{plan.precision}{' compiled' if plan.compiled else ''}"
+            led = f" with {plan.controlnet}" if plan.controlnet else ""
+            return f"{plan.model}/denoise/{plan.precision}{' compiled' if plan.compiled else ''}{led}"
         case "decode":
             return f"{plan.model}/decode/{'tiled' if plan.vae_tiling else 'whole'}"
 

@@ -53,6 +53,8 @@ def _denoise(spec: JobSpec, facts: ModelFacts) -> Iterator[Rung]:
     activations = 0 if facts.tiny else 2 * seen * footprint.activation_bytes_per_token(facts)
     forwards = (2 if pace.is_guided(spec, facts) else 1) * spec.steps_run
     work = forwards * pace.forward_flop(facts, "transformer", seen) / pace.CPU_FLOPS
+    work += spec.steps_run * pace.controlnet_flop(spec, facts, seen) / pace.CPU_FLOPS
+    activations += footprint.controlnet_bytes(spec, facts, seen, "float32")
     load = SETUP_SECONDS + len(experts) * weights / pace.READ_BYTES_PER_SECOND
     steps = spec.steps_run
     resident = HOST + weights + activations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import product
@@ -16,7 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import TypeGuard
 
-from safelight import lora
+from safelight import controlnet, lora
 from safelight.config import Config
 from safelight.draft import Draft
 from safelight.errors import Fault, InvalidJob
@@ -264,7 +265,13 @@ class _Pictures:
     def kept(self, fields: dict[str, object], faults: Faults) -> dict[str, object]:
         """Return the fields with digests for the names of pictures."""
         named = {name: value for name in PICTURES if isinstance(value := fields.get(name), str | int | float)}
-        return {**fields, **{name: self._digest(name, str(value), faults) for name, value in named.items()}}
+        kept = {**fields, **{name: self._digest(name, str(value), faults) for name, value in named.items()}}
+        if leading := fields.get("controlnet"):
+            with suppress(ValueError):  # the check says it
+                read = controlnet.read(leading)
+                image = self._digest("controlnet image", read.image, faults)
+                kept["controlnet"] = read.model_copy(update={"image": image})
+        return kept
 
     def _digest(self, field: str, name: str, faults: Faults) -> str:
         if name not in self._digests:

@@ -116,6 +116,15 @@ def lora_bytes(spec: JobSpec) -> int:
     return LORA_BYTES_PER_BYTE * sum(lora.size_bytes for lora in spec.loras)
 
 
+def controlnet_bytes(spec: JobSpec, facts: ModelFacts, seen: int, dtype: Dtype) -> int:
+    """Return what a job's ControlNet takes beside the transformer: its weights, and what its blocks hand over."""
+    if spec.controlnet is None:
+        return 0
+    net = facts.controlnets[spec.controlnet.model]
+    handed_over = sum(blocks.count * blocks.width for blocks in net.blocks) * seen
+    return (net.parameters + handed_over) * WIDTHS[dtype]
+
+
 def ring_bytes(streamed: Sequence[int], at_once: int = 2) -> int:
     """Return what the staging ring for blocks of these sizes takes, with room for so many of the largest."""
     return min(at_once * max(streamed), sum(streamed)) if streamed else 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from safelight.faults import Faults
+from safelight.controlnet import ControlNet
+from safelight.faults import Faults, near, shown
 from safelight.lora import Lora
 from safelight.models import ModelFacts
 
@@ -15,6 +16,9 @@ LORAS_MAX = 16
 
 STRENGTH = 0.6
 """Of a picture that starts from another, where none is written: FluxImg2ImgPipeline's own."""
+
+CONTROL_SCALE_MAX = 2
+"""Of a ControlNet; their authors advise 0.3 to 0.9."""
 
 SCALE_MAX = 10
 """Of a LoRA; sliders are used up to about 5, and backwards."""
@@ -172,6 +176,27 @@ def check_loras(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> No
                 faults.add(f"LoRA {lora.label} is named twice", "Name it once, with one scale.")
                 break
             seen.add((lora.label, expert))
+
+
+def check_controlnet(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> None:
+    """Note a ControlNet that the model has not, and figures that would make nothing of it."""
+    wanted: ControlNet | None = fields.get("controlnet")
+    if wanted is None:
+        return
+    if not facts.controlnets:
+        faults.add(f"{facts.key} has no ControlNet", "Leave controlnet out, or use a model that has one: flux-dev.")
+    elif wanted.model not in facts.controlnets:
+        faults.add(f"{facts.key} has no ControlNet {shown(wanted.model)}", near(wanted.model, list(facts.controlnets)))
+    if "image" in fields:
+        faults.add("controlnet and image together are not offered", "Leave one of them out.")
+    if not 0 < wanted.scale <= CONTROL_SCALE_MAX:
+        problem = f"controlnet scale {wanted.scale:g} is not above 0 and at most {CONTROL_SCALE_MAX}"
+        faults.add(problem, "Use 0.7, or leave controlnet out.")
+    if not 0 <= wanted.start < wanted.end <= 1:
+        faults.add(
+            f"controlnet leads from {wanted.start:g} to {wanted.end:g} of the steps",
+            "Use a start and a later end between 0 and 1.",
+        )
 
 
 def check_images(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> None:

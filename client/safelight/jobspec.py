@@ -14,11 +14,13 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from safelight import lora, wan_cli
+from safelight import controlnet, lora, wan_cli
+from safelight.controlnet import ControlNet
 from safelight.errors import Fault
 from safelight.faults import Faults, near, shown
 from safelight.jobrules import (
     STRENGTH,
+    check_controlnet,
     check_frames,
     check_images,
     check_loras,
@@ -90,6 +92,8 @@ class JobSpec(BaseModel):
     """Of a picture that starts from `image`: the share of the steps that are run, and of the noise that covers it."""
     loras: tuple[Lora, ...] = Field(default=(), strict=False)
     """What is added to the model's weights, all of them together."""
+    controlnet: ControlNet | None = None
+    """What leads the picture beside the prompt."""
     seed: int
 
     precision: Precision = "auto"
@@ -108,6 +112,11 @@ class JobSpec(BaseModel):
     tags: tuple[str, ...] = Field(default=(), strict=False)
     axes: dict[str, str | int | float] = Field(default_factory=dict)
     """This job's values of a sweep or matrix."""
+
+    @property
+    def encodes_picture(self) -> bool:
+        """Whether the VAE reads a picture before a picture is denoised."""
+        return self.kind == "image" and (self.image is not None or self.controlnet is not None)
 
     @property
     def steps_run(self) -> int:
@@ -198,6 +207,7 @@ FIELDS: dict[str, tuple[Callable[[object], Any], str]] = {
     "image": (_to_text, "the name of a picture"),
     "last_image": (_to_text, "the name of a picture"),
     "strength": (_to_float, _NUMBER),
+    "controlnet": (controlnet.read, 'a ControlNet such as "union-pro-2:pose.png:0.7"'),
     "loras": (lora.read, 'LoRAs such as "style:0.8, grain"'),
     "seed": (_to_int, _WHOLE),
     "precision": (_to_text, "auto or one of " + ", ".join(get_args(Precision)[1:])),
@@ -256,6 +266,7 @@ def check(
     check_frames(fields, facts, faults)
     check_steps_and_guidance(fields, facts, faults)
     check_images(fields, facts, faults)
+    check_controlnet(fields, facts, faults)
     check_loras(fields, facts, faults)
     _check_rest(fields, facts, faults)
     if faults.found:
@@ -275,8 +286,9 @@ def _read_fields(written: Mapping[str, object], faults: Faults) -> dict[str, Any
         try:
             fields[name] = read(value)
         except (ValueError, OverflowError) as error:
-            # What reads LoRAs says what is wrong with them, in words for a person; Python's own words are for nobody.
-            faults.add(f"loras: {error}" if name == "loras" else f"{name} {shown(value)} is not {expected}")
+            # What reads these says what is wrong with them, in words for a person; Python's own words are for nobody.
+            says_it = name in ("controlnet", "loras")
+            faults.add(f"{name}: {error}" if says_it else f"{name} {shown(value)} is not {expected}")
             continue
         if name in _CHOICES and fields[name] not in _CHOICES[name]:
             faults.add(f"{name} {shown(value)} is not {expected}", near(str(value), _CHOICES[name]))

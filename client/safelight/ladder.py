@@ -174,12 +174,14 @@ def _denoise(
     working = footprint.forward_bytes(facts, seen, way.precision, compiled=way.compiled, quantising=is_quantised_here)
     if spec.loras and not facts.tiny:
         working = max(working, footprint.FUSING_BYTES)
-    base = footprint.CONTEXT_BYTES + rest + working + footprint.SLACK_BYTES
+    beside = footprint.controlnet_bytes(spec, facts, seen, dtype)
+    base = footprint.CONTEXT_BYTES + rest + working + beside + footprint.SLACK_BYTES
     forwards = (2 if pace.is_guided(spec, facts) else 1) * spec.steps_run
     rate = pace.flops_per_second(machine)
     efficiency = pace.COMPILED_EFFICIENCY if way.compiled else pace.EFFICIENCY
     compute = pace.forward_flop(facts, experts[0], seen) / (rate * efficiency[way.precision])
     compute = max(compute, len(of) * pace.LAUNCH_SECONDS[way.compiled])
+    leading = pace.controlnet_flop(spec, facts, seen) / (rate * pace.EFFICIENCY[plain])
     link = pace.link_bytes_per_second(machine)
     files = len(experts) * (sum(footprint.sizes(facts, experts[0], plain, dtype)) if is_quantised_here else sum(of))
     compiling = _compile_seconds(f"{facts.family}/{way.precision}", circumstances) if way.compiled else 0.0
@@ -191,7 +193,7 @@ def _denoise(
     }  # fmt: skip
     quantise = files * pace.QUANTISE_SECONDS_PER_BYTE[way.precision] if is_quantised_here else 0.0
     fetching = files / pace.READ_BYTES_PER_SECOND + quantise
-    setup = len(experts) * pace.SETUP_SECONDS + rest / pace.READ_BYTES_PER_SECOND
+    setup = len(experts) * pace.SETUP_SECONDS + (rest + beside) / pace.READ_BYTES_PER_SECOND
 
     def rung(
         words: str,
@@ -206,8 +208,8 @@ def _denoise(
         """Return the way; of what is fetched it does not load a share, which is pinned once."""
         return Rung(
             "denoise", f"{way.precision}{' compiled' if way.compiled else ''}, {words}", device, host_bytes,
-            setup + fetching * (1 - share), compute * forwards, changes | more, copying * forwards,
-            spec.steps_run, read_once, pin, compiling,
+            setup + fetching * (1 - share), compute * forwards + leading * spec.steps_run, changes | more,
+            copying * forwards, spec.steps_run, read_once, pin, compiling,
         )  # fmt: skip
 
     match way.placement:
@@ -314,7 +316,7 @@ def of_phase(
     found = _of_phase(phase, spec, facts, machine, circumstances, room_bytes, before, held, calibration)
     more = footprint.lora_bytes(spec)
     encode_s = 0.0
-    if phase == "denoise" and spec.image and spec.kind == "image":  # the VAE encodes it before the transformer comes
+    if phase == "denoise" and spec.encodes_picture:  # before the transformer comes
         encode_s = pace.VAE_SECONDS + spec.width * spec.height / pace.decode_pixels_per_second(facts, machine)
     return [
         replace(rung, host_bytes=rung.host_bytes + more, load_seconds=rung.load_seconds + encode_s) for rung in found

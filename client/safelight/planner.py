@@ -138,6 +138,7 @@ def _plan(
         precision="fp32" if on_cpu else "bf16",
         offload="none" if on_cpu else "model",
         loras=len(spec.loras),
+        controlnet=spec.controlnet.model if spec.controlnet else "",
         vae_tiling=False,
         text_encoder_device=machine.device,
     )
@@ -171,7 +172,7 @@ def _plan(
         passed_over += _reasons(faster, comfortable)
         warnings += _warnings(chosen, faster)
     warnings += _advice(plan, facts, circumstances.waiting)
-    if spec.image and spec.kind == "image":
+    if spec.encodes_picture:
         predicted["denoise"] = _with_encoding(predicted["denoise"], predicted["decode"])
     ordered = {phase: predicted[phase] for phase in PHASES}
     return plan.model_copy(

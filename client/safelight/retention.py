@@ -191,6 +191,7 @@ def _remove_inputs(
             for spec in ledger.submission(name):
                 old.pop(spec.image or "", None)
                 old.pop(spec.last_image or "", None)
+                old.pop(spec.controlnet.image if spec.controlnet else "", None)
                 for lora in spec.loras:
                     old.pop(lora.sha256, None)
     except (FileNotFoundError, LedgerDamaged):

@@ -37,6 +37,7 @@ CLASSES = {
         "AutoencoderKL",
         "AutoencoderKLWan",
         "FlowMatchEulerDiscreteScheduler",
+        "FluxControlNetModel",
         "FluxTransformer2DModel",
         "UniPCMultistepScheduler",
         "WanTransformer3DModel",
@@ -86,6 +87,24 @@ def model_folder(facts: ModelFacts, models_folder: Path) -> Path:
     return folder
 
 
+def controlnet_folder(facts: ModelFacts, key: str, models_folder: Path) -> Path:
+    """Return the folder of a model's ControlNet; a tiny one is built first where it is missing.
+
+    Raises:
+        BadModelFolder: there is none.
+    """
+    if key not in facts.controlnets:
+        raise BadModelFolder(f"{facts.key} has no ControlNet {key} any more. Put it back into the settings.")
+    folder = models.controlnet_folder(facts, key, models_folder)
+    if facts.tiny:
+        tiny.build_controlnet(folder)
+    if not (folder / "config.json").is_file():
+        where = f"or name yours as [models.{facts.key}.controlnets.{key}] path in the settings"
+        what = facts.controlnets[key].repository or key
+        raise BadModelFolder(f"{folder / 'config.json'} is missing. Put the files of {what} there, {where}.")
+    return folder
+
+
 def _fetching(facts: ModelFacts) -> str:
     return f"safelight models pull {facts.key} fetches it. " if facts.repository else ""
 
@@ -109,6 +128,7 @@ class Loader:
         blocks: the repeated blocks of the components that are loaded block by block; others are loaded whole.
         models_folder: below it are the prepared folders that the plan may name.
         pinned: where the pinned blocks of one job wait for the next.
+        controlnet: the folder of the component of that name, which no index has.
         loras: what is added to the published weights on their way, each with its file.
 
     Raises:
@@ -126,6 +146,7 @@ class Loader:
         models_folder: Path | None = None,
         pinned: PinnedSet | None = None,
         loras: Sequence[tuple[Lora, Path]] = (),
+        controlnet: Path | None = None,
     ) -> None:
         self._folder = folder
         self._plan = plan
@@ -137,6 +158,9 @@ class Loader:
         unknown = sorted(set(component_paths) - set(self._index))
         if unknown:
             raise BadModelFolder(f"{folder}: the model has no component {', '.join(unknown)}. Correct its path's name.")
+        if controlnet is not None:
+            self._index["controlnet"] = ["diffusers", "FluxControlNetModel"]
+            self._component_paths["controlnet"] = str(controlnet)
         self._loras = tuple((lora.sha256, lora.scale, lora.expert) for lora, _ in loras)
         self._changes = self._read_changes(loras) if loras else lora_files.NOTHING
         self._pinned.drop_unless([self._pinned_key(name) for name in plan.streamed])

@@ -37,7 +37,7 @@ from safelightd import (
     verify,
 )
 from safelightd.assembly import PinnedSet
-from safelightd.loading import Loader, model_folder
+from safelightd.loading import Loader, controlnet_folder, model_folder
 from safelightd.progress import Watch
 
 
@@ -86,6 +86,7 @@ def run_job(
             models_folder=paths.models,
             pinned=setting.pinned,
             loras=lora.files(spec, paths),
+            controlnet=controlnet_folder(facts, spec.controlnet.model, paths.models) if spec.controlnet else None,
         )
         keys = embeddings.keys(
             spec, plan, facts, paths.models, machine.gpu,
@@ -97,12 +98,15 @@ def run_job(
         made_by = checkpoint.digest(spec, plan, loader.weights(), metadata.versions())
         watch.preview = preview.Preview(paths, spec.id, spec.model)
         kept = checkpoint.Checkpoint(paths.checkpoints / spec.id, made_by, setting.config.settings.worker.checkpoint_s)
-        image, last_image = (input_picture(digest, paths.inputs) for digest in (spec.image, spec.last_image))
+        control = spec.controlnet.image if spec.controlnet else None
+        image, last_image, control_image = (
+            input_picture(digest, paths.inputs) for digest in (spec.image, spec.last_image, control)
+        )
     with watch.phase("encode"):
         embeds = family.encode(spec, plan, loader, watch, image, known)
         setting.embeddings.put(keys, embeds)
     with watch.phase("denoise"):
-        latents = family.denoise(spec, plan, loader, embeds, watch, image, last_image, kept)
+        latents = family.denoise(spec, plan, loader, embeds, watch, image, last_image, kept, control_image)
     if plan.compiled:
         compiling.remember(f"{facts.family}/{plan.precision}")
     with watch.phase("decode"):

@@ -36,6 +36,11 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     ),
     (("--last-image",), "FILE", "The picture to end with."),
     (
+        ("--controlnet",),
+        "MODEL:IMAGE[:SCALE[:START[:END]]]",
+        "A ControlNet of the model, the picture that leads it, how much, and between which shares of the steps.",
+    ),
+    (
         ("--lora", "--loras"),
         "NAME[:SCALE]",
         "A LoRA of the folder loras of the models, or a .safetensors file (repeatable). For one of Wan A14B's two "

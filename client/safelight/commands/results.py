@@ -304,7 +304,11 @@ def _checked(client: Client, file: Path, written: dict[str, Any], here: object) 
         raise InvalidJob(found)
     gone = [
         Fault(str(file), f"its {name} is not in {client.config.paths.inputs}", "Submit it anew, with the picture.")
-        for name, digest in (("image", found.image), ("last_image", found.last_image))
+        for name, digest in (
+            ("image", found.image),
+            ("last_image", found.last_image),
+            ("controlnet image", found.controlnet.image if found.controlnet else None),
+        )
         if digest is not None
         and digest != here
         and not (_DIGEST.fullmatch(digest) and (client.config.paths.inputs / digest).is_file())

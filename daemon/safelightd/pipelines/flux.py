@@ -1,7 +1,8 @@
 """FLUX.1 schnell and dev: prompts to embeddings, embeddings to latents, latents to one picture.
 
 Components and their helpers are diffusers' own; the loop over transformer and scheduler is ours and gives the same
-bits as FluxPipeline and FluxImg2ImgPipeline. Knows no file, no queue, and nothing of where a picture goes.
+bits as FluxPipeline, FluxImg2ImgPipeline and FluxControlNetPipeline. Knows no file, no queue,
+and nothing of where a picture goes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from safelightd.pipelines import (
     NOTHING_KNOWN,
     Frame,
     dtype_of,
+    flux_controlnet,
     frames_of,
     noise_source,
     refuse_broken,
@@ -34,6 +36,7 @@ from safelightd.pipelines import (
     stop_inside,
     values,
 )
+from safelightd.pipelines.flux_controlnet import tile
 from safelightd.preview import Values
 from safelightd.progress import Watch
 
@@ -105,15 +108,21 @@ def denoise(
     image: Image | None = None,
     last_image: Image | None = None,
     checkpoint: Checkpoint = NOWHERE,  # noqa: ARG001 - a picture takes less than what lies between two
+    control_image: Image | None = None,
 ) -> torch.Tensor:
-    """Return packed latents (1, (H/16)(W/16), 64) on the CPU; the transformer is gone when this returns."""
+    """Return packed latents (1, (H/16)(W/16), 64) on the CPU; transformer and ControlNet are gone when this returns."""
     refuse_other_images(spec, image=image, last_image=last_image)
     device, dtype = torch.device(plan.device), dtype_of(plan)
     scheduler = loader.scheduler()
     timesteps = _timesteps(scheduler, spec, device)
-    latents, image_ids = _start(spec, plan, loader, watch, scheduler, timesteps, image)
+    noise = noise_source(spec)
+    condition = flux_controlnet.condition(spec, plan, loader, watch, control_image, noise)
+    latents, image_ids = _start(spec, plan, loader, watch, scheduler, timesteps, image, noise)
     skipped = spec.num_inference_steps - len(timesteps)
-    with loader.component("transformer", device) as transformer:
+    with (
+        flux_controlnet.leading(spec, loader, condition, device, watch) as lead,
+        loader.component("transformer", device) as transformer,
+    ):
         stop_between_blocks(transformer, watch)
         constant = {
             "guidance": _guidance(spec, transformer, device),
@@ -125,9 +134,10 @@ def denoise(
         watch.loaded()
         for i, t in enumerate(timesteps):
             timestep = t.expand(1).to(dtype) / 1000
-            velocity = transformer(latents, timestep=timestep, **prompt, return_dict=False)[0]
+            led = lead(i, len(timesteps), latents, timestep, prompt)
+            velocity = transformer(latents, timestep=timestep, **prompt, **led, return_dict=False)[0]
             if is_guided(spec):
-                away = transformer(latents, timestep=timestep, **negative, **constant, return_dict=False)[0]
+                away = transformer(latents, timestep=timestep, **negative, **constant, **led, return_dict=False)[0]
                 velocity = away + spec.true_cfg_scale * (velocity - away)
             watch.show(functools.partial(_without_noise, spec, latents, velocity, scheduler.sigmas[skipped + i]))
             latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
@@ -153,13 +163,6 @@ def decode(spec: JobSpec, plan: Plan, loader: Loader, latents: torch.Tensor, wat
         pictures = vae.decode(scaled.to(plan.device), return_dict=False)[0]
         watch.step(1, 1)
         yield from frames_of(pictures)
-
-
-def tile(vae: Any, side: int) -> None:
-    """Make the VAE work in tiles of so many pixels; with diffusers' own, of 1024, nothing changes at 1024x1024."""
-    vae.enable_tiling()
-    vae.tile_sample_min_size = side
-    vae.tile_latent_min_size = side // 8
 
 
 def _pipeline(**components: Any) -> FluxPipeline:
@@ -203,7 +206,7 @@ def _guidance(spec: JobSpec, transformer: Any, device: torch.device) -> torch.Te
 
 def _start(
     spec: JobSpec, plan: Plan, loader: Loader, watch: Watch, scheduler: Any, timesteps: torch.Tensor,
-    image: Image | None,
+    image: Image | None, noise: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return packed latents to start from, and the places of their tokens: noise, or a picture with noise over it.
 
@@ -216,9 +219,7 @@ def _start(
     )
     latents: torch.Tensor
     if image is None:
-        latents, places = _pipeline().prepare_latents(
-            1, channels, spec.height, spec.width, dtype, device, noise_source(spec)
-        )
+        latents, places = _pipeline().prepare_latents(1, channels, spec.height, spec.width, dtype, device, noise)
         return latents, places
     with loader.component("vae", device) as vae:
         stop_inside(vae, watch)
@@ -228,7 +229,7 @@ def _start(
         pipe = FluxImg2ImgPipeline(scheduler=scheduler, vae=vae, **dict.fromkeys(names))
         pixels = pipe.image_processor.preprocess(image, height=spec.height, width=spec.width)
         latents, places = pipe.prepare_latents(
-            pixels, timesteps[:1], 1, channels, spec.height, spec.width, vae.dtype, device, noise_source(spec)
+            pixels, timesteps[:1], 1, channels, spec.height, spec.width, vae.dtype, device, noise
         )
     return latents.to(dtype), places.to(dtype)
 
