@@ -364,6 +364,11 @@ def _advice(plan: Plan, facts: ModelFacts, waiting: int) -> list[str]:
     left = [name for name in facts.blocks if name.startswith("transformer") and name not in plan.prepared]
     if not quantised or not left or waiting < 2 or facts.tiny:
         return []
+    if plan.loras:
+        held = plan.precision
+        return [
+            f"each job reads the whole weights, adds its LoRAs and makes {held} of them; nothing prepared spares that"
+        ]
     return [
         f"each job reads the whole weights and makes {plan.precision} of them. "
         f"Once for all: safelight models prepare {plan.model} --precision {plan.precision}"

@@ -268,6 +268,13 @@ def test_prepared_weights_in_fewer_bits_are_not_used_with_a_lora_and_those_in_bf
     assert plan_of(with_loras(precision="bf16"), machine).prepared == ("transformer",)
 
 
+def test_a_night_of_loras_in_fewer_bits_is_told_what_each_job_does_again() -> None:
+    plan = plan_of(with_loras(precision="fp8-weight-only"), gpu(16), waiting=50)
+
+    assert [warning for warning in plan.warnings if "models prepare" in warning] == []
+    assert any("adds its LoRAs and makes fp8-weight-only" in warning for warning in plan.warnings)
+
+
 def test_blocks_that_are_pinned_with_another_lora_are_filled_and_not_pinned_anew() -> None:
     from safelight.rung import Pinned
 

@@ -284,6 +284,27 @@ def test_kohyas_layout_and_its_alpha_are_read(dtype: torch.dtype, tiny_models_fo
         assert torch.allclose(expected[name], found[name], atol=1e-6), name
 
 
+@pytest.mark.parametrize("letters", [("lora_B", "lora_A"), ("lora_up", "lora_down")])
+def test_comfyuis_names_are_read(letters: tuple[str, str], tiny_models_folder: Path, tmp_path: Path) -> None:
+    names = {
+        "transformer_blocks.0.attn.to_out.0": "double_blocks.0.img_attn.proj",
+        "single_transformer_blocks.1.proj_out": "single_blocks.1.linear2",
+    }
+    made = flux_factors(tiny_models_folder, *names)
+    tensors = {
+        f"diffusion_model.{names[module]}.{letter}.weight": factor
+        for module, pair in made.items()
+        for letter, factor in zip(letters, pair, strict=True)
+    }
+    lora = write(tmp_path / "comfy.safetensors", tensors, scale=0.5)
+    weights = weights_of(FLUX, tiny_models_folder)
+
+    found = loaded(tiny_models_folder, lora)
+
+    for module, (up, down) in made.items():
+        assert torch.allclose(found[f"{module}.weight"], weights[f"{module}.weight"] + 0.5 * up @ down, atol=1e-5)
+
+
 def test_kohyas_joined_projections_are_parted_as_the_full_size_model_has_them() -> None:
     """The converter knows FLUX's true widths: queries, keys, values and the MLP of a single block in one."""
     widths = (3072, 3072, 3072, 12288)
