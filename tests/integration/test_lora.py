@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safelightd import compiling
 from safelightd import lora as lora_files
 from safelightd.assembly import PinnedSet
 from safelightd.fusing import AT_ONCE, Change, fuse
-from safelightd.loading import Loader, model_folder
+from safelightd.loading import BadModelFolder, Loader, model_folder
 from safelightd.precision import format_of
 from tests.integration.lora_files import factors, peft, random_lora, rescaled, weights_of, write
 from tests.integration.rendering import MODELS, Run, plan_for, spec_for
@@ -434,6 +435,16 @@ def test_a_lora_of_the_other_family_is_refused(
 
     assert "keys do not match the model: transformer.blocks.0.attn1.to" in refused(tiny_models_folder, wan)
     assert "keys do not match the model: transformer.context_embedder" in refused(tiny_models_folder, lora, WAN)
+
+
+def test_where_the_published_weights_are_gone_a_lora_says_that_it_needs_them(
+    lora: tuple[Lora, Path], tiny_models_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(model_folder(MODELS[FLUX], tiny_models_folder), tmp_path / "model"))
+    (folder / "transformer/diffusion_pytorch_model.safetensors").unlink()
+
+    with pytest.raises(BadModelFolder, match=r"is missing\. .* A LoRA is added to the published weights"):
+        Loader(folder, plan_for(FLUX), blocks=MODELS[FLUX].blocks, loras=[lora])
 
 
 @pytest.mark.parametrize(
