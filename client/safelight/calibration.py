@@ -63,7 +63,8 @@ def load_key(plan: Plan, phase: PhaseName) -> str:
             held = (plan.text_encoder_precision or plan.dtype) + _made(plan, "text_encoder")
             return f"{plan.model}/encode/{held} on {plan.text_encoder_device}"
         case "denoise":
-            return f"{plan.model}/denoise/{plan.precision}{_made(plan, 'transformer')}"
+            fused = " fused" if plan.loras else ""
+            return f"{plan.model}/denoise/{plan.precision}{_made(plan, 'transformer')}{fused}"
         case "decode":
             return work_key(plan, phase)
 
@@ -78,7 +79,8 @@ def work_key(plan: Plan, phase: PhaseName) -> str:
         case "encode":
             return load_key(plan, phase)
         case "denoise":
-            return f"{plan.model}/denoise/{plan.precision}{' compiled' if plan.compiled else ''}"
+            led = f" with {plan.controlnet}" if plan.controlnet else ""
+            return f"{plan.model}/denoise/{plan.precision}{' compiled' if plan.compiled else ''}{led}"
         case "decode":
             return f"{plan.model}/decode/{'tiled' if plan.vae_tiling else 'whole'}"
 

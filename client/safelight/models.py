@@ -60,6 +60,19 @@ class Blocks(BaseModel):
     """Of `linear`, T5's `wo`: bitsandbytes leaves it in 16 bit, and float16 plans hold it in 32."""
 
 
+class ControlNetFacts(BaseModel):
+    """A ControlNet that fits a model. In parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    repository: str = ""
+    licence: str = ""
+    parameters: int
+    blocks: tuple[Blocks, ...]
+    path: Place = ""
+    """Its folder, where it is not `controlnets/KEY` below the models."""
+
+
 class Files(BaseModel):
     """What a download needs, as patterns below the repository."""
 
@@ -134,6 +147,7 @@ class ModelFacts(BaseModel):
     component_paths: dict[str, str] = Field(default_factory=dict)
     blocks: dict[str, tuple[Blocks, ...]] = Field(default_factory=dict)
     """By component, in the order they run in. A component without any is loaded whole."""
+    controlnets: dict[str, ControlNetFacts] = Field(default_factory=dict)
     files: Files = Files()
     path: str = ""
     wan_cli: OwnProgram | None = None
@@ -255,7 +269,10 @@ def _merge(key: str, rows: Mapping[str, Mapping[str, Any]], seen: tuple[str, ...
         raise LookupError(f"like = {base!r} names no model. Known: {', '.join(rows)}.")
     if base in seen or base == key:
         raise LookupError(f'like = "{base}" leads back to itself.')
-    merged = _over(_merge(base, rows, (*seen, key)), row)
+    inherited = _merge(base, rows, (*seen, key))
+    if row.get("tiny"):
+        inherited.pop("controlnets", None)  # they are of the full width
+    merged = _over(inherited, row)
     # What a model is like is not where it lives: a new key has folders of its own, another repository other commits.
     own = (*PLACES, "revision") if "repository" in row else PLACES
     return {name: value for name, value in merged.items() if name in row or name not in own}
@@ -283,6 +300,12 @@ def _over(base: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
 def folder(facts: ModelFacts, models: Path) -> Path:
     """Return where a model's diffusers folder is: its configured path, else its key below the models folder."""
     return Path(facts.path).expanduser() if facts.path else models / facts.key
+
+
+def controlnet_folder(facts: ModelFacts, key: str, models: Path) -> Path:
+    """Return where a ControlNet of a model is: its configured path, else its key below `controlnets`."""
+    own = facts.controlnets[key].path
+    return Path(own).expanduser() if own else models / "controlnets" / key
 
 
 def is_there(facts: ModelFacts, models: Path) -> bool:

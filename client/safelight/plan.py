@@ -103,6 +103,10 @@ class Plan(BaseModel):
     prepared: tuple[str, ...] = ()
     """Components that are loaded from the folder `safelight models prepare` made in their precision; any other is
     quantised on its way to the GPU."""
+    loras: int = 0
+    """So many are added to the published weights on their way; a prepared folder in fewer bits is not used then."""
+    controlnet: str = ""
+    """The ControlNet that is on the device beside the transformer, whole and in `dtype`."""
     vae_dtype: Dtype | None = None
     """None: as `dtype` says."""
     vae_tiling: bool
@@ -134,6 +138,10 @@ class Plan(BaseModel):
             + (f" from {self.streamed_from}" if name.startswith("transformer") else "")
             for name, blocks in sorted(self.streamed.items())
         ]
+        if self.loras:
+            words.append(f"{self.loras} LoRA{'s' if self.loras > 1 else ''} fused")
+        if self.controlnet:
+            words.append(f"ControlNet {self.controlnet}")
         if self.text_encoder_precision:
             words.append(f"text encoder {self.text_encoder_precision}")
         if self.text_encoder_device != self.device:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple, TypeVar
 
-from safelight import drops, expand, inbox, pairing, promptfile, wan_cli
+from safelight import drops, expand, inbox, lorafiles, pairing, promptfile, wan_cli
 from safelight.config import Config
 from safelight.draft import Draft
 from safelight.drops import Entry, Patience, Scan
@@ -24,6 +24,7 @@ from safelight.inbox import Claim, Filing, Reading
 from safelight.jobqueue import JobQueue
 from safelight.jobspec import JobSpec
 from safelight.ledger import Ledger
+from safelight.lora import Lora
 from safelight.models import Models
 from safelight.promptfile import InvalidPromptFile
 from safelightd.inbox_pictures import Pictures, Wait
@@ -338,11 +339,22 @@ class Intake:
             batch=place.batch,
             priority=place.priority,
             store_image=store,
+            keep_lora=self._keep_lora,
             wildcards=self._paths.wildcards,
             max_jobs=self._config.settings.inbox.max_jobs_per_file,
         )
         wan_cli.refuse_unconfigured(specs, self._models, self._config)
         return Made(specs, stored)
+
+    def _keep_lora(self, lora: Lora) -> Lora:
+        """Find a LoRA by name: of files that are neither texts nor pictures, the inbox takes none."""
+        if lora.path:
+            problem, remedy = (
+                "a LoRA's file is not taken from the inbox",
+                f"Move it to {lorafiles.folder(self._paths.models)}",
+            )
+            raise InvalidJob([Fault(f"LoRA {lora.path}", problem, f"{remedy} and write its name.")])
+        return lorafiles.find(lora, self._paths.models)
 
     def _queue(self, queue: JobQueue, lot: Lot) -> None:
         """Claims, ledger, queue, files, in that order: a crash between any two is finished by the next turn."""

@@ -10,7 +10,7 @@ import importlib
 import itertools
 import json
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -21,12 +21,15 @@ from safetensors import SafetensorError
 from torch import nn
 
 from safelight import models, prepared
+from safelight.lora import Lora
 from safelight.models import Blocks, ModelFacts
 from safelight.plan import Plan, Precision
 from safelight.refusals import BY_LIBRARY
 from safelight.rung import Pinned
 from safelightd import compiling, precision, skeleton, tiny
+from safelightd import lora as lora_files
 from safelightd.assembly import Order, PinnedKey, PinnedSet, assembled
+from safelightd.fusing import fuse
 from safelightd.weights import BadModelFolder, stored_tensors
 
 CLASSES = {
@@ -34,6 +37,7 @@ CLASSES = {
         "AutoencoderKL",
         "AutoencoderKLWan",
         "FlowMatchEulerDiscreteScheduler",
+        "FluxControlNetModel",
         "FluxTransformer2DModel",
         "UniPCMultistepScheduler",
         "WanTransformer3DModel",
@@ -83,6 +87,24 @@ def model_folder(facts: ModelFacts, models_folder: Path) -> Path:
     return folder
 
 
+def controlnet_folder(facts: ModelFacts, key: str, models_folder: Path) -> Path:
+    """Return the folder of a model's ControlNet; a tiny one is built first where it is missing.
+
+    Raises:
+        BadModelFolder: there is none.
+    """
+    if key not in facts.controlnets:
+        raise BadModelFolder(f"{facts.key} has no ControlNet {key} any more. Put it back into the settings.")
+    folder = models.controlnet_folder(facts, key, models_folder)
+    if facts.tiny:
+        tiny.build_controlnet(folder)
+    if not (folder / "config.json").is_file():
+        where = f"or name yours as [models.{facts.key}.controlnets.{key}] path in the settings"
+        what = facts.controlnets[key].repository or key
+        raise BadModelFolder(f"{folder / 'config.json'} is missing. Put the files of {what} there, {where}.")
+    return folder
+
+
 def _fetching(facts: ModelFacts) -> str:
     return f"safelight models pull {facts.key} fetches it. " if facts.repository else ""
 
@@ -106,9 +128,12 @@ class Loader:
         blocks: the repeated blocks of the components that are loaded block by block; others are loaded whole.
         models_folder: below it are the prepared folders that the plan may name.
         pinned: where the pinned blocks of one job wait for the next.
+        controlnet: the folder of the component of that name, which no index has.
+        loras: what is added to the published weights on their way, each with its file.
 
     Raises:
         BadModelFolder: the folder or its index cannot be used. Every method raises it, naming the file.
+        InvalidJob: a LoRA does not match the model.
     """
 
     def __init__(
@@ -120,6 +145,8 @@ class Loader:
         blocks: Mapping[str, tuple[Blocks, ...]] = _NO_BLOCKS,
         models_folder: Path | None = None,
         pinned: PinnedSet | None = None,
+        loras: Sequence[tuple[Lora, Path]] = (),
+        controlnet: Path | None = None,
     ) -> None:
         self._folder = folder
         self._plan = plan
@@ -131,7 +158,38 @@ class Loader:
         unknown = sorted(set(component_paths) - set(self._index))
         if unknown:
             raise BadModelFolder(f"{folder}: the model has no component {', '.join(unknown)}. Correct its path's name.")
+        if controlnet is not None:
+            self._index["controlnet"] = ["diffusers", "FluxControlNetModel"]
+            self._component_paths["controlnet"] = str(controlnet)
+        self._loras = tuple((lora.sha256, lora.scale, lora.expert) for lora, _ in loras)
+        self._changes = self._read_changes(loras) if loras else lora_files.NOTHING
         self._pinned.drop_unless([self._pinned_key(name) for name in plan.streamed])
+
+    def _read_changes(self, loras: Sequence[tuple[Lora, Path]]) -> lora_files.Changes:
+        """Return what LoRAs change of the transformers and of CLIP, which no plan quantises.
+
+        Raises:
+            InvalidJob: a LoRA does not match. BadModelFolder: there are no published weights to add it to.
+        """
+        shapes = {}
+        for name, entry in self._index.items():
+            if (name.startswith("transformer") and entry != [None, None]) or entry == ["transformers", "CLIPTextModel"]:
+                shapes[name] = self._shapes(name)
+        return lora_files.changes(loras, self._class("transformer")[1].__name__, shapes)
+
+    def _shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        weights = WEIGHTS[self._class(name)[0]]
+        folder = self._source(name)
+        try:
+            _check_files(folder, weights)
+        except BadModelFolder as error:
+            raise BadModelFolder(f"{error} A LoRA is added to the published weights, whatever is prepared.") from error
+        return {weight: stored.shape for weight, stored in stored_tensors(folder, weights).items()}
+
+    @property
+    def changes_text_encoders(self) -> bool:
+        """Whether a LoRA changes what prompts are encoded to."""
+        return any(name.startswith("text_encoder") for name in self._changes)
 
     @contextmanager
     def component(
@@ -186,6 +244,7 @@ class Loader:
             format=precision.format_of(self._precision(name)),
             streamed=self._plan.streamed.get(name, ()),
             from_file=not name.startswith("transformer") or self._plan.streamed_from == "file",
+            changes=self._changes.get(name, {}),
         )
         module = skeleton.build(component_class, folder, library)
         reshape(module)
@@ -200,7 +259,7 @@ class Loader:
         self, name: str, device: torch.device, reshape: Callable[[nn.Module], None]
     ) -> Iterator[nn.Module]:
         """A transformer in RAM that diffusers or accelerate brings to the GPU, leaf by leaf or block by block."""
-        module = self._load(name, torch.device("cpu"))
+        module = self._load(name, torch.device("cpu"), device)
         reshape(module)
         try:
             if self._plan.offload == "sequential":
@@ -236,7 +295,9 @@ class Loader:
         folder = self._source(name)
         files = tuple((file.name, (at := file.stat()).st_size, at.st_mtime_ns) for file in sorted(folder.glob("*")))
         blocks = self._plan.streamed.get(name, ())
-        return PinnedKey(Pinned(self._plan.model, name, self._precision(name), self._plan.dtype, blocks), folder, files)
+        loras = self._loras if name.startswith("transformer") else ()
+        held = Pinned(self._plan.model, name, self._precision(name), self._plan.dtype, blocks, loras)
+        return PinnedKey(held, folder, files)
 
     def weights(self) -> dict[str, list[tuple[str, int, int]]]:
         """Return what tells the files of the repeated components from others: name, size and time of change."""
@@ -285,7 +346,8 @@ class Loader:
             )
         return library, getattr(importlib.import_module(library), class_name)
 
-    def _load(self, name: str, device: torch.device) -> nn.Module:
+    def _load(self, name: str, device: torch.device, computes: torch.device | None = None) -> nn.Module:
+        """Return a component as its library loads it, on `device`; LoRAs are added by `computes`, if another is."""
         library, component_class = self._class(name)
         folder = self._component_folder(name)
         _check_files(folder, WEIGHTS[library])
@@ -307,7 +369,15 @@ class Loader:
                 f"{folder}: {len(missing)} weights are missing, {missing[0]} the first. Fetch the model anew."
             )
         assert isinstance(module, nn.Module)
+        self._change(name, module, computes or device)
         return module
+
+    def _change(self, name: str, module: nn.Module, device: torch.device) -> None:
+        """Add LoRAs to the weights of a module that its library loaded; CLIP's have other names in files."""
+        weights = dict(module.named_parameters())
+        for stored, changes in self._changes.get(name, {}).items():
+            known = next(alias for alias in (stored, stored.removeprefix("text_model.")) if alias in weights)
+            fuse(weights[known].data, changes, device)
 
 
 def _from_pretrained(wanted: Any, folder: Path, **arguments: Any) -> Any:

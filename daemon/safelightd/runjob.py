@@ -28,6 +28,7 @@ from safelightd import (
     compiling,
     device,
     embeddings,
+    lora,
     metadata,
     outputs,
     pipelines,
@@ -36,7 +37,7 @@ from safelightd import (
     verify,
 )
 from safelightd.assembly import PinnedSet
-from safelightd.loading import Loader, model_folder
+from safelightd.loading import Loader, controlnet_folder, model_folder
 from safelightd.progress import Watch
 
 
@@ -72,14 +73,11 @@ def run_job(
     with watch.phase("plan"):
         machine = probe.read_machine(setting.config, device.own())
         around = now(circumstances, setting.pinned)
+        spec = lora.resolved(spec, paths)
         plan = watch.plan = make_plan(spec, machine, setting.models, calibration.load(paths.state), around)
     with watch.phase("load"):
         facts = setting.models[spec.model]
         family, folder = pipelines.family(facts.family), model_folder(facts, paths.models)
-        keys = embeddings.keys(spec, plan, facts, paths.models, machine.gpu, is_guided=family.is_guided(spec))
-        known = setting.embeddings.get(keys)
-        if keys.are_all_in(known):
-            plan = watch.plan = with_known_embeddings(plan)
         loader = Loader(
             folder,
             plan,
@@ -87,16 +85,28 @@ def run_job(
             blocks=facts.blocks,
             models_folder=paths.models,
             pinned=setting.pinned,
+            loras=lora.files(spec, paths),
+            controlnet=controlnet_folder(facts, spec.controlnet.model, paths.models) if spec.controlnet else None,
         )
+        keys = embeddings.keys(
+            spec, plan, facts, paths.models, machine.gpu,
+            is_guided=family.is_guided(spec), changed=loader.changes_text_encoders,
+        )  # fmt: skip
+        known = setting.embeddings.get(keys)
+        if keys.are_all_in(known):
+            plan = watch.plan = with_known_embeddings(plan)
         made_by = checkpoint.digest(spec, plan, loader.weights(), metadata.versions())
         watch.preview = preview.Preview(paths, spec.id, spec.model)
         kept = checkpoint.Checkpoint(paths.checkpoints / spec.id, made_by, setting.config.settings.worker.checkpoint_s)
-        image, last_image = (input_picture(digest, paths.inputs) for digest in (spec.image, spec.last_image))
+        control = spec.controlnet.image if spec.controlnet else None
+        image, last_image, control_image = (
+            input_picture(digest, paths.inputs) for digest in (spec.image, spec.last_image, control)
+        )
     with watch.phase("encode"):
         embeds = family.encode(spec, plan, loader, watch, image, known)
         setting.embeddings.put(keys, embeds)
     with watch.phase("denoise"):
-        latents = family.denoise(spec, plan, loader, embeds, watch, image, last_image, kept)
+        latents = family.denoise(spec, plan, loader, embeds, watch, image, last_image, kept, control_image)
     if plan.compiled:
         compiling.remember(f"{facts.family}/{plan.precision}")
     with watch.phase("decode"):

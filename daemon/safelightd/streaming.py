@@ -94,8 +94,15 @@ class FromPinned:
 class FromFile:
     """Blocks that are read anew each time: what the page cache holds of them costs no RAM of ours."""
 
-    def __init__(self, wanted: Sequence[Sequence[tuple[Stored, torch.Tensor]]], device: torch.device) -> None:
+    def __init__(
+        self,
+        wanted: Sequence[Sequence[tuple[Stored, torch.Tensor]]],
+        device: torch.device,
+        change: Callable[[int], None] = lambda _j: None,
+    ) -> None:
+        """`change` is called when block `j` has been read, on the stream that read it."""
         self._wanted = wanted
+        self._change = change
         self._reader = Reader(device)
         self._thread = ThreadPoolExecutor(1, "block-reader")
 
@@ -111,11 +118,13 @@ class FromFile:
         stream = self._reader.stream
         if stream is None:
             self._reader.read(self._wanted[j])
+            self._change(j)
             return None
         if after is not None:
             stream.wait_event(after)
         with torch.cuda.stream(stream):  # not behind what the model's own stream has been told meanwhile
             self._reader.read(self._wanted[j])
+            self._change(j)
         event: torch.cuda.Event = stream.record_event()
         return event
 

@@ -503,3 +503,25 @@ def test_memory_that_others_once_took_makes_plans_small_and_refuses_no_job(memor
     assert getattr(plan.predicted["denoise"], of) < getattr(usual.predicted["denoise"], of)
     with pytest.raises(DoesNotFit):
         plan_of(job(offload="model", precision="bf16"), gpu(14.8))
+
+
+def test_a_picture_that_is_started_from_costs_its_encoding_and_spares_steps() -> None:
+    one_way = {"model": "flux-dev", "precision": "nf4", "compile": "off"}
+    plain = plan_of(job(**one_way), gpu(16))
+    started = plan_of(job(**one_way, image="0" * 64, strength=0.5), gpu(16))
+    shipped = [plan.predicted["denoise"].shipped for plan in (plain, started)]
+
+    assert started.rung == plain.rung
+    assert shipped[0]
+    assert shipped[1]
+    assert shipped[0].compute_seconds == pytest.approx(2 * shipped[1].compute_seconds)
+    assert shipped[0].load_seconds < shipped[1].load_seconds < shipped[0].load_seconds + 2
+    assert started.seconds_per_step == plain.seconds_per_step
+
+
+@pytest.mark.parametrize("vram_gib", [8, 12, 16])
+def test_denoising_from_a_picture_is_predicted_to_take_what_the_vae_takes(vram_gib: float) -> None:
+    plan = plan_of(job(model="flux-dev", image="0" * 64, width=1536, height=1536), gpu(vram_gib))
+
+    assert plan.predicted["denoise"].device_bytes >= plan.predicted["decode"].device_bytes
+    assert plan.predicted["denoise"].device_bytes <= vram_gib * GIB

@@ -69,6 +69,7 @@ class Family(Protocol):
         image: Image | None = None,
         last_image: Image | None = None,
         checkpoint: Checkpoint = NOWHERE,
+        control_image: Image | None = None,
     ) -> torch.Tensor:
         """Return latents without noise, `watch.step` told after each step; what takes long is kept in `checkpoint`."""
         ...

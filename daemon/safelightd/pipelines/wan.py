@@ -111,6 +111,7 @@ def denoise(
     image: Image | None = None,
     last_image: Image | None = None,
     checkpoint: Checkpoint = NOWHERE,
+    control_image: Image | None = None,  # noqa: ARG001 - no ControlNet of Wan is known here
 ) -> torch.Tensor:
     """Return latents (1, C, T, h, w), float32, on the CPU; every transformer is gone when this returns.
 
