@@ -122,6 +122,15 @@ def test_more_memory_is_never_slower_and_a_larger_size_never_smaller(key: str) -
     assert needs == sorted(needs)
 
 
+def test_a_clip_is_compiled_in_plain_weights_where_it_pays_and_in_others_only_when_asked() -> None:
+    card = gpu(14.8)
+
+    assert plan_of(job(model="wan-ti2v-5b"), card, waiting=100).rung.startswith("bf16 compiled")
+    assert not plan_of(job(model="wan-ti2v-5b", num_inference_steps=1), card, waiting=1).compiled
+    assert not plan_of(job(model="wan-ti2v-5b", precision="nf4"), card, waiting=100).compiled
+    assert plan_of(job(model="wan-ti2v-5b", precision="nf4", compile="on"), card, waiting=1).compiled
+
+
 def test_a14b_fits_16_gb_and_32_gb_of_ram_but_not_whole_in_bf16() -> None:
     assert plan_of(job(model="wan-t2v-a14b"), gpu(14.8)).predicted["denoise"].host_bytes <= 26 * GIB
     with pytest.raises(DoesNotFit):
