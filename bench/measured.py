@@ -137,6 +137,8 @@ class Place:
     gauge: Gauge
     setting: Any
     """`safelightd.runjob`'s."""
+    asked: dict[str, object] = dataclasses.field(default_factory=dict)
+    """What every job says besides."""
     jobs: int = 0
 
     def become(self, cap_gib: int) -> None:
@@ -151,7 +153,7 @@ class Place:
 
     def spec(self, model: str, **written: object) -> JobSpec:
         self.jobs += 1
-        asked = {"prompt": f"a red fox in the snow, {self.jobs}", **written}
+        asked = {"prompt": f"a red fox in the snow, {self.jobs}", **self.asked, **written}
         spec = fullsize.spec_of(self.models[model], tiny=False, **asked)
         update = {"id": f"bench-{self.jobs}", "index": self.jobs, "submitted_at": SUBMITTED_AT, "batch": "bench"}
         return spec.model_copy(update=update)
@@ -173,16 +175,20 @@ class Place:
 
 
 @contextmanager
-def place(device: str, folders: dict[str, Path], compiled: Path) -> Iterator[Place]:
+def place(device: str, folders: dict[str, Path], compiled: Path, prepared: Path | None = None) -> Iterator[Place]:
     """Have an installation with these model folders; torch is kept from more memory than the worker may use.
 
     Args:
         compiled: where compiled code stays from one call to the next.
+        prepared: a models folder whose prepared weights it has, too.
     """
     own = "".join(f'[models.{key}]\npath = "{folder.absolute()}"\n' for key, folder in folders.items())
     with scratch(device=device, more=own) as made:
         before = card_used_bytes()
         config = made.config
+        if prepared is not None:
+            config.paths.models.mkdir(parents=True, exist_ok=True)
+            (config.paths.models / "prepared").symlink_to((prepared / "prepared").absolute())
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compiled.absolute())
         os.environ["TRITON_CACHE_DIR"] = str(compiled.absolute() / "triton")
         from safelightd import runjob

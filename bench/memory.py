@@ -125,10 +125,11 @@ def _in_this_process(
 def bars(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return each bar that these lines can tell of: what was measured, the bound, and whether it holds."""
     of: dict[str, list[dict[str, Any]]] = {part: [line for line in lines if line["part"] == part] for part in PARTS}
-    return [*_case_bars(of["cases"]), *_speed_bars(of["speed"]), *_process_bars(of), *_technique_bars(of["techniques"])]
+    return [*case_bars(of["cases"]), *_speed_bars(of["speed"]), *_process_bars(of), *_technique_bars(of["techniques"])]
 
 
-def _case_bars(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def case_bars(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the bars of jobs that were planned and run: memory of both kinds, and seconds."""
     if not cases:
         return []
     done = [case for case in cases if "phases" in case]

@@ -53,6 +53,8 @@ class PhaseRecord(BaseModel):
     """Of them, until what computes was in place; None where the phase does not tell."""
     first_step_seconds: float | None = None
     """From then to the end of the first step, or of the decode: compiling is in it."""
+    swap_seconds: float | None = None
+    """Of `load_seconds`, from the last step of one expert until the next one was in place; None without a second."""
     device_peak_bytes: int = 0
     host_peak_bytes: int = 0
 

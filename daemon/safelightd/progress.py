@@ -59,6 +59,7 @@ class Watch:
         self._phase_started = self._last_heard = self._first_step_ended = time.monotonic()
         self._load_seconds: float | None = None
         self._first_step_seconds: float | None = None
+        self._swap_seconds: float | None = None
 
     def check(self) -> None:
         if self._stop.is_set():
@@ -70,7 +71,7 @@ class Watch:
         self.check()
         self.current = name
         self._phase_started = self._last_heard = time.monotonic()
-        self._load_seconds = self._first_step_seconds = None
+        self._load_seconds = self._first_step_seconds = self._swap_seconds = None
         self._meter.reset()
         self._send({"type": "phase", "phase": name, **self._news_of_plan()})
         yield
@@ -81,6 +82,7 @@ class Watch:
             seconds=round(before.seconds + seconds, 3),
             load_seconds=self._load_seconds,
             first_step_seconds=self._first_step_seconds,
+            swap_seconds=self._swap_seconds,
             device_peak_bytes=max(before.device_peak_bytes, device),
             host_peak_bytes=max(before.host_peak_bytes, host),
         )
@@ -101,6 +103,8 @@ class Watch:
         now = time.monotonic()
         waited = now - self._last_heard
         self._load_seconds = round((self._load_seconds or 0.0) + waited, 3)
+        if self._first_step_seconds is not None:
+            self._swap_seconds = round((self._swap_seconds or 0.0) + waited, 3)
         self._first_step_ended += waited
         self._last_heard = now
 
