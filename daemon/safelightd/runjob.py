@@ -23,6 +23,7 @@ from safelight.planner import NO_CIRCUMSTANCES, make_plan, with_known_embeddings
 from safelight.receipt import Output, Receipt
 from safelight.rung import Circumstances
 from safelightd import (
+    attention,
     calibration,
     checkpoint,
     compiling,
@@ -80,6 +81,7 @@ def run_job(
         known = setting.embeddings.get(keys)
         if keys.are_all_in(known):
             plan = watch.plan = with_known_embeddings(plan)
+        plan = watch.plan = attention.planned(plan, spec, facts, setting.config, machine.gpu)
         loader = Loader(
             folder,
             plan,
