@@ -78,7 +78,8 @@ def work_key(plan: Plan, phase: PhaseName) -> str:
         case "encode":
             return load_key(plan, phase)
         case "denoise":
-            return f"{plan.model}/denoise/{plan.precision}{' compiled' if plan.compiled else ''}"
+            cached = f" cached by {plan.cache}" if plan.cache else ""
+            return f"{plan.model}/denoise/{plan.precision}{' compiled' if plan.compiled else ''}{cached}"
         case "decode":
             return f"{plan.model}/decode/{'tiled' if plan.vae_tiling else 'whole'}"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any, get_args
 
-from safelight import cpu_ladder, footprint, pace
+from safelight import caches, cpu_ladder, footprint, pace
 from safelight.calibration import Calibration, memory_key
 from safelight.jobspec import JobSpec
 from safelight.machine import Machine
@@ -46,7 +46,7 @@ def ways(spec: JobSpec, machine: Machine) -> tuple[list[Way], list[str]]:
     placements: Sequence[Any] = AUTO_PLACEMENTS if spec.offload == "auto" else (spec.offload,)
     switches = {"auto": (False, True), "on": (True,), "off": (False,)}
     every = [
-        Way(precision, compiled, placement, low)
+        Way(precision, compiled, placement, low, cached=spec.cache is not None)
         for precision, compiled, placement, low in product(
             precisions(spec.precision), switches[spec.compile], placements, switches[spec.low_cpu_mem_usage]
         )
@@ -171,8 +171,10 @@ def _denoise(
     rest = footprint.rest_bytes(facts, experts[0], dtype)
     seen = footprint.tokens(facts, spec.width, spec.height, spec.num_frames, spec.max_sequence_length)
     working = footprint.forward_bytes(facts, seen, way.precision, compiled=way.compiled, quantising=is_quantised_here)
+    a_step = 2 if pace.is_guided(spec, facts) else 1
+    working += caches.kept_bytes(spec.cache, seen, facts.blocks[experts[0]][0].width, a_step)
     base = footprint.CONTEXT_BYTES + rest + working + footprint.SLACK_BYTES
-    forwards = (2 if pace.is_guided(spec, facts) else 1) * spec.num_inference_steps
+    forwards = a_step * spec.num_inference_steps
     rate = pace.flops_per_second(machine)
     efficiency = pace.COMPILED_EFFICIENCY if way.compiled else pace.EFFICIENCY
     compute = pace.forward_flop(facts, experts[0], seen) / (rate * efficiency[way.precision])

@@ -98,6 +98,8 @@ class Plan(BaseModel):
     once, always come from the file."""
     pinned_before: bool = False
     """The pinned copy is there already, from the job before."""
+    cache: str | None = None
+    """The kind of cache that answers some forwards; its arguments are the spec's."""
     attention: Attention = "native"
     """What the transformer's attention runs on."""
     embeddings_known: bool = False
@@ -139,6 +141,8 @@ class Plan(BaseModel):
             + (f" from {self.streamed_from}" if name.startswith("transformer") else "")
             for name, blocks in sorted(self.streamed.items())
         ]
+        if self.cache:
+            words.append(f"cache {self.cache}")
         if self.attention != "native":
             words.append(f"attention {self.attention}")
         if self.text_encoder_precision:

@@ -139,6 +139,7 @@ def _plan(
         offload="none" if on_cpu else "model",
         vae_tiling=False,
         text_encoder_device=machine.device,
+        cache=spec.cache and spec.cache.kind,
     )
     predicted: dict[str, PhasePrediction] = {}
     passed_over: list[str] = []

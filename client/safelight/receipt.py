@@ -59,6 +59,21 @@ class PhaseRecord(BaseModel):
     host_peak_bytes: int = 0
 
 
+class CacheRecord(BaseModel):
+    """How often a cache answered."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+    forwards: int
+    """That the last attempt asked the transformers for."""
+    skipped: int
+    """Of them, those that did not run."""
+    restarted_after_step: int | None = None
+    """Where an earlier attempt's steps were kept, and not what its cache held: it begins anew, so that the result is
+    not quite that of an undisturbed job."""
+
+
 class Receipt(BaseModel):
     """The record of one ended job. `done` means: verified, fsynced, and this receipt in the ledger."""
 
@@ -80,6 +95,7 @@ class Receipt(BaseModel):
     finished_at: str
     resumed_after_step: int | None = None
     """What an earlier attempt had denoised before it was killed or stopped."""
+    cache: CacheRecord | None = None
     phases: dict[str, PhaseRecord] = Field(default_factory=dict)
     seconds_per_step: float | None = None
     device_bytes_after: int | None = None

@@ -56,6 +56,8 @@ class Watch:
         self.preview: Preview | None = None
         self.resumed_after_step: int | None = None
         """What an earlier attempt had denoised."""
+        self.forwards = self.skipped = 0
+        """Of the transformers, and those of them that a cache answered."""
         self._phase_started = self._last_heard = self._first_step_ended = time.monotonic()
         self._load_seconds: float | None = None
         self._first_step_seconds: float | None = None
@@ -111,6 +113,11 @@ class Watch:
     def goes_on_after(self, step: int) -> None:
         """Say that so many steps of this phase were done by an earlier attempt."""
         self.resumed_after_step = step
+
+    def forwarded(self, asked: int, skipped: int) -> None:
+        """Say how many forwards a cache was asked for, and how many it answered by itself."""
+        self.forwards += asked
+        self.skipped += skipped
 
     def show(self, latents_of: Callable[[], Values]) -> None:
         """Let people see what is denoised: `latents_of` is asked when it is time for a picture."""

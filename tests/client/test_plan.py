@@ -131,6 +131,21 @@ def test_a_clip_is_compiled_in_plain_weights_where_it_pays_and_in_others_only_wh
     assert plan_of(job(model="wan-ti2v-5b", precision="nf4", compile="on"), card, waiting=1).compiled
 
 
+def test_a_cache_is_planned_for_in_memory_and_learned_from_by_itself() -> None:
+    plans = [
+        plan_of(job(model="wan-ti2v-5b", precision="bf16", compile="off", cache=cache), gpu(24))
+        for cache in (None, "taylorseer", "first-block:threshold=0.1")
+    ]
+    memory = [plan.predicted["denoise"].device_bytes for plan in plans]
+
+    assert memory[1] == memory[0]
+    assert 1.0 * GIB < memory[2] - memory[0] < 2.0 * GIB  # nine times 27,792 tokens of 3072 in bf16
+    assert [plan.cache for plan in plans] == [None, "taylorseer", "first-block"]
+    assert len({work_key(plan, "denoise") for plan in plans}) == 3
+    assert "cache first-block" in plans[2].rung
+    assert plan_of(job(model="tiny-wan-ti2v", cache="first-block"), CPU).cache == "first-block"
+
+
 def test_a14b_fits_16_gb_and_32_gb_of_ram_but_not_whole_in_bf16() -> None:
     assert plan_of(job(model="wan-t2v-a14b"), gpu(14.8)).predicted["denoise"].host_bytes <= 26 * GIB
     with pytest.raises(DoesNotFit):
@@ -216,6 +231,7 @@ def test_what_was_prepared_is_loaded_and_takes_less_time() -> None:
         ({"precision": "fp8-dynamic"}, gpu(40, capability=(8, 6)), "compute capability 8.9"),
         ({"compile": "on"}, gpu(40, compiler=False), "compile needs a C compiler"),
         ({"compile": "on", "offload": "leaf"}, gpu(40), "compile and offload block, leaf or sequential"),
+        ({"cache": "first-block", "offload": "leaf"}, gpu(40), "cache and offload block, leaf or sequential"),
         ({"compile": "on", "precision": "int8-dynamic"}, gpu(40), "compile and int8-dynamic"),
         ({"compile": "on", "precision": "int8-bnb"}, gpu(40), "has not been measured"),
         ({"precision": "nf4", "offload": "sequential"}, gpu(40), "bitsandbytes weights and offload sequential"),

@@ -19,6 +19,7 @@ from PIL.Image import Image
 from safelight.errors import SafelightError
 from safelight.jobspec import JobSpec
 from safelight.plan import Plan
+from safelightd.caching import caching
 from safelightd.checkpoint import NOWHERE, Checkpoint
 from safelightd.loading import Loader
 from safelightd.pipelines import (
@@ -110,7 +111,10 @@ def denoise(
     device = torch.device(plan.device)
     scheduler = loader.scheduler()
     latents: torch.Tensor
-    with loader.component("transformer", device) as transformer:
+    with (
+        loader.component("transformer", device) as transformer,
+        caching(transformer, spec.cache, dtype_of(plan), watch.forwarded) as context,
+    ):
         stop_between_blocks(transformer, watch)
         dtype = dtype_of(plan)
         latents, image_ids = _pipeline(transformer=transformer).prepare_latents(
@@ -127,9 +131,11 @@ def denoise(
         watch.loaded()
         for i, t in enumerate(timesteps):
             timestep = t.expand(1).to(dtype) / 1000
-            velocity = transformer(latents, timestep=timestep, **prompt, return_dict=False)[0]
+            with context(0):
+                velocity = transformer(latents, timestep=timestep, **prompt, return_dict=False)[0]
             if is_guided(spec):
-                away = transformer(latents, timestep=timestep, **negative, **constant, return_dict=False)[0]
+                with context(1):
+                    away = transformer(latents, timestep=timestep, **negative, **constant, return_dict=False)[0]
                 velocity = away + spec.true_cfg_scale * (velocity - away)
             watch.show(functools.partial(_without_noise, spec, latents, velocity, scheduler.sigmas[i]))
             latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
