@@ -62,7 +62,11 @@ def learn(place: Place, model: str, cap: int, shrink: int, budget: Budget) -> It
         spec = _spec(place, model, size, shrink)
         if budget.is_spent():
             return
-        if not _is_learned(place, spec, NIGHT):
+        try:
+            known = _is_learned(place, spec, NIGHT)
+        except InvalidJob:
+            continue  # too large for this card: there is nothing to learn of it
+        if not known:
             line = _run(place, f"{model} {size} on {cap} GB", spec, learn=True)
             yield {"part": "learned", **line}
 

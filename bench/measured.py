@@ -139,12 +139,15 @@ class Place:
     """`safelightd.runjob`'s."""
     asked: dict[str, object] = dataclasses.field(default_factory=dict)
     """What every job says besides."""
+    attention: str = "auto"
+    """[worker] attention."""
     jobs: int = 0
 
     def become(self, cap_gib: int) -> None:
         """Be a card of that size from here on."""
         usable = USABLE_GIB[cap_gib]
-        worker = self.config.settings.worker.model_copy(update={"vram_gib": usable, "ram_gib": HOST_GIB})
+        limits = {"vram_gib": usable, "ram_gib": HOST_GIB, "attention": self.attention}
+        worker = self.config.settings.worker.model_copy(update=limits)
         settings = self.config.settings.model_copy(update={"worker": worker})
         self.config = dataclasses.replace(self.config, settings=settings)
         self.setting = dataclasses.replace(self.setting, config=self.config)

@@ -106,6 +106,7 @@ def _in_this_process(
     from bench.speed import run_speed
 
     with place(device, folders, arguments.folder / "compiled") as at:
+        at.attention = arguments.attention
         if "cases" in arguments.part:
             every = [(key, cap) for key in keys for cap in arguments.cap]
             for key, cap in every:
@@ -239,6 +240,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", choices=tuple(TINY), default=["flux-schnell", "flux-dev"])
     parser.add_argument("--sizes", nargs="+", metavar="WIDTHxHEIGHT[xFRAMES]")
     parser.add_argument("--technique", nargs="+", default=[], help="of bench/cases.py; all by default")
+    parser.add_argument("--attention", default="auto", help="[worker] attention")
     parser.add_argument("--jobs", type=int, default=50, help="of the slope")
     parser.add_argument("--leave-gib", type=float, default=1.0, help="what oom leaves free")
     parser.add_argument("--limit-s", type=float, default=1e9, help="begin no job after this")

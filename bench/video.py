@@ -62,6 +62,7 @@ def main() -> int:
         fullsize.build_elsewhere(folders)
     told: dict[str, dict[str, Any]] = {}
     with place("cpu" if arguments.tiny else "cuda", folders, arguments.folder / "compiled") as at:
+        at.attention = arguments.attention
         at.become(CAP)
         for name, measure in (
             ("safelight, the job before", lambda: _ours(at, shown, FIRST_STEPS, arguments)),
@@ -201,6 +202,7 @@ def _bars(*told: dict[str, Any], steps: int) -> list[dict[str, Any]]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/safelight-bench"))
+    parser.add_argument("--attention", default="auto", help="[worker] attention")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--limit-s", type=float, default=1e9, help="begin nothing after this")
     parser.add_argument("--tiny", action="store_true", help="the project's tiny model on the CPU")

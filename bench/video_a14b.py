@@ -62,6 +62,7 @@ def main() -> int:
     folders = {} if arguments.tiny else {MODEL: folder}
     prepared = None if arguments.tiny else arguments.folder
     with place("cpu" if arguments.tiny else "cuda", folders, arguments.folder / "compiled", prepared) as at:
+        at.attention = arguments.attention
         if not arguments.tiny:
             compiled = arguments.compile or ("on" if arguments.precision == "fp8-dynamic" else "auto")
             at.asked = {"precision": arguments.precision, "compile": compiled}
@@ -154,6 +155,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=PRECISIONS, default="fp8-dynamic")
     parser.add_argument("--compile", choices=("auto", "on", "off"), help="on for fp8-dynamic by default, else auto")
+    parser.add_argument("--attention", default="auto", help="[worker] attention")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--cap", type=int, nargs="+", choices=tuple(FITS), default=list(FITS), help="GB of the card")
     parser.add_argument("--sizes", nargs="+", metavar="WIDTHxHEIGHTxFRAMES", help="in the place of those that must fit")
