@@ -114,8 +114,12 @@ def planned(plan: Plan, spec: JobSpec, facts: ModelFacts, config: Config, gpu: s
     tokens = footprint.tokens(facts, spec.width, spec.height, spec.num_frames, spec.max_sequence_length)
     shape = Shape(tokens, told["num_attention_heads"], told["attention_head_dim"], plan.dtype)
     where = f"{gpu}, torch {torch.__version__}"
-    chosen = remembered(shape, where, config.paths.state, functools.partial(probe, shape, plan.device)).chosen
-    return plan.model_copy(update={"attention": chosen})
+    try:
+        found = remembered(shape, where, config.paths.state, functools.partial(probe, shape, plan.device))
+    except torch.OutOfMemoryError as error:
+        log.warning("attention.no_room", shape=shape.name, error=error, remedy="the next such job asks again")
+        return plan
+    return plan.model_copy(update={"attention": found.chosen})
 
 
 def unusable(name: str, device: str) -> str | None:
@@ -154,7 +158,11 @@ def _load(file: Path) -> Known:
 
 @torch.no_grad()
 def probe(shape: Shape, device: str, candidates: Sequence[Attention] = SAME_RESULT) -> Probed:
-    """Run one self-attention of this shape on each of the candidates that are there, and choose."""
+    """Run one self-attention of this shape on each of the candidates that are there, and choose.
+
+    Raises:
+        torch.OutOfMemoryError: others hold the memory that it takes, 2 GiB at most.
+    """
     tokens = min(shape.tokens, PROBED_TOKENS_MAX)
     size = (1, tokens, shape.heads, shape.head_dim)
     drawn = torch.Generator(device).manual_seed(1)
@@ -169,6 +177,8 @@ def probe(shape: Shape, device: str, candidates: Sequence[Attention] = SAME_RESU
             continue
         try:
             found, seconds = _timed(made, name)
+        except torch.OutOfMemoryError:
+            raise  # it says nothing of the kernels
         except (RuntimeError, ValueError) as error:  # this card or shape is not for these kernels
             missing[name] = str(error)[:200]
             continue

@@ -76,6 +76,15 @@ def test_a_shape_is_asked_once_and_another_card_or_size_again(tmp_path: Path) ->
     assert len(asked) == 3
 
 
+def test_what_ran_out_of_memory_is_not_remembered(tmp_path: Path) -> None:
+    def ask() -> Probed:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        attention.remembered(SHAPE, "a card", tmp_path, ask)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_damaged_memory_is_asked_again(tmp_path: Path) -> None:
     (tmp_path / "attention.json").write_text("{", encoding="utf-8")
 
