@@ -152,6 +152,17 @@ def test_a14b_fits_16_gb_and_32_gb_of_ram_but_not_whole_in_bf16() -> None:
         plan_of(job(model="wan-t2v-a14b", precision="bf16", offload="model"), gpu(14.8))
 
 
+@pytest.mark.parametrize("precision", ["nf4", "fp8-weight-only", "fp8-dynamic"])
+def test_a14b_fits_from_prepared_weights_81_frames_on_16_gb_and_49_on_8(precision: str) -> None:
+    made = tuple(f"wan-t2v-a14b/{precision}/{expert}" for expert in ("transformer", "transformer_2"))
+    for frames, vram_gib in ((81, 14.8), (49, 6.8)):
+        clip = job(model="wan-t2v-a14b", precision=precision, width=832, height=480, num_frames=frames)
+        plan = plan_of(clip, gpu(vram_gib, 26e9 / GIB, prepared=made), waiting=100)
+
+        assert plan.prepared == ("transformer", "transformer_2")
+        assert all(phase.host_bytes <= 26e9 for phase in plan.predicted.values())
+
+
 def test_decode_is_tiled_only_where_the_whole_does_not_fit_and_the_plan_says_so() -> None:
     clip = job(model="wan-ti2v-5b")
 
