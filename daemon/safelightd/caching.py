@@ -1,24 +1,26 @@
 """A transformer that answers some forwards from earlier ones: diffusers' caches, and how often they did.
 
-They are put on last: around blocks that may be compiled, and inside of the hooks that stream them. What is streamed
-passes although a block is skipped.
+They are put on last: around blocks that may be compiled, and inside of the hooks that stream them, which are told of
+a forward that will leave blocks out, so that nothing passes for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
+from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, TaylorSeerCacheConfig
 from diffusers.hooks._helpers import TransformerBlockRegistry
+from diffusers.hooks.first_block_cache import _FBC_LEADER_BLOCK_HOOK
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import nn
 
 from safelight.caches import Cache
 from safelightd.assembly import running_order
 from safelightd.pipelines.wan_modulation import FrameModulatedBlock
+from safelightd.streaming import LEFT_OUT
 
 PROMPTS = ("cond", "uncond")
 """diffusers' names of the two forwards of a guided step: each has a cache of its own."""
@@ -46,13 +48,18 @@ def caching(
         yield _uncached
         return
     asked, ran = 0, [0]
-    _, last = running_order(transformer, [name for name, part in transformer.named_children() if _is_blocks(part)])[-1]
-    _count(last, ran)
+    paths = [name for name, part in transformer.named_children() if _is_blocks(part)]
+    blocks = [block for _, block in running_order(transformer, paths)]
+    _count(blocks[-1], ran)
+    began = [0]
+    _count(blocks[0], began)
     transformer.enable_cache(_config(cache, dtype))
+    _tell_when_decided(blocks, began)
 
     @contextmanager
     def around(prompt: int) -> Iterator[None]:
         nonlocal asked
+        _say(blocks, left_out=False)
         with transformer.cache_context(PROMPTS[prompt]):
             yield
         asked += 1
@@ -78,6 +85,27 @@ def _count(block: nn.Module, ran: list[int]) -> None:
         return forward(*given, **named)
 
     block.forward = counted
+
+
+def _tell_when_decided(blocks: Sequence[nn.Module], began: list[int]) -> None:
+    """Say of all blocks, once the first has run or was left out, whether they compute in this forward."""
+    first = blocks[0]
+    forward = first.forward
+    state_of = HookRegistry.check_if_exists_or_initialize(first).get_hook(_FBC_LEADER_BLOCK_HOOK)
+
+    def decided(*given: Any, **named: Any) -> Any:
+        before = began[0]
+        made = forward(*given, **named)
+        computes = state_of.state_manager.get_state().should_compute if state_of else began[0] > before
+        _say(blocks, left_out=not computes)
+        return made
+
+    first.forward = decided
+
+
+def _say(blocks: Sequence[nn.Module], *, left_out: bool) -> None:
+    for block in blocks:
+        setattr(block, LEFT_OUT, left_out)
 
 
 def _config(cache: Cache, dtype: torch.dtype) -> Any:

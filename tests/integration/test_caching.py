@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from safelight.caches import Cache
-from safelightd import embeddings, runjob
+from safelightd import embeddings, runjob, streaming
 from safelightd.assembly import PinnedSet
 from safelightd.loading import Loader, model_folder
 from safelightd.progress import Cancelled, Watch
@@ -23,6 +23,9 @@ from tests.integration.test_wan import DIGEST
 STEPS = 8
 EAGER: dict[str, Any] = {"first-block": {"kind": "first-block", "threshold": 1.0}}
 EAGER["taylorseer"] = {"kind": "taylorseer", "cache_interval": 3, "disable_cache_before_step": 2}
+
+AT_TIMES = {"FLUX": 0.5, "A14B": 0.15}
+"""Thresholds by which the tiny models leave out some forwards, and then run again."""
 
 JOBS: dict[str, dict[str, Any]] = {
     "FLUX": {"model": "tiny-flux-dev"},
@@ -72,22 +75,50 @@ def test_a_threshold_of_nothing_leaves_the_bits_as_they_are(job: str, tiny_model
 
 @pytest.mark.parametrize("kind", EAGER)
 @pytest.mark.parametrize("job", ["FLUX", "5B", "A14B"])
-@pytest.mark.parametrize("how", ["streamed", "compiled"])
-def test_the_same_bits_come_from_streamed_and_from_compiled_blocks(
-    how: str, job: str, kind: str, tiny_models_folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_same_bits_come_from_compiled_blocks(
+    job: str, kind: str, tiny_models_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compile_with = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *given, **named: compile_with(*given, **named, backend="eager"))
-    names = [name for name in MODELS[JOBS[job]["model"]].blocks if name.startswith("transformer")]
-    plans: dict[str, dict[str, Any]] = {
-        "streamed": {"offload": "partial", "streamed": dict.fromkeys(names, (0, 1)), "streamed_from": "file"},
-        "compiled": {"compiled": True},
-    }
-    resident = run_of(JOBS[job], tiny_models_folder, EAGER[kind])
-    other = run_of(JOBS[job], tiny_models_folder, EAGER[kind], **plans[how])
+    eager = run_of(JOBS[job], tiny_models_folder, EAGER[kind])
+    compiled = run_of(JOBS[job], tiny_models_folder, EAGER[kind], compiled=True)
+
+    assert torch.equal(eager.latents(), compiled.latents())
+    assert eager.watch.skipped == compiled.watch.skipped > 0
+
+
+@pytest.mark.parametrize("kind", [*EAGER, "first-block at times"])
+@pytest.mark.parametrize("job", ["FLUX", "A14B"])
+@pytest.mark.parametrize("streamed", ["all", "but the first", "the first", "the last"])
+@pytest.mark.parametrize("streamed_from", ["file", "pinned"])
+def test_the_same_bits_come_from_streamed_blocks_and_nothing_passes_for_a_forward_that_is_left_out(
+    streamed_from: str, streamed: str, job: str, kind: str, tiny_models_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[int] = []
+    for source in (streaming.FromFile, streaming.FromPinned):
+        monkeypatch.setattr(source, "fetch", _noting(source.fetch, fetched))
+    blocks = MODELS[JOBS[job]["model"]].blocks
+    count = sum(part.count for part in blocks["transformer"])
+    every = tuple(range(count))
+    places = {"all": every, "but the first": every[1:], "the first": every[:1], "the last": every[-1:]}[streamed]
+    names = [name for name in blocks if name.startswith("transformer")]
+    plan = {"offload": "partial", "streamed": dict.fromkeys(names, places), "streamed_from": streamed_from}
+    cache = EAGER.get(kind, {"kind": "first-block", "threshold": AT_TIMES[job]})
+    resident = run_of(JOBS[job], tiny_models_folder, cache)
+    other = run_of(JOBS[job], tiny_models_folder, cache, **plan)
 
     assert torch.equal(resident.latents(), other.latents())
     assert resident.watch.skipped == other.watch.skipped > 0
+    computed = other.watch.forwards - other.watch.skipped
+    assert len(fetched) <= len(places) * (computed + 2 * len(names))  # ahead, and a little at each end
+
+
+def _noting(fetch: Any, fetched: list[int]) -> Any:
+    def noted(self: Any, j: int, after: Any) -> Any:
+        fetched.append(j)
+        return fetch(self, j, after)
+
+    return noted
 
 
 def test_each_expert_begins_with_an_empty_cache(tiny_models_folder: Path) -> None:
