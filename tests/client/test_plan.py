@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safelight import footprint, jobspec, models, plandoc
-from safelight.calibration import NOTHING_LEARNED, Calibration, load_key, memory_key, work_key
+from safelight.calibration import NOTHING_LEARNED, Calibration, link_key, load_key, memory_key, ratio, work_key
 from safelight.errors import InvalidJob
 from safelight.jobspec import JobSpec
 from safelight.machine import GIB, Machine
@@ -141,9 +141,16 @@ def test_a_cache_is_planned_for_in_memory_and_learned_from_by_itself() -> None:
     assert memory[1] == memory[0]
     assert 1.0 * GIB < memory[2] - memory[0] < 2.0 * GIB  # nine times 27,792 tokens of 3072 in bf16
     assert [plan.cache for plan in plans] == [None, "taylorseer", "first-block"]
-    assert len({work_key(plan, "denoise") for plan in plans}) == 3
+    assert len({work_key(plan, "denoise") for plan in plans}) == len({link_key(plan) for plan in plans}) == 3
     assert "cache first-block" in plans[2].rung
     assert plan_of(job(model="tiny-wan-ti2v", cache="first-block"), CPU).cache == "first-block"
+
+
+def test_a_job_with_a_cache_makes_no_other_way_look_fast() -> None:
+    shown = Calibration(work={"flux-dev/denoise/bf16 cached by first-block": 0.3, "flux-dev/denoise/nf4": 1.2})
+
+    assert ratio(shown.work, "flux-dev/denoise/fp8-dynamic", "/denoise/") == pytest.approx(1.2)
+    assert ratio(shown.work, "flux-dev/denoise/nf4 cached by first-block", "/denoise/") == pytest.approx(0.3)
 
 
 def test_a14b_fits_16_gb_and_32_gb_of_ram_but_not_whole_in_bf16() -> None:
