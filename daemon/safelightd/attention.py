@@ -82,6 +82,9 @@ class Probed(BaseModel):
     """Why others could not be asked."""
 
 
+UNFINISHED = Probed(chosen=NATIVE, unusable={"all": "the process ended while they were tried"})
+
+
 class Known(BaseModel):
     """The file."""
 
@@ -133,17 +136,30 @@ def unusable(name: str, device: str) -> str | None:
 def remembered(shape: Shape, where: str, state: Path, ask: Callable[[], Probed]) -> Probed:
     """Return what was chosen for such a shape on such a card before; else what `ask` says, and remember it.
 
+    Without the file everything is asked again.
+
     Args:
         where: card and version of torch.
     """
     file = state / "attention.json"
     known = _load(file)
     name = f"{where}: {shape.name}"
-    if name not in known.probed:
-        known = Known(probed={**known.probed, name: ask()})
-        durable.write(file, known.model_dump_json(indent=1).encode())
-        log.info("attention.probed", shape=shape.name, chosen=known.probed[name].chosen)
-    return known.probed[name]
+    if name in known.probed:
+        return known.probed[name]
+    # Kernels that end the process, or break CUDA for it, are asked once: its successor finds torch's own chosen.
+    _save(file, known, {name: UNFINISHED})
+    try:
+        found = ask()
+    except torch.OutOfMemoryError:
+        _save(file, known, {})
+        raise
+    _save(file, known, {name: found})
+    log.info("attention.probed", shape=shape.name, chosen=found.chosen)
+    return found
+
+
+def _save(file: Path, known: Known, more: Mapping[str, Probed]) -> None:
+    durable.write(file, Known(probed={**known.probed, **more}).model_dump_json(indent=1).encode())
 
 
 def _load(file: Path) -> Known:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,23 @@ def test_what_ran_out_of_memory_is_not_remembered(tmp_path: Path) -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         attention.remembered(SHAPE, "a card", tmp_path, ask)
-    assert not list(tmp_path.iterdir())
+    assert attention._load(tmp_path / "attention.json").probed == {}
+
+
+def test_kernels_that_end_the_process_are_not_asked_again(tmp_path: Path) -> None:
+    program = (
+        f"import os, sys\nsys.path[:0] = {sys.path!r}\nfrom pathlib import Path\nfrom safelightd import attention\n"
+        f"shape = attention.Shape(96, 2, 32, 'float32')\n"
+        f"attention.remembered(shape, 'a card', Path({str(tmp_path)!r}), lambda: os._exit(9))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], check=False)
+
+    def ask() -> Probed:
+        raise AssertionError("it was asked again")
+
+    assert ended.returncode == 9
+    assert attention.remembered(SHAPE, "a card", tmp_path, ask) == attention.UNFINISHED
+    assert attention.UNFINISHED.chosen == "native"
 
 
 def test_a_damaged_memory_is_asked_again(tmp_path: Path) -> None:
