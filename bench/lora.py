@@ -56,7 +56,7 @@ def main() -> int:
     shown = TINY if arguments.tiny else MODEL
     folders = {} if arguments.tiny else {MODEL: arguments.folder / MODEL}
     if folders:
-        fullsize.build("flux", models.load()[MODEL], folders[MODEL], "cuda", tiny=False)
+        fullsize.build(models.load()[MODEL], folders[MODEL], "cuda")
     bars = []
     with place("cpu" if arguments.tiny else "cuda", folders, arguments.folder / "compiled") as at:
         at.become(CAP)

@@ -63,7 +63,7 @@ def main() -> int:
 
 def _build(folder: Path) -> dict[str, Path]:
     table = models.load()
-    fullsize.build("flux", table["flux-schnell"], folder / "flux-schnell", "cuda", tiny=False)
+    fullsize.build(table["flux-schnell"], folder / "flux-schnell", "cuda")
     fullsize.build_dev(folder / "flux-schnell", table[MODEL], folder / MODEL, tiny=False)
     if not (folder / NET).is_dir():
         net = fullsize.on_meta("diffusers.FluxControlNetModel", NET_CONFIG)

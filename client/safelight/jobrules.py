@@ -189,6 +189,12 @@ def check_controlnet(fields: dict[str, Any], facts: ModelFacts, faults: Faults) 
         faults.add(f"{facts.key} has no ControlNet {shown(wanted.model)}", near(wanted.model, list(facts.controlnets)))
     if "image" in fields:
         faults.add("controlnet and image together are not offered", "Leave one of them out.")
+    if "cache" in fields:
+        faults.add(
+            "cache and controlnet do not go together: the ControlNet's part is added between the blocks that a cache "
+            "leaves out; first-block counts it twice, and taylorseer not at all",
+            "Leave one of them out.",
+        )
     if not 0 < wanted.scale <= CONTROL_SCALE_MAX:
         problem = f"controlnet scale {wanted.scale:g} is not above 0 and at most {CONTROL_SCALE_MAX}"
         faults.add(problem, "Use 0.7, or leave controlnet out.")

@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from safelight import controlnet, lora, wan_cli
+from safelight import caches, controlnet, lora, wan_cli
+from safelight.caches import Cache
 from safelight.controlnet import ControlNet
 from safelight.errors import Fault
 from safelight.faults import Faults, near, shown
@@ -105,6 +106,8 @@ class JobSpec(BaseModel):
     compile: Literal["auto", "on", "off"] = "auto"
     low_cpu_mem_usage: Literal["auto", "on", "off"] = "auto"
     """Of offload leaf."""
+    cache: Cache | None = Field(default=None, strict=False)
+    """What some forwards are answered from: faster, and another result."""
     output_format: OutputFormat
     priority: Priority = "normal"
     not_before: str | None = None
@@ -217,6 +220,7 @@ FIELDS: dict[str, tuple[Callable[[object], Any], str]] = {
     "text_encoder_precision": (_to_text, "auto or one of " + ", ".join(get_args(Precision)[1:])),
     "compile": (_to_switch, "auto, on or off"),
     "low_cpu_mem_usage": (_to_switch, "auto, on or off"),
+    "cache": (caches.read, caches.EXPECTED),
     "output_format": (_to_text, "png, jpg, webp, mp4 or gif"),
     "priority": (_to_text, "high, normal, low or night"),
     "not_before": (_to_moment, "a date and time such as 2026-11-23T06:00"),

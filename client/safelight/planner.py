@@ -141,6 +141,7 @@ def _plan(
         controlnet=spec.controlnet.model if spec.controlnet else "",
         vae_tiling=False,
         text_encoder_device=machine.device,
+        cache=spec.cache and spec.cache.kind,
     )
     predicted: dict[str, PhasePrediction] = {}
     passed_over: list[str] = []

@@ -68,6 +68,8 @@ def refusals(fields: Mapping[str, Any], facts: ModelFacts) -> Iterator[tuple[str
         yield f"guidance {scale:g} and {scale_2:g}: Wan's own program takes one for both experts", remedy
     if fields.get("loras"):
         yield "LoRAs would be ignored by Wan's own program", "Leave them, or backend, out."
+    if fields.get("cache") is not None:
+        yield "cache would be ignored by Wan's own program", "Leave it, or backend, out."
     for name, offered in OFFERED.items():
         if (value := fields.get(name, "auto")) not in offered:
             yield f"{name} {value} is not offered by Wan's own program", f"Use {' or '.join(offered)}."

@@ -26,7 +26,7 @@ from safelight.models import Blocks, ModelFacts
 from safelight.plan import Plan, Precision
 from safelight.refusals import BY_LIBRARY
 from safelight.rung import Pinned
-from safelightd import compiling, precision, skeleton, tiny
+from safelightd import attention, compiling, precision, skeleton, tiny
 from safelightd import lora as lora_files
 from safelightd.assembly import Order, PinnedKey, PinnedSet, assembled
 from safelightd.fusing import fuse
@@ -247,7 +247,7 @@ class Loader:
             changes=self._changes.get(name, {}),
         )
         module = skeleton.build(component_class, folder, library)
-        reshape(module)
+        self._shape(name, module, reshape)
         stored = stored_tensors(folder, WEIGHTS[library])
         with assembled(module, stored, order, self._pinned, self._pinned_key(name)) as placed:
             if self._plan.compiled and name.startswith("transformer"):
@@ -260,7 +260,7 @@ class Loader:
     ) -> Iterator[nn.Module]:
         """A transformer in RAM that diffusers or accelerate brings to the GPU, leaf by leaf or block by block."""
         module = self._load(name, torch.device("cpu"), device)
-        reshape(module)
+        self._shape(name, module, reshape)
         try:
             if self._plan.offload == "sequential":
                 accelerate = importlib.import_module("accelerate")
@@ -278,6 +278,11 @@ class Loader:
         finally:
             _remove_hooks(module, self._plan.offload)
             _empty(module)
+
+    def _shape(self, name: str, module: nn.Module, reshape: Callable[[nn.Module], None]) -> None:
+        reshape(module)
+        if name.startswith("transformer"):
+            attention.use(module, self._plan.attention)
 
     def _precision(self, name: str) -> Precision:
         if name.startswith("transformer"):

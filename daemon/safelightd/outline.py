@@ -122,11 +122,11 @@ def outline(facts: ModelFacts, held: Precision, name: str, folder: Path, kind: s
         source=prepared.source(folder),
         target=prepared.folder(models_folder, facts.key, held, name),
         stem=STEMS[library],
-        pieces=tuple(_pieces(module, stored, paths, precision.format_of(held), folder)),
+        pieces=tuple(pieces(module, stored, paths, precision.format_of(held), folder)),
     )
 
 
-def _pieces(
+def pieces(
     module: nn.Module, stored: Mapping[str, Stored], paths: Sequence[str], held: Format | None, folder: Path
 ) -> Iterator[Piece]:
     """Yield every tensor of a component once, in the module's order, with what it is stored as."""

@@ -20,9 +20,10 @@ from safelight.machine import Machine
 from safelight.models import Models
 from safelight.plan import Overrun, Plan
 from safelight.planner import NO_CIRCUMSTANCES, make_plan, with_known_embeddings
-from safelight.receipt import Output, Receipt
+from safelight.receipt import CacheRecord, Output, Receipt
 from safelight.rung import Circumstances
 from safelightd import (
+    attention,
     calibration,
     checkpoint,
     compiling,
@@ -78,6 +79,7 @@ def run_job(
     with watch.phase("load"):
         facts = setting.models[spec.model]
         family, folder = pipelines.family(facts.family), model_folder(facts, paths.models)
+        plan = watch.plan = attention.planned(plan, spec, facts, setting.config, machine.gpu)
         loader = Loader(
             folder,
             plan,
@@ -151,11 +153,24 @@ def receipt_of_done(
         started_at=started_at,
         finished_at=moment(),
         resumed_after_step=watch.resumed_after_step,
+        cache=cache_record(spec, watch),
         phases=dict(watch.records),
         seconds_per_step=watch.seconds_per_step,
         device_bytes_after=device.held_bytes(),
         machine=machine,
         versions=dict(versions),
+    )
+
+
+def cache_record(spec: JobSpec, watch: Watch) -> CacheRecord | None:
+    """Return how often the job's cache answered; None where it has none."""
+    if spec.cache is None:
+        return None
+    return CacheRecord(
+        kind=spec.cache.kind,
+        forwards=watch.forwards,
+        skipped=watch.skipped,
+        restarted_after_step=watch.resumed_after_step,
     )
 
 

@@ -67,6 +67,17 @@ def test_models_without_any_and_pictures_to_start_from_are_refused() -> None:
     assert "controlnet and image together are not offered" in both
 
 
+@pytest.mark.parametrize("cache", ["first-block:threshold=0.08", {"kind": "taylorseer", "cache_interval": 3}])
+def test_a_cache_beside_it_is_refused_and_either_alone_is_not(cache: object) -> None:
+    written = {"model": "flux-dev", "controlnet": UNION, "cache": cache}
+
+    (told,) = faults(draft(fields=written))
+
+    assert "cache and controlnet do not go together: the ControlNet's part is added between" in told
+    for alone in ("controlnet", "cache"):
+        assert len(expanded(draft(fields={"model": "flux-dev", alone: written[alone]}))) == 1
+
+
 def test_its_picture_is_kept_by_digest_and_looked_for_beside_the_text() -> None:
     written = draft(fields={"model": "flux-dev", "controlnet": "union-pro-2:pose.png:0.7"})
 

@@ -62,6 +62,7 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("--vae-tiling",), "HOW", "auto, on or off."),
     (("--text-encoder-precision",), "HOW", "As --precision, of the large text encoder."),
     (("--text-encoder-device",), "HOW", "auto, gpu or cpu."),
+    (("--cache",), "HOW", "first-block:threshold=0.08 or taylorseer:cache_interval=3: faster, and another result."),
     (("--format", "--output-format"), "KIND", "png, jpg or webp; of clips mp4, gif, webp, or png: a folder of frames."),
     (("--priority",), "CLASS", "high, normal, low or night (only inside the window of [policy])."),
     (("--not-before",), "WHEN", "Such as 2026-11-23T06:00, your local time."),

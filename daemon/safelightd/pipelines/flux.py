@@ -21,6 +21,7 @@ from PIL.Image import Image
 from safelight.errors import SafelightError
 from safelight.jobspec import JobSpec
 from safelight.plan import Plan
+from safelightd.caching import caching
 from safelightd.checkpoint import NOWHERE, Checkpoint
 from safelightd.loading import Loader
 from safelightd.pipelines import (
@@ -122,6 +123,7 @@ def denoise(
     with (
         flux_controlnet.leading(spec, loader, condition, device, watch) as lead,
         loader.component("transformer", device) as transformer,
+        caching(transformer, spec.cache, dtype, watch.forwarded) as context,
     ):
         stop_between_blocks(transformer, watch)
         constant = {
@@ -135,9 +137,11 @@ def denoise(
         for i, t in enumerate(timesteps):
             timestep = t.expand(1).to(dtype) / 1000
             led = lead(i, len(timesteps), latents, timestep, prompt)
-            velocity = transformer(latents, timestep=timestep, **prompt, **led, return_dict=False)[0]
+            with context(0):
+                velocity = transformer(latents, timestep=timestep, **prompt, **led, return_dict=False)[0]
             if is_guided(spec):
-                away = transformer(latents, timestep=timestep, **negative, **constant, **led, return_dict=False)[0]
+                with context(1):
+                    away = transformer(latents, timestep=timestep, **negative, **constant, **led, return_dict=False)[0]
                 velocity = away + spec.true_cfg_scale * (velocity - away)
             watch.show(functools.partial(_without_noise, spec, latents, velocity, scheduler.sigmas[skipped + i]))
             latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
