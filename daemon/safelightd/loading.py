@@ -25,9 +25,9 @@ from safelight.models import Blocks, ModelFacts
 from safelight.plan import Plan, Precision
 from safelight.refusals import BY_LIBRARY
 from safelight.rung import Pinned
-from safelightd import compiling, precision, skeleton, tiny
+from safelightd import compiling, precision, singlefile, skeleton, tiny
 from safelightd.assembly import Order, PinnedKey, PinnedSet, assembled
-from safelightd.weights import BadModelFolder, stored_tensors
+from safelightd.weights import BadModelFolder
 
 CLASSES = {
     "diffusers": (
@@ -74,6 +74,8 @@ def model_folder(facts: ModelFacts, models_folder: Path) -> Path:
     folder = models.folder(facts, models_folder)
     if facts.tiny:
         tiny.build(facts.key, folder)
+    if facts.path and not folder.exists():
+        raise _gone(folder, facts.key)
     if not (folder / "model_index.json").is_file():
         what = facts.repository or facts.key
         raise BadModelFolder(
@@ -85,6 +87,13 @@ def model_folder(facts: ModelFacts, models_folder: Path) -> Path:
 
 def _fetching(facts: ModelFacts) -> str:
     return f"safelight models pull {facts.key} fetches it. " if facts.repository else ""
+
+
+def _gone(place: Path, key: str) -> BadModelFolder:
+    return BadModelFolder(
+        f"{place} is gone: is its disk mounted? Put it back, or forget it (safelight models rm {key}) and register "
+        "where it is now (safelight models add)."
+    )
 
 
 def give_back() -> None:
@@ -102,7 +111,7 @@ class Loader:
 
     Args:
         folder: a diffusers folder with a model_index.json.
-        component_paths: folders that replace single components, each holding that component alone.
+        component_paths: folders that replace single components, each holding that component alone, or single files.
         blocks: the repeated blocks of the components that are loaded block by block; others are loaded whole.
         models_folder: below it are the prepared folders that the plan may name.
         pinned: where the pinned blocks of one job wait for the next.
@@ -175,9 +184,9 @@ class Loader:
     @contextmanager
     def _by_blocks(self, name: str, device: torch.device, reshape: Callable[[nn.Module], None]) -> Iterator[nn.Module]:
         library, component_class = self._class(name)
-        folder = self._source(name)
+        folder, config = self._source(name), self._config_folder(name)
         _check_files(folder, WEIGHTS[library])
-        _check_class(folder, component_class.__name__, library)
+        _check_class(config, component_class.__name__, library)
         order = Order(
             folder=folder,
             device=device,
@@ -187,9 +196,9 @@ class Loader:
             streamed=self._plan.streamed.get(name, ()),
             from_file=not name.startswith("transformer") or self._plan.streamed_from == "file",
         )
-        module = skeleton.build(component_class, folder, library)
+        module = skeleton.build(component_class, config, library)
+        stored = singlefile.weights_of(module, folder, WEIGHTS[library])
         reshape(module)
-        stored = stored_tensors(folder, WEIGHTS[library])
         with assembled(module, stored, order, self._pinned, self._pinned_key(name)) as placed:
             if self._plan.compiled and name.startswith("transformer"):
                 compiling.compile_blocks(placed, order.paths)
@@ -234,13 +243,24 @@ class Loader:
 
     def _pinned_key(self, name: str) -> PinnedKey:
         folder = self._source(name)
-        files = tuple((file.name, (at := file.stat()).st_size, at.st_mtime_ns) for file in sorted(folder.glob("*")))
+        there = [folder] if folder.is_file() else sorted(folder.glob("*"))
+        files = tuple((file.name, (at := file.stat()).st_size, at.st_mtime_ns) for file in there)
         blocks = self._plan.streamed.get(name, ())
         return PinnedKey(Pinned(self._plan.model, name, self._precision(name), self._plan.dtype, blocks), folder, files)
 
     def weights(self) -> dict[str, list[tuple[str, int, int]]]:
         """Return what tells the files of the repeated components from others: name, size and time of change."""
         return {name: list(self._pinned_key(name).files) for name in sorted(self._blocks)}
+
+    def stored_precisions(self) -> dict[str, str]:
+        """Return what most weights of the repeated components are published as, in words: bf16, Q4_K."""
+        found = {}
+        for name in sorted(self._blocks):
+            try:
+                found[name] = singlefile.precision_in(self._component_folder(name), WEIGHTS[self._class(name)[0]])
+            except (BadModelFolder, OSError):
+                continue  # what loads it says what is wrong; with a prepared one it need not be there
+        return found
 
     def tokenizer(self, name: str = "tokenizer") -> Any:
         """Return a tokenizer."""
@@ -262,14 +282,23 @@ class Loader:
 
     def config(self, name: str) -> dict[str, Any]:
         """Return what a component says of itself, without its weights."""
-        return _read_json(self._component_folder(name) / "config.json")
+        return _read_json(self._config_folder(name) / "config.json")
 
     def option(self, name: str) -> Any:
         """Return a setting of the whole model, such as `boundary_ratio`; None where it has none."""
         return self._index.get(name)
 
     def _component_folder(self, name: str) -> Path:
-        return Path(self._component_paths.get(name) or self._folder / name).expanduser()
+        own = self._component_paths.get(name)
+        place = Path(own or self._folder / name).expanduser()
+        if own and not place.exists():
+            raise _gone(place, self._plan.model)
+        return place
+
+    def _config_folder(self, name: str) -> Path:
+        """Return where a component's config.json is: beside its weights, of a single file in the model's own folder."""
+        place = self._source(name)
+        return self._folder / name if place.is_file() else place
 
     def _class(self, name: str) -> tuple[str, Any]:
         """Return a component's library and class."""
@@ -289,7 +318,10 @@ class Loader:
         library, component_class = self._class(name)
         folder = self._component_folder(name)
         _check_files(folder, WEIGHTS[library])
-        _check_class(folder, component_class.__name__, library)
+        _check_class(self._config_folder(name), component_class.__name__, library)
+        if folder.is_file():
+            module = skeleton.build(component_class, self._config_folder(name), library)
+            return singlefile.filled(module, folder, getattr(torch, self._plan.dtype)).to(device)
         importlib.import_module(f"{library}.utils.logging").disable_progress_bar()  # stderr is the log
         # Straight to the device, tensor by tensor: host RAM never holds the whole component.
         placed = {} if device.type == "cpu" else {"device_map": {"": device}}
@@ -338,7 +370,9 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _check_files(folder: Path, weights: str) -> None:
-    """Raise where a file is missing that the component needs, naming all of them."""
+    """Raise where a file is missing that the component needs, naming all of them; a single file is all of it."""
+    if folder.is_file():
+        return
     index = folder / f"{weights}.index.json"
     needed = {"config.json", weights}
     if index.is_file():

@@ -117,6 +117,8 @@ def needed(facts: ModelFacts, files: Iterable[WantedFile], read: Callable[[Wante
     if "model_index.json" not in wanted:
         raise BadConfig(f"{facts.repository} has no model_index.json: it is not in the layout of diffusers.")
     for component in sorted({str(PurePosixPath(name).parent) for name in named} - {"."}):
+        if component in facts.component_paths:
+            continue  # its weights are elsewhere; its config.json is among the texts
         weights = _weights(component, named, read)
         if component in facts.components and not weights:
             raise BadConfig(f"{facts.repository} has no safetensors in {component}/, and pickles are never fetched.")

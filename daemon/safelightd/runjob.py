@@ -88,6 +88,7 @@ def run_job(
             models_folder=paths.models,
             pinned=setting.pinned,
         )
+        stored = loader.stored_precisions()
         made_by = checkpoint.digest(spec, plan, loader.weights(), metadata.versions())
         watch.preview = preview.Preview(paths, spec.id, spec.model)
         kept = checkpoint.Checkpoint(paths.checkpoints / spec.id, made_by, setting.config.settings.worker.checkpoint_s)
@@ -108,7 +109,7 @@ def run_job(
     with watch.phase("publish"):
         device.release()
         receipt_of = receipt_of_done(
-            spec, plan, machine, attempt, started_at, watch, metadata.versions(), around.overruns
+            spec, plan, machine, attempt, started_at, watch, metadata.versions(), around.overruns, stored
         )
         return outputs.publish(receipt_of, file, spec, ledger, paths)
 
@@ -128,6 +129,7 @@ def receipt_of_done(
     watch: Watch,
     versions: Mapping[str, str],
     overruns: tuple[Overrun, ...] = (),
+    stored: Mapping[str, str] | None = None,
 ) -> Callable[[tuple[Output, ...]], Receipt]:
     """Return what makes the receipt once the output has its name."""
     return lambda published: Receipt(
@@ -146,6 +148,7 @@ def receipt_of_done(
         device_bytes_after=device.held_bytes(),
         machine=machine,
         versions=dict(versions),
+        stored=dict(stored or {}),
     )
 
 
