@@ -202,11 +202,10 @@ def _models(config: Config, table: Models) -> Iterator[Finding]:
             yield _completeness(facts, models.folder(facts, config.paths.models))
         elif facts.key in keys:
             folder = models.folder(facts, config.paths.models)
-            yield warn(
-                "models",
-                f"{facts.key} is not there",
-                f"Fetch it: safelight models pull {facts.key}. It goes to {folder}.",
-            )
+            remedy = f"Fetch it: safelight models pull {facts.key}. It goes to {folder}."
+            if cached := inventory.in_hub_cache(facts, os.environ):
+                remedy = f"It is in the hub's cache: safelight models add {cached}"
+            yield warn("models", f"{facts.key} is not there", remedy)
 
 
 def _completeness(facts: ModelFacts, folder: Path) -> Finding:

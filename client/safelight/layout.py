@@ -45,6 +45,8 @@ _OTHERS: Sequence[tuple[str, str]] = (
 _SCALES = (".scale_weight", ".weight_scale")
 """End the name of what an 8-bit weight is to be multiplied by: ComfyUI's `scaled_fp8`, and its later `comfy_quant`."""
 
+SCALE_DTYPES = ("F32", "F16", "BF16", "F64")
+
 _UNUSED = (".scale_input", ".input_scale", ".comfy_quant")
 """End names that say how other programs compute, and not what the weights are."""
 
@@ -96,6 +98,12 @@ def recognise(found: Sequence[Entry], file: Path) -> Layout:
             tensors[name] = entry
     if astray := sorted(set(scales) - set(tensors)):
         raise OtherModel(f"{file}: holds a scale of {astray[0]}, and not the weight. Fetch it anew.")
+    for name, scale in scales.items():
+        if scale.dtype not in SCALE_DTYPES or scale.parameters not in (1, *tensors[name].shape[:1]):
+            raise OtherModel(
+                f"{file}: {scale.name} is {scale.dtype} of the shape {list(scale.shape)}; one float for the weight, or "
+                "one a row, is read. Use another file of the model."
+            )
     return Layout(*family_and_names, tensors, scales)
 
 

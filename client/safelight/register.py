@@ -18,6 +18,7 @@ from safelight.config import Config
 from safelight.errors import Fault, InvalidJob, SafelightError
 from safelight.layout import TRANSFORMERS, Layout
 from safelight.models import KEY, ModelFacts, Models
+from safelight.paths import SYSTEM_CONFIG
 from safelight.registered import Registration
 
 NATIVE = ("Wan2.2_VAE.pth", "Wan2.1_VAE.pth")
@@ -26,6 +27,9 @@ NATIVE = ("Wan2.2_VAE.pth", "Wan2.1_VAE.pth")
 LOW_NOISE = re.compile(r"low[-_ ]?noise", re.IGNORECASE)
 
 LARGE = "transformer"
+
+HOMES = ("/home/", "/root/", "/run/user/")
+"""What ProtectHome hides (systemd.exec(5))."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,9 @@ def registrations(asked: Asked, config: Config, table: Models) -> tuple[list[Reg
         SafelightError: a file is damaged.
     """
     path = Path(os.path.abspath(asked.path.expanduser()))  # noqa: PTH100 - resolve would follow the cache's links
+    if config.source == SYSTEM_CONFIG and str(path).startswith(HOMES):
+        remedy = f"Move it below {config.paths.models}, or anywhere else outside of home folders."
+        raise _fault(path, "lies in a home folder, which the system's daemon cannot see (ProtectHome)", remedy)
     try:
         caches = sorted(path.glob("models--*/snapshots")) if path.is_dir() else []
         if caches and asked.key is None and asked.like is None:
@@ -114,16 +121,22 @@ def _registration(asked: Asked, path: Path, config: Config, table: Models) -> Re
         if lacks:
             shown = ", ".join(lacks[:3]) + (f" and {len(lacks) - 3} more" if len(lacks) > 3 else "")
             raise _fault(path, f"lacks {shown}", "Fetch it again where it came from, whole.")
-        return Registration(key=key, like=facts.key, folder=str(path))
+        return Registration(key=key, like=_origin(facts, config), folder=str(path))
     key = _free_key(asked.key or _slug(path), path, config, table)
     components = {LARGE: path, **{name: place.expanduser().absolute() for name, place in asked.components.items()}}
     _check_components(components, facts)
     return Registration(
         key=key,
-        like=facts.key,
+        like=_origin(facts, config),
         folder=_rest(asked, facts, config),
         components={name: str(place) for name, place in components.items()},
     )
+
+
+def _origin(facts: ModelFacts, config: Config) -> str:
+    """Return the key whose facts these are; not a registered one's, which may be forgotten."""
+    base = registered.read(config.paths.models, facts.key)
+    return base.like if base else facts.key
 
 
 def _look(path: Path) -> Found:

@@ -128,10 +128,17 @@ def _safetensors_entry(file: Path, name: str, row: Any, *, start: int, size: int
     try:
         dtype, shape = str(row["dtype"]), tuple(map(int, row["shape"]))
         begin, end = map(int, row["data_offsets"])
-        bits = ITEM_BITS[dtype]
-    except (KeyError, TypeError, ValueError) as error:
-        raise _refuse(file, f"{name} is of an unknown kind ({error})") from error
-    if not 0 <= begin <= end <= size - start or (end - begin) * 8 != math.prod(shape) * bits:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise _refuse(file, f"its header is damaged: {name} ({error})") from error
+    if dtype not in ITEM_BITS:
+        problem = f"{name} is stored as {dtype}, which is not read"
+        raise UnreadableWeights(f"{file}: {problem}. Use another file of the model; known: {', '.join(ITEM_BITS)}.")
+    bits = ITEM_BITS[dtype]
+    if (
+        min(shape, default=0) < 0
+        or not 0 <= begin <= end <= size - start
+        or (end - begin) * 8 != math.prod(shape) * bits
+    ):
         raise _refuse(file, f"{name} lies outside of the file: it is cut")
     return Entry(file, name, dtype, shape, start + begin, end - begin)
 

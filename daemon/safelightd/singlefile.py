@@ -206,12 +206,6 @@ def _encoding(entry: Entry, scale: Entry | None) -> Encoding | None:
         return Ggml(entry.dtype)
     if scale is None:
         return None
-    rows = entry.shape[0]
-    if scale.parameters not in (1, rows) or scale.dtype not in (*SCALE_FORMATS, "BF16"):
-        raise BadModelFolder(
-            f"{entry.file}: {scale.name} is {scale.dtype} of the shape {list(scale.shape)}; one float for the weight, "
-            "or one a row, is read. Use another file of the model."
-        )
     return Scaled(DTYPES[entry.dtype], _floats(scale), prod(entry.shape[1:]))
 
 

@@ -20,9 +20,11 @@ import torch
 from click.testing import Result
 
 from safelight import config as settings
-from safelight import durable, models, prepared, registered
+from safelight import durable, models, prepared, register, registered
+from safelight.errors import BadConfig, InvalidJob
 from safelight.models import Models
-from safelightd import holds, tiny
+from safelight.paths import SYSTEM_CONFIG
+from safelightd import holds, pull, tiny
 from safelightd.loading import BadModelFolder, model_folder
 from safelightd.prepare import prepare
 from tests import other_layouts as layouts
@@ -232,10 +234,10 @@ def test_two_experts_are_both_needed_and_each_in_its_place(own: Installation, di
 # what cannot
 
 
-def refused(own: Installation, *words: str | Path) -> str:
+def refused(own: Installation, *words: str | Path, code: int = 2) -> str:
     before = registered.read_all(own.paths.models)
     result = add(own, *words)
-    assert result.exit_code in (1, 2), result.output
+    assert result.exit_code in (1, code), result.output
     assert result.stdout == ""
     assert "Traceback" not in result.output
     assert registered.read_all(own.paths.models) == before
@@ -283,7 +285,7 @@ def test_a_cut_file_is_refused(keep: float, name: str, own: Installation, disk: 
 
 
 def test_damaged_headers_are_refused(own: Installation, disk: Path) -> None:
-    header = json.dumps({"a": {"dtype": "F4", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    header = json.dumps({"a": {"dtype": "F16", "shape": [3], "data_offsets": [0, 1]}}).encode()
     for text in (b"{" * 5_000, b"[1, 2]", b'{"a": 1}', b'"a"', header, b"\xff" * 40):
         (disk / "f.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0")
         assert "Fetch it anew" in refused(own, disk / "f.safetensors")
@@ -392,6 +394,30 @@ def test_what_lies_in_the_models_folder_is_found_by_itself(own: Installation, di
     assert row(own, "mine")["here"] == "present"
 
 
+def test_what_the_systems_daemon_cannot_see_is_refused(own: Installation) -> None:
+    systems = replace(own.config, source=SYSTEM_CONFIG)
+
+    with pytest.raises(InvalidJob, match=r"home folder, which the system's daemon cannot see \(ProtectHome\)"):
+        register.registrations(register.Asked(Path("/home/ann/flux1-dev.safetensors")), systems, own.models)
+
+
+def test_a_models_folder_that_is_in_the_way_is_a_sentence(own: Installation, disk: Path) -> None:
+    (own.paths.models / "registered").write_text("a file where a folder belongs")
+
+    said = refused(own, disk / FLUX, "--as", "fox", code=3)
+
+    assert f"Make {own.paths.models} writable for this user" in said
+
+
+def test_what_is_like_a_registered_model_outlives_it(own: Installation, disk: Path, one: Path) -> None:
+    add(own, disk / FLUX, "--as", "base")
+    add(own, one, "--as", "fox", "--like", "base")
+
+    assert runner(own)("models", "rm", "base").exit_code == 0
+
+    assert row(own, "fox")["here"] == "present"
+
+
 def test_an_unreadable_folder_is_a_sentence(own: Installation, disk: Path) -> None:
     """A loop of links is unreadable for everybody, root included."""
     transformer = disk / FLUX / "transformer"
@@ -421,6 +447,37 @@ def test_a_place_that_moves_away_is_told_and_refused(own: Installation, disk: Pa
     assert "No such file" in verified.stdout
     assert runner(own)("doctor").exit_code in (0, 3, 4)
     assert "models" not in holds.read(own.config, user_hold=None, gpu=None)  # what lay beside it is there: it was moved
+
+
+def test_a_pull_writes_nothing_to_where_a_registered_folder_was(own: Installation, disk: Path) -> None:
+    own.config.source.write_text(own.config.source.read_text() + REPOSITORY)
+    own = replace(own, config=settings.load(own.env))
+    add(own, disk / FLUX, "--as", "fox", "--like", "published")
+    disk.rename(own.root / "unmounted")
+
+    said = runner(own)("models", "list").stdout
+    facts = table(own)["fox"]
+    with pytest.raises(BadConfig, match="is registered and gone"):
+        pull.pull(own.config, facts, force=False, say=print, ask=lambda: True, tell=lambda *_told: None)
+
+    assert "gone:" in said
+    assert not disk.exists()
+
+
+def test_doctor_knows_what_is_gone_and_what_lies_in_the_hubs_cache(own: Installation, disk: Path) -> None:
+    add(own, disk / FLUX, "--as", "fox")
+    disk.rename(own.root / "moved")
+    source = own.config.source
+    source.write_text(source.read_text().replace('image_model = "tiny-flux-schnell"', 'image_model = "flux-schnell"'))
+    cached = own.root / ".cache/huggingface/hub/models--black-forest-labs--FLUX.1-schnell"
+    (cached / "snapshots").mkdir(parents=True)
+
+    said = runner(own)("doctor").stdout
+
+    assert f"fox is gone: {disk / FLUX}" in said
+    assert "safelight models rm fox" in said
+    assert f"safelight models add {cached}" in said
+    assert f"in the hub's cache: safelight models add {cached}" in runner(own)("models", "list").stdout
 
 
 def test_an_unmounted_disk_holds_the_queue(own: Installation, disk: Path) -> None:

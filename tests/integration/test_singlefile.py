@@ -7,6 +7,7 @@ decoder of GGUF.
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,17 @@ def test_gguf_blocks_are_decoded_as_the_reference_does(
 
     assert differing(read(tmp_path / "packed.gguf"), read(tmp_path / "meant.safetensors")) == []
     assert singlefile.precision_in(tmp_path / "packed.gguf", "") == {"F16": "fp16", "BF16": "bf16"}.get(kind, kind)
+
+
+def test_gguf_without_its_extra_says_what_to_install(
+    tiny_models_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = layouts.published(component(FLUX, tiny_models_folder))
+    layouts.save_gguf(own, tmp_path / "q8.gguf", gguf.GGMLQuantizationType.Q8_0)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+
+    with pytest.raises(BadModelFolder, match=r"pip install 'safelight\[gguf\]'"):
+        singlefile.stored_in(tmp_path / "q8.gguf")
 
 
 def test_pieces_of_a_large_packed_weight_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from safelight.commands.client import Client, pass_client
 from safelight.commands.machine import become_daemon
 
 if TYPE_CHECKING:
+    from safelight.errors import SafelightError
     from safelight.inventory import Standing
     from safelight.models import ModelFacts
     from safelight.registered import Registration
@@ -192,8 +193,11 @@ def add(
     places = {name: Path(place) for name, place in pairs.items()}
     asked = register.Asked(path, key, like, folder, places)
     found, others = register.registrations(asked, client.config, client.models)
-    for registration in found:
-        registered.write(client.config.paths.models, registration)
+    try:
+        for registration in found:
+            registered.write(client.config.paths.models, registration)
+    except OSError as error:
+        raise _unwritable(client, error) from error
     for line in others:
         click.echo(line, err=True)
     table = client.models.current()
@@ -204,6 +208,13 @@ def add(
         click.echo(registration.key)
     wrong = [line for registration in found if digests for line in _read(client, registration)]
     ctx.exit(1 if wrong or not found else 0)
+
+
+def _unwritable(client: Client, error: OSError) -> SafelightError:
+    from safelight.errors import BadConfig
+
+    place = error.filename or client.config.paths.models
+    return BadConfig(f"{place}: {error.strerror}. Make {client.config.paths.models} writable for this user.")
 
 
 def _read(client: Client, registration: Registration) -> list[str]:
@@ -264,7 +275,10 @@ def rm(ctx: click.Context, client: Client, key: str, *, yes: bool, doomed: tuple
             )
         if not click.confirm("Remove this for good?", err=True):
             ctx.exit(1)
-    removal.carry_out(plan, config)
+    try:
+        removal.carry_out(plan, config)
+    except OSError as error:
+        raise _unwritable(client, error) from error
     click.echo(f"{key} is {'forgotten' if plan.registered else 'removed'}")
 
 
