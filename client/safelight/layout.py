@@ -45,6 +45,7 @@ _OTHERS: Sequence[tuple[str, str]] = (
 _SCALES = (".scale_weight", ".weight_scale")
 """End the name of what an 8-bit weight is to be multiplied by: ComfyUI's `scaled_fp8`, and its later `comfy_quant`."""
 
+SCALED_DTYPES = ("F8_E4M3", "F8_E5M2")
 SCALE_DTYPES = ("F32", "F16", "BF16", "F64")
 
 _UNUSED = (".scale_input", ".input_scale", ".comfy_quant")
@@ -99,6 +100,11 @@ def recognise(found: Sequence[Entry], file: Path) -> Layout:
     if astray := sorted(set(scales) - set(tensors)):
         raise OtherModel(f"{file}: holds a scale of {astray[0]}, and not the weight. Fetch it anew.")
     for name, scale in scales.items():
+        if tensors[name].dtype not in SCALED_DTYPES:
+            raise OtherModel(
+                f"{file}: {scale.name} is of a weight that is {tensors[name].dtype}; scales of 8-bit floats are read. "
+                "Use another file of the model."
+            )
         if scale.dtype not in SCALE_DTYPES or scale.parameters not in (1, *tensors[name].shape[:1]):
             raise OtherModel(
                 f"{file}: {scale.name} is {scale.dtype} of the shape {list(scale.shape)}; one float for the weight, or "

@@ -190,9 +190,7 @@ def _look_at_component(path: Path) -> Found:
     kind = _read_object(path / "config.json").get("_class_name")
     family = next((family for family, known in TRANSFORMERS.items() if kind == known), None)
     if family is None:
-        raise _fault(
-            path, f"holds a {kind or 'component of unknown class'}", f"Use {', '.join(TRANSFORMERS.values())}."
-        )
+        raise _fault(path, f"holds a component of the class {kind}", f"Use {', '.join(TRANSFORMERS.values())}.")
     return Found(path, _parameters(path), family)
 
 
@@ -230,7 +228,7 @@ def _like(found: Found, asked: Asked, table: Models) -> ModelFacts:
     if not fit:
         raise _fault(found.place, f"holds {_words(found)}, and no model of the table does", _remedy(found, table))
     published = [facts for facts in fit if _repository(found.place) == facts.repository]
-    shipped = [facts for facts in fit if facts.key in models.shipped_keys() and not is_placed(facts)]
+    shipped = [facts for facts in fit if facts.key in models.shipped_keys()]
     best = published or [facts for facts in shipped if not facts.tiny] or shipped or fit
     if len(best) > 1:
         raise _fault(found.place, f"may be {', '.join(facts.key for facts in best)}", "Say which: --like KEY.")

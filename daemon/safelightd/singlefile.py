@@ -204,8 +204,10 @@ def _encoding(entry: Entry, scale: Entry | None) -> Encoding | None:
     if entry.dtype not in DTYPES:
         encodings.check_gguf()
         return Ggml(entry.dtype)
-    if scale is None:
+    if DTYPES[entry.dtype].itemsize > 1 or not DTYPES[entry.dtype].is_floating_point:
         return None
+    if scale is None:
+        return Scaled(DTYPES[entry.dtype], (1.0,), prod(entry.shape[1:]))
     return Scaled(DTYPES[entry.dtype], _floats(scale), prod(entry.shape[1:]))
 
 

@@ -46,7 +46,7 @@ PIECE_BYTES = 16 * 2**20
 PIECES = 2 * THREADS
 """What is under way between file and GPU: 128 MiB of pinned memory."""
 ENCODED_PIECE_BYTES = 2**20
-"""Of packed weights, which take several times as much while they are decoded: 4-bit blocks about 50 MiB a piece."""
+"""Of packed weights, which take many times as much while they are decoded: a small piece at a time."""
 
 
 class BadModelFolder(SafelightError):

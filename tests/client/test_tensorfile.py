@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,9 +78,12 @@ def test_scales_of_groups_are_refused() -> None:
         "single_blocks.0.linear1.weight": (9, 32),
         "img_in.weight": (8, 8),
     }
-    found = [tensorfile.Entry(file, name, "U8", shape, 0, 0) for name, shape in names.items()]
+    found = [tensorfile.Entry(file, name, "F8_E4M3", shape, 0, 0) for name, shape in names.items()]
     scale = tensorfile.Entry(file, "double_blocks.0.img_attn.qkv.weight_scale", "F8_E4M3", (96, 4), 0, 0)
 
     assert layout.recognise(found, file).family == "flux"
     with pytest.raises(layout.OtherModel, match=r"weight_scale is F8_E4M3 of the shape \[96, 4\]"):
         layout.recognise([*found, scale], file)
+    packed = [replace(entry, dtype="U8") for entry in found]
+    with pytest.raises(layout.OtherModel, match="is of a weight that is U8"):
+        layout.recognise([*packed, scale], file)

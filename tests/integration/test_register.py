@@ -176,6 +176,17 @@ def test_a_single_file_takes_the_rest_from_what_it_is_like(own: Installation, di
     assert row(own, "flux1-fox")["here"] == "present"
 
 
+def test_a_second_file_of_a_model_that_is_registered_is_like_it(own: Installation, disk: Path, one: Path) -> None:
+    """Its size is that of three rows of the table then, and only one of them is a model of its own."""
+    other = Path(shutil.copy(one, disk / "flux1-hare.safetensors"))
+    add(own, disk / FLUX, "--as", "folder")
+    add(own, one, "--with", disk / FLUX)
+
+    assert add(own, other, "--with", disk / FLUX).stdout == "flux1-hare\n"
+
+    assert [each.like for each in registered.read_all(own.paths.models)[0]] == [FLUX] * 3
+
+
 def test_a_single_file_alone_says_what_it_lacks_and_how_to_get_it(own: Installation, one: Path) -> None:
     result = add(own, one, "--as", "fox")
 
@@ -329,7 +340,7 @@ def test_a_folder_of_another_kind_is_refused(own: Installation, disk: Path) -> N
     assert "is a pickle" in refused(own, disk / "pickles")
     assert "has no model_index.json" in refused(own, disk / "nothing")
     assert "does not exist" in refused(own, disk / "nowhere")
-    assert "holds a AutoencoderKL" in refused(own, disk / FLUX / "vae")
+    assert "holds a component of the class AutoencoderKL" in refused(own, disk / FLUX / "vae")
 
 
 def test_weights_that_are_quantised_in_their_folder_are_refused(own: Installation, disk: Path) -> None:
