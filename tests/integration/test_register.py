@@ -666,3 +666,25 @@ def test_the_program_registers_and_lists_without_torch(own: Installation, disk: 
     code = "import sys; from safelight import inventory, register; sys.exit('torch' in sys.modules)"
     env = {**own.env, "PYTHONPATH": "client"}
     assert subprocess.run([sys.executable, "-c", code], env=env, check=False).returncode == 0
+
+
+def test_the_program_prepares_what_is_registered_in_the_models_folder_it_is_told(
+    own: Installation, disk: Path, one: Path
+) -> None:
+    """A client may reach a daemon with another models folder than its own settings name."""
+    add(own, one, "--as", "fox", "--with", disk / FLUX)
+    elsewhere = own.root / "elsewhere.toml"
+    elsewhere.write_text(own.config.source.read_text().replace(str(own.paths.models), str(own.root / "none")))
+    words = ["prepare", "fox", "--precision", "fp8-weight-only", "--models", str(own.paths.models)]
+    env = {**own.env, "PYTHONPATH": "client:daemon", "SAFELIGHT_CONFIG": str(elsewhere)}
+
+    done = subprocess.run(
+        [sys.executable, "-m", "safelightd.cli", *words],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+    assert (done.returncode, done.stdout) == (0, "fox/fp8-weight-only/transformer\n"), done.stderr
