@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safelight import durable, models, pulled, registered
+from safelight import durable, models, prepared, pulled, registered
 from safelight.config import Config
 from safelight.errors import Fault, InvalidJob
 from safelight.models import Models
@@ -58,13 +60,33 @@ def plan(key: str, config: Config, table: Models, named: Sequence[Path]) -> Remo
         for place in (*was_pulled, *named)
         if place in shared
     ]
+    stored = folder / "prepared" / key
+    written = [pulled.hidden(at), *stored.glob(f"*/*{prepared.UNFINISHED}")]
+    faults += [
+        Fault(str(place), "is being written", "Wait for it, or stop it.") for place in written if _claimed(place)
+    ]
     if faults:
         raise InvalidJob(faults)
-    own = [folder / "prepared" / key, pulled.hidden(at), *was_pulled]
+    own = [stored, pulled.hidden(at), *was_pulled]
     doomed = [place for place in (*own, *named) if place.exists()]
     if not is_registered and not doomed:
         raise InvalidJob([Fault(key, *_nothing(key, config, table))])
     return Removal(key, is_registered, tuple(doomed))
+
+
+def _claimed(folder: Path) -> bool:
+    """Whether a pull or a preparation has it locked."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _nothing(key: str, config: Config, table: Models) -> tuple[str, str]:

@@ -173,6 +173,21 @@ def test_a_job_of_a_single_file_makes_the_picture_of_the_folder(
     assert np.array_equal(expected, actual)
 
 
+def test_both_experts_may_be_single_files(tiny_models_folder: Path, tmp_path: Path) -> None:
+    key = "tiny-wan-t2v-a14b"
+    folder = model_folder(MODELS[key], tiny_models_folder)
+    paths = {}
+    for name in ("transformer", "transformer_2"):
+        weights = layouts.wan_of_authors(layouts.published(folder / name))
+        paths[name] = str(layouts.save(layouts.prefixed(weights), tmp_path / f"{name}.safetensors"))
+    spec = spec_for(key, num_frames=5, num_inference_steps=4)
+
+    expected = np.stack(Run(spec, tiny_models_folder).frames())
+    actual = np.stack(Run(spec, tiny_models_folder, component_paths=paths).frames())
+
+    assert np.array_equal(expected, actual)
+
+
 def test_a_job_of_a_gguf_file_makes_a_picture_near_that_of_the_folder(tiny_models_folder: Path, tmp_path: Path) -> None:
     own = layouts.published(component(FLUX, tiny_models_folder))
     layouts.save_gguf(layouts.flux_of_authors(own), tmp_path / "q8.gguf", gguf.GGMLQuantizationType.Q8_0)
