@@ -102,3 +102,5 @@ class Receipt(BaseModel):
     """What the device still held for this process after everything was given back."""
     machine: Machine | None = None
     versions: dict[str, str] = Field(default_factory=dict)
+    stored: dict[str, str] = Field(default_factory=dict)
+    """By large component, what most of its weights were stored as: a picture is no better than bf16, Q4_K and so on."""

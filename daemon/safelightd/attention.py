@@ -22,7 +22,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
-from safelight import durable, footprint, prepared
+from safelight import durable, footprint, models, prepared
 from safelight.config import Config
 from safelight.errors import SafelightError
 from safelight.jobspec import JobSpec
@@ -112,6 +112,8 @@ def planned(plan: Plan, spec: JobSpec, facts: ModelFacts, config: Config, gpu: s
         return plan
     models_folder = config.paths.models
     published = prepared.component_folder(facts, models_folder, "transformer")
+    if published.is_file():  # a single file's config.json is in the model's own folder
+        published = models.folder(facts, models_folder) / "transformer"
     made = prepared.folder(models_folder, plan.model, plan.precision, "transformer")
     told = json.loads(((made if "transformer" in plan.prepared else published) / "config.json").read_bytes())
     tokens = footprint.tokens(facts, spec.width, spec.height, spec.num_frames, spec.max_sequence_length)

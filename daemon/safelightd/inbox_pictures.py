@@ -101,6 +101,7 @@ class Pictures:
 
     def _needs_picture(self, draft: Draft) -> bool:
         model = draft.fields.get("model")
+        self._models = self._models.current()
         return not pairing.names_image(draft) and model in self._models and self._models[str(model)].image == "required"
 
     def store(self, text: str, name: str) -> tuple[str, str]:

@@ -330,6 +330,7 @@ class Intake:
             return digest
 
         place = drops.place_of(claim.path)
+        self._models = self._models.current()
         specs = expand.expand(
             pairing.paired(claim.path, claim.pictures, taken.text.drafts if taken.text else ()),
             self._models,

@@ -97,6 +97,7 @@ def run_job(
         known = setting.embeddings.get(keys)
         if keys.are_all_in(known):
             plan = watch.plan = with_known_embeddings(plan)
+        stored = loader.stored_precisions()
         made_by = checkpoint.digest(spec, plan, loader.weights(), metadata.versions())
         watch.preview = preview.Preview(paths, spec.id, spec.model)
         kept = checkpoint.Checkpoint(paths.checkpoints / spec.id, made_by, setting.config.settings.worker.checkpoint_s)
@@ -120,7 +121,7 @@ def run_job(
     with watch.phase("publish"):
         device.release()
         receipt_of = receipt_of_done(
-            spec, plan, machine, attempt, started_at, watch, metadata.versions(), around.overruns
+            spec, plan, machine, attempt, started_at, watch, metadata.versions(), around.overruns, stored
         )
         return outputs.publish(receipt_of, file, spec, ledger, paths)
 
@@ -140,6 +141,7 @@ def receipt_of_done(
     watch: Watch,
     versions: Mapping[str, str],
     overruns: tuple[Overrun, ...] = (),
+    stored: Mapping[str, str] | None = None,
 ) -> Callable[[tuple[Output, ...]], Receipt]:
     """Return what makes the receipt once the output has its name."""
     return lambda published: Receipt(
@@ -159,6 +161,7 @@ def receipt_of_done(
         device_bytes_after=device.held_bytes(),
         machine=machine,
         versions=dict(versions),
+        stored=dict(stored or {}),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from hypothesis import given
 from hypothesis import strategies as st
 
+from safelight import footprint
 from safelight.config import Config
 from safelight.errors import SafelightError
 from safelightd import attention, checkpoint
@@ -129,6 +131,25 @@ def test_the_cpu_has_torchs_own_choice_and_refuses_what_is_for_cuda(installation
         assert planned.attention == "native"
     with pytest.raises(SafelightError, match=r'\[worker\] attention = "_native_cudnn": it is for CUDA'):
         attention.planned(plan, spec, facts, in_settings(config, attention="_native_cudnn"), "")
+
+
+def test_the_heads_of_a_single_file_are_told_by_the_models_own_folder(
+    installation: Installation, tiny_models_folder: Path, tmp_path: Path
+) -> None:
+    key = "tiny-flux-dev"
+    whole = model_folder(MODELS[key], tiny_models_folder)
+    (single := tmp_path / "one.safetensors").touch()
+    facts = MODELS[key].model_copy(update={"path": str(whole), "component_paths": {"transformer": str(single)}})
+    plan, spec, config = plan_for(key, device="cuda"), spec_for(key), installation.config
+    told = json.loads((whole / "transformer" / "config.json").read_bytes())
+    tokens = footprint.tokens(facts, spec.width, spec.height, spec.num_frames, spec.max_sequence_length)
+    shape = Shape(tokens, told["num_attention_heads"], told["attention_head_dim"], plan.dtype)
+    config.paths.state.mkdir(parents=True, exist_ok=True)
+    attention.remembered(
+        shape, f"a card, torch {torch.__version__}", config.paths.state, lambda: Probed(chosen="_native_cudnn")
+    )
+
+    assert attention.planned(plan, spec, facts, config, "a card").attention == "_native_cudnn"
 
 
 def test_kernels_whose_package_is_missing_are_refused_by_its_name() -> None:
