@@ -6,8 +6,8 @@
     python -m bench.accuracy --plan all --prompts 2000 --device cuda
     python -m bench.accuracy --list                              # the plans
 
-Held-out prompts are combinations that training never saw (bench/shapes/world.py); the same prompts and seeds go through
-every plan. Stock pipelines run them, many at a time, with modules as the daemon's loader holds and moves them; that the
+Held-out prompts are combinations that training never saw (bench/drawings/world.py); the same prompts and seeds go
+through every plan. Stock pipelines run them, many at a time, with modules as the daemon's loader holds and moves them; that the
 daemon's own loop gives the bits of the stock one is tested elsewhere. Prints a JSON object for each plan: the share of
 prompts with each attribute right, the difference from float32 in prompts that are right (with its standard error) and
 in grey levels, and the largest difference from the first plan of the same precision: 0 where moving weights changes
@@ -37,9 +37,9 @@ from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline
 from PIL import Image
 
-from bench.shapes.drawing import clips
-from bench.shapes.training import accuracy, as_bytes, clip_verdict, verdict
-from bench.shapes.world import Scene, World, texts
+from bench.drawings.drawing import clips
+from bench.drawings.training import accuracy, as_bytes, clip_verdict, verdict
+from bench.drawings.world import Scene, World, texts
 from bench.techniques import Technique, techniques
 from safelight import models
 from safelight.models import ModelFacts

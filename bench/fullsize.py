@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,6 +27,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from bench import shapes
+from bench.shapes import SMALLER
 from safelight import jobspec, models
 from safelight.jobspec import JobSpec
 from safelight.machine import GIB
@@ -32,122 +36,13 @@ from safelight.models import ModelFacts
 from safelightd.loading import give_back
 from safelightd.shards import Entry, Shard, split
 
-FLUX_CONFIGS: dict[str, dict[str, Any]] = {
-    "transformer": {
-        "num_layers": 19,
-        "num_single_layers": 38,
-        "attention_head_dim": 128,
-        "num_attention_heads": 24,
-        "in_channels": 64,
-        "joint_attention_dim": 4096,
-        "pooled_projection_dim": 768,
-        "guidance_embeds": False,
-        "axes_dims_rope": (16, 56, 56),
-    },
-    "text_encoder": {
-        "vocab_size": 49408,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "projection_dim": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "max_position_embeddings": 77,
-        "eos_token_id": 513,  # of the tiny tokenizer, which reads the prompts here
-    },
-    "text_encoder_2": {
-        "vocab_size": 32128,
-        "d_model": 4096,
-        "d_kv": 64,
-        "d_ff": 10240,
-        "num_layers": 24,
-        "num_heads": 64,
-        "feed_forward_proj": "gated-gelu",
-    },
-    "vae": {
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "block_out_channels": (128, 256, 512, 512),
-        "layers_per_block": 2,
-        "latent_channels": 16,
-        "sample_size": 1024,
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    },
-}
-
-WAN_CONFIGS: dict[str, dict[str, Any]] = {
-    "transformer": {
-        "num_layers": 30,
-        "attention_head_dim": 128,
-        "num_attention_heads": 24,
-        "in_channels": 48,
-        "out_channels": 48,
-        "text_dim": 4096,
-        "freq_dim": 256,
-        "ffn_dim": 14336,
-    },
-    "text_encoder": FLUX_CONFIGS["text_encoder_2"] | {"vocab_size": 256384},
-    "vae": {
-        "base_dim": 160,
-        "decoder_base_dim": 256,
-        "z_dim": 48,
-        "dim_mult": [1, 2, 4, 4],
-        "num_res_blocks": 2,
-        "temperal_downsample": [False, True, True],
-        "is_residual": True,
-        "in_channels": 12,
-        "out_channels": 12,
-        "patch_size": 2,
-        "scale_factor_spatial": 16,
-        "latents_mean": [0.0] * 48,
-        "latents_std": [1.0] * 48,
-    },
-}
-
-SMALLER: dict[str, Any] = {
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 64,
-    "pooled_projection_dim": 64,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "projection_dim": 64,
-    "num_hidden_layers": 1,
-    "d_model": 64,
-    "d_ff": 128,
-    "num_heads": 1,
-    "text_dim": 64,
-    "ffn_dim": 128,
-    "vocab_size": 1024,
-    "block_out_channels": (32, 32, 32, 32),
-    "layers_per_block": 1,
-    "base_dim": 8,
-    "decoder_base_dim": 8,
-    "num_res_blocks": 1,
-}
-"""What --tiny makes of the figures above."""
-
-CLASSES = {
-    "flux": {
-        "transformer": "diffusers.FluxTransformer2DModel",
-        "text_encoder": "transformers.CLIPTextModel",
-        "text_encoder_2": "transformers.T5EncoderModel",
-        "vae": "diffusers.AutoencoderKL",
-    },
-    "wan": {
-        "transformer": "diffusers.WanTransformer3DModel",
-        "text_encoder": "transformers.UMT5EncoderModel",
-        "vae": "diffusers.AutoencoderKLWan",
-    },
-}
-
+FULL: Mapping[str, Any] = MappingProxyType({})
+"""What is changed of a configuration for its true size."""
 
 GAIN = 0.5
 SHARD_BYTES = 2**30
 WRITERS = 6
+GIVEN_BACK_S = 10.0
 
 
 class Meter:
@@ -167,22 +62,68 @@ class Meter:
         return device, status("VmHWM")
 
 
-def build(family: str, facts: ModelFacts, folder: Path, device: str, *, tiny: bool) -> None:
-    """Write a diffusers folder of the model's true size with random weights, unless it is there."""
+def build_elsewhere(folders: dict[str, Path]) -> None:
+    """Build models in a process of its own, FLUX.1-dev beside -schnell: what the card holds before this one has a
+    context is the baseline."""
+    elsewhere(_build_all, folders)
+
+
+def elsewhere(build_it: Callable[..., None], *arguments: object) -> None:
+    """Call a function in a process of its own that may use the GPU, and return when the card has got all of it back."""
+    from bench.measured import card_used_bytes
+
+    before = card_used_bytes()
+    building = multiprocessing.get_context("spawn").Process(target=build_it, args=arguments)
+    building.start()
+    building.join()
+    if building.exitcode:
+        raise SystemExit("building the models failed")
+    began = time.monotonic()
+    while (more := card_used_bytes() - before) > GIB // 16:
+        if time.monotonic() - began > GIVEN_BACK_S:
+            say("the card holds more than before building", bytes=more)  # of another process: the baseline is off
+            break
+        time.sleep(0.05)
+
+
+def _build_all(folders: dict[str, Path]) -> None:
+    table = models.load()
+    for key, folder in folders.items():
+        if key == "flux-dev":
+            build_dev(folders["flux-schnell"], table[key], folder, tiny=False)
+        else:
+            build(table[key], folder, "cuda")
+
+
+def build(
+    facts: ModelFacts,
+    folder: Path,
+    device: str,
+    *,
+    changed: Mapping[str, Any] = FULL,
+    config_only: Sequence[str] = (),
+) -> None:
+    """Write a diffusers folder of the model's true size with random weights, unless it is there.
+
+    Args:
+        changed: of the configurations; `SMALLER` makes the same model in little.
+        config_only: components whose weights are elsewhere, prepared.
+    """
     if (folder / "model_index.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    configs = FLUX_CONFIGS if family == "flux" else WAN_CONFIGS
-    for name in configs:
-        config = _config(family, name, tiny=tiny)
+    for name in shapes.components(facts):
         with timed(f"build {name}"):
-            module = on_meta(CLASSES[family][name], config)
+            module = on_meta(shapes.CLASSES[facts.family][name], shapes.config(facts, name, changed))
             count = sum(parameter.numel() for parameter in module.parameters())
-            if not tiny and count != facts.components[name]:
+            if not changed and count != facts.components[name]:
                 raise SystemExit(f"{name}: {count:,} parameters, models.toml says {facts.components[name]:,}.")
-            write(module, folder / name, device)
+            if name in config_only:
+                module.save_config(folder / name)
+            else:
+                write(module, folder / name, device)
             give_back()
-    _write_the_rest(family, folder)
+    _write_the_rest(facts, folder)
     os.sync()  # what is measured next should not share the disk with these 33 GB
 
 
@@ -195,9 +136,8 @@ def build_dev(schnell: Path, facts: ModelFacts, folder: Path, *, tiny: bool) -> 
     (folder / "transformer").mkdir(parents=True)
     for name in ("text_encoder", "text_encoder_2", "vae", "tokenizer", "tokenizer_2"):
         (folder / name).symlink_to(schnell.absolute() / name)
-    transformer = on_meta(
-        CLASSES["flux"]["transformer"], _config("flux", "transformer", tiny=tiny) | {"guidance_embeds": True}
-    )
+    config = shapes.config(facts, "transformer", SMALLER if tiny else FULL) | {"guidance_embeds": True}
+    transformer = on_meta(shapes.CLASSES["flux"]["transformer"], config)
     count = sum(parameter.numel() for parameter in transformer.parameters())
     if not tiny and count != facts.components["transformer"]:
         raise SystemExit(f"transformer: {count:,} parameters, models.toml says {facts.components['transformer']:,}.")
@@ -220,11 +160,6 @@ def build_dev(schnell: Path, facts: ModelFacts, folder: Path, *, tiny: bool) -> 
 
     flux.scheduler(dynamic=True).save_pretrained(folder / "scheduler")
     shutil.copy(schnell / "model_index.json", folder)
-
-
-def _config(family: str, name: str, *, tiny: bool) -> dict[str, Any]:
-    config = (FLUX_CONFIGS if family == "flux" else WAN_CONFIGS)[name]
-    return {key: SMALLER.get(key, value) for key, value in config.items()} if tiny else config
 
 
 def on_meta(path: str, config: dict[str, Any]) -> Any:
@@ -270,18 +205,22 @@ def random_weight(name: str, shape: tuple[int, ...], device: str) -> torch.Tenso
     return weight.uniform_(-bound, bound)
 
 
-def _write_the_rest(family: str, folder: Path) -> None:
+def _write_the_rest(facts: ModelFacts, folder: Path) -> None:
     """Write tokenizers, scheduler and index; the tiny model's tokenizers do, their words are few."""
     from safelightd.tiny import flux, tokens, wan
 
-    classes = {name: path.split(".") for name, path in CLASSES[family].items()}
-    if family == "flux":
+    classes: dict[str, Any] = {name: shapes.CLASSES[facts.family][name].split(".") for name in shapes.components(facts)}
+    index: dict[str, Any] = {"_class_name": facts.pipeline}
+    if facts.family == "flux":
         parts = {"tokenizer": tokens.clip_tokenizer(), "tokenizer_2": tokens.t5_tokenizer()}
         parts["scheduler"] = flux.scheduler(dynamic=False)
-        index: dict[str, Any] = {"_class_name": "FluxPipeline"}
     else:
-        parts = {"tokenizer": tokens.t5_tokenizer(), "scheduler": wan.scheduler(flow_shift=5.0)}
-        index = {"_class_name": "WanPipeline", "expand_timesteps": True, "transformer_2": [None, None]}
+        parts = {"tokenizer": tokens.t5_tokenizer()}
+        parts["scheduler"] = wan.scheduler(flow_shift=facts.defaults.flow_shift or 1.0)
+        if facts.expand_timesteps:
+            index |= {"expand_timesteps": True, "transformer_2": [None, None]}
+        else:
+            index["boundary_ratio"] = facts.boundary_ratio
     for name, part in parts.items():
         part.save_pretrained(folder / name)
         library = "diffusers" if name == "scheduler" else "transformers"

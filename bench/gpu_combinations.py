@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from bench.fullsize import FLUX_CONFIGS, on_meta, write
+from bench.fullsize import on_meta, write
+from bench.shapes import FLUX_CONFIGS
 from safelightd.loading import give_back
 
 FEW = {"num_layers": 1, "num_single_layers": 2}

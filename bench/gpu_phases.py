@@ -29,7 +29,8 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import numpy as np
 import torch
 
-from bench.fullsize import Meter, build, held, say, spec_of, synchronise, timed
+from bench.fullsize import FULL, Meter, build, held, say, spec_of, synchronise, timed
+from bench.shapes import SMALLER
 from safelight import models
 from safelight.jobspec import JobSpec
 from safelight.machine import GIB
@@ -52,7 +53,7 @@ def main() -> int:
     say("start", torch=torch.__version__, device=torch.cuda.get_device_name() if device == "cuda" else "cpu")
     folder = arguments.folder / facts.key
     try:
-        build(arguments.family, facts, folder, device, tiny=arguments.tiny)
+        build(facts, folder, device, changed=SMALLER if arguments.tiny else FULL)
         if arguments.cap_gib and device == "cuda":
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(arguments.cap_gib * GIB / total)

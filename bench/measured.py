@@ -137,12 +137,17 @@ class Place:
     gauge: Gauge
     setting: Any
     """`safelightd.runjob`'s."""
+    asked: dict[str, object] = dataclasses.field(default_factory=dict)
+    """What every job says besides."""
+    attention: str = "auto"
+    """[worker] attention."""
     jobs: int = 0
 
     def become(self, cap_gib: int) -> None:
         """Be a card of that size from here on."""
         usable = USABLE_GIB[cap_gib]
-        worker = self.config.settings.worker.model_copy(update={"vram_gib": usable, "ram_gib": HOST_GIB})
+        limits = {"vram_gib": usable, "ram_gib": HOST_GIB, "attention": self.attention}
+        worker = self.config.settings.worker.model_copy(update=limits)
         settings = self.config.settings.model_copy(update={"worker": worker})
         self.config = dataclasses.replace(self.config, settings=settings)
         self.setting = dataclasses.replace(self.setting, config=self.config)
@@ -151,7 +156,7 @@ class Place:
 
     def spec(self, model: str, **written: object) -> JobSpec:
         self.jobs += 1
-        asked = {"prompt": f"a red fox in the snow, {self.jobs}", **written}
+        asked = {"prompt": f"a red fox in the snow, {self.jobs}", **self.asked, **written}
         spec = fullsize.spec_of(self.models[model], tiny=False, **asked)
         update = {"id": f"bench-{self.jobs}", "index": self.jobs, "submitted_at": SUBMITTED_AT, "batch": "bench"}
         return spec.model_copy(update=update)
@@ -173,16 +178,20 @@ class Place:
 
 
 @contextmanager
-def place(device: str, folders: dict[str, Path], compiled: Path) -> Iterator[Place]:
+def place(device: str, folders: dict[str, Path], compiled: Path, prepared: Path | None = None) -> Iterator[Place]:
     """Have an installation with these model folders; torch is kept from more memory than the worker may use.
 
     Args:
         compiled: where compiled code stays from one call to the next.
+        prepared: a models folder whose prepared weights it has, too.
     """
     own = "".join(f'[models.{key}]\npath = "{folder.absolute()}"\n' for key, folder in folders.items())
     with scratch(device=device, more=own) as made:
         before = card_used_bytes()
         config = made.config
+        if prepared is not None:
+            config.paths.models.mkdir(parents=True, exist_ok=True)
+            (config.paths.models / "prepared").symlink_to((prepared / "prepared").absolute())
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compiled.absolute())
         os.environ["TRITON_CACHE_DIR"] = str(compiled.absolute() / "triton")
         from safelightd import runjob

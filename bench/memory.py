@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +26,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 from bench.measured import HOST_GIB, Budget
-from safelight import models
 
 PARTS = ("release", "slope", "oom", "cases", "prepare", "speed", "techniques")
 TINY = {"flux-schnell": "tiny-flux-schnell", "flux-dev": "tiny-flux-dev", "wan-ti2v-5b": "tiny-wan-ti2v"}
@@ -68,6 +66,7 @@ def main() -> int:
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Run the parts asked for; return their lines, each printed as soon as it is there."""
+    from bench import fullsize
     from bench.processes import run_oom, run_release, run_slope
 
     device = "cpu" if arguments.tiny else "cuda"
@@ -76,7 +75,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     needed = [*(["flux-schnell"] if "flux-dev" in arguments.model else []), *arguments.model]
     folders = {} if arguments.tiny else {key: arguments.folder / key for key in needed}
     if folders:
-        _build_elsewhere(folders)
+        fullsize.build_elsewhere(folders)
     keys = [TINY[model] if arguments.tiny else model for model in arguments.model]
     lines: list[dict[str, Any]] = []
 
@@ -107,6 +106,7 @@ def _in_this_process(
     from bench.speed import run_speed
 
     with place(device, folders, arguments.folder / "compiled") as at:
+        at.attention = arguments.attention
         if "cases" in arguments.part:
             every = [(key, cap) for key in keys for cap in arguments.cap]
             for key, cap in every:
@@ -123,34 +123,14 @@ def _in_this_process(
             yield from run_techniques(at, keys[0], arguments.technique, shrink, budget)
 
 
-def _build_elsewhere(folders: dict[str, Path]) -> None:
-    """Build in a process of its own: what the card holds before this one has a context is the baseline."""
-    building = multiprocessing.get_context("spawn").Process(target=_build, args=(folders,))
-    building.start()
-    building.join()
-    if building.exitcode:
-        raise SystemExit(f"building the models {', '.join(folders)} failed")
-
-
-def _build(folders: dict[str, Path]) -> None:
-    from bench import fullsize
-
-    table = models.load()
-    if schnell := folders.get("flux-schnell"):
-        fullsize.build("flux", table["flux-schnell"], schnell, "cuda", tiny=False)
-    if schnell and "flux-dev" in folders:
-        fullsize.build_dev(schnell, table["flux-dev"], folders["flux-dev"], tiny=False)
-    if "wan-ti2v-5b" in folders:
-        fullsize.build("wan", table["wan-ti2v-5b"], folders["wan-ti2v-5b"], "cuda", tiny=False)
-
-
 def bars(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return each bar that these lines can tell of: what was measured, the bound, and whether it holds."""
     of: dict[str, list[dict[str, Any]]] = {part: [line for line in lines if line["part"] == part] for part in PARTS}
-    return [*_case_bars(of["cases"]), *_speed_bars(of["speed"]), *_process_bars(of), *_technique_bars(of["techniques"])]
+    return [*case_bars(of["cases"]), *_speed_bars(of["speed"]), *_process_bars(of), *_technique_bars(of["techniques"])]
 
 
-def _case_bars(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def case_bars(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the bars of jobs that were planned and run: memory of both kinds, and seconds."""
     if not cases:
         return []
     done = [case for case in cases if "phases" in case]
@@ -260,6 +240,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", choices=tuple(TINY), default=["flux-schnell", "flux-dev"])
     parser.add_argument("--sizes", nargs="+", metavar="WIDTHxHEIGHT[xFRAMES]")
     parser.add_argument("--technique", nargs="+", default=[], help="of bench/cases.py; all by default")
+    parser.add_argument("--attention", default="auto", help="[worker] attention")
     parser.add_argument("--jobs", type=int, default=50, help="of the slope")
     parser.add_argument("--leave-gib", type=float, default=1.0, help="what oom leaves free")
     parser.add_argument("--limit-s", type=float, default=1e9, help="begin no job after this")

@@ -118,7 +118,7 @@ def main() -> int:
 
         folder = model_folder(facts, arguments.folder)
     else:
-        fullsize.build("flux", facts, folder, device, tiny=False)
+        fullsize.build(facts, folder, device)
     say("start", torch=torch.__version__, device="cpu" if arguments.tiny else torch.cuda.get_device_name())
     base = Plan(
         model=facts.key, device=device, dtype="bfloat16", precision="bf16", offload="model", vae_tiling=False,

@@ -4,7 +4,7 @@
     python -m bench.train_demo_flux --to FOLDER --limit-s 500    # so far today; the same command again goes on
     python -m bench.train_demo_flux --to FOLDER --tiny           # the same path in a minute on the CPU
 
-Draws its captions and pictures itself (bench/shapes), a tenth of the combinations never. FOLDER/demo-flux is the
+Draws its captions and pictures itself (bench/drawings), a tenth of the combinations never. FOLDER/demo-flux is the
 result, a FluxPipeline in bfloat16; FOLDER/state.safetensors is what another run goes on from; FOLDER/trained.json says
 what was done, and what held-out prompts came to. Budgets are seconds of training: a slower card learns less in them.
 """
@@ -21,13 +21,13 @@ from multiprocessing.pool import Pool
 import torch
 from torch import Tensor
 
-from bench.shapes import flux, training
-from bench.shapes.drawing import pictures, placed
-from bench.shapes.fitting import Batch, Fit, even_sigmas, some_sigmas, told
-from bench.shapes.flux import DemoFlux, patches, unpatched
-from bench.shapes.reading import read_fit
-from bench.shapes.training import Training, accuracy, psnr_db
-from bench.shapes.world import COLOURS, NUMBER, SHAPE_COLOURS, Scenes, World
+from bench.drawings import flux, training
+from bench.drawings.drawing import pictures, placed
+from bench.drawings.fitting import Batch, Fit, even_sigmas, some_sigmas, told
+from bench.drawings.flux import DemoFlux, patches, unpatched
+from bench.drawings.reading import read_fit
+from bench.drawings.training import Training, accuracy, psnr_db
+from bench.drawings.world import COLOURS, NUMBER, SHAPE_COLOURS, Scenes, World
 
 STEPS = 4
 """Of a picture, as schnell's."""

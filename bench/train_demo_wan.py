@@ -4,8 +4,8 @@
     python -m bench.train_demo_wan --to FOLDER --limit-s 500     # so far today; the same command again goes on
     python -m bench.train_demo_wan --to FOLDER --tiny            # the same path in minutes on the CPU
 
-Draws its captions and clips itself (bench/shapes), a tenth of the combinations never. FOLDER/demo-wan is the result, a
-WanPipeline in bfloat16; FOLDER/state.safetensors is what another run goes on from; FOLDER/trained.json says what was
+Draws its captions and clips itself (bench/drawings), a tenth of the combinations never. FOLDER/demo-wan is the result:
+a WanPipeline in bfloat16; FOLDER/state.safetensors is what another run goes on from; FOLDER/trained.json says what was
 done, and what held-out prompts came to. Budgets are seconds of training: a slower card learns less in them.
 """
 
@@ -21,13 +21,13 @@ from multiprocessing.pool import Pool
 import torch
 from torch import Tensor
 
-from bench.shapes import training, wan
-from bench.shapes.drawing import clips
-from bench.shapes.fitting import Batch, Fit, even_sigmas, shifted, some_sigmas, told
-from bench.shapes.reading import read_fit
-from bench.shapes.training import Training, accuracy, psnr_db
-from bench.shapes.wan import DemoWan
-from bench.shapes.world import World
+from bench.drawings import training, wan
+from bench.drawings.drawing import clips
+from bench.drawings.fitting import Batch, Fit, even_sigmas, shifted, some_sigmas, told
+from bench.drawings.reading import read_fit
+from bench.drawings.training import Training, accuracy, psnr_db
+from bench.drawings.wan import DemoWan
+from bench.drawings.world import World
 
 FRAMES = 17
 VAE_FRAMES = 9

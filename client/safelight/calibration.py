@@ -42,17 +42,18 @@ class Calibration(BaseModel):
 NOTHING_LEARNED = Calibration()
 
 PIN = "pinned"
+CACHED = " cached by "
 
 
 def ratio(ratios: Mapping[str, float], key: str, alike: str = "") -> float:
     """Return how much longer something takes here than the shipped figures say.
 
     What has not run is taken to be as slow as what has, of keys with `alike` in them: else a slow disk would make every
-    untried way look fast.
+    untried way look fast. Jobs with a cache tell nothing of those without.
     """
     if key in ratios:
         return ratios[key]
-    known = [value for name, value in ratios.items() if alike in name]
+    known = [value for name, value in ratios.items() if alike in name and (CACHED in name) == (CACHED in key)]
     return math.exp(sum(map(math.log, known)) / len(known)) if known else 1.0
 
 
@@ -63,7 +64,8 @@ def load_key(plan: Plan, phase: PhaseName) -> str:
             held = (plan.text_encoder_precision or plan.dtype) + _made(plan, "text_encoder")
             return f"{plan.model}/encode/{held} on {plan.text_encoder_device}"
         case "denoise":
-            return f"{plan.model}/denoise/{plan.precision}{_made(plan, 'transformer')}"
+            fused = " fused" if plan.loras else ""
+            return f"{plan.model}/denoise/{plan.precision}{_made(plan, 'transformer')}{fused}"
         case "decode":
             return work_key(plan, phase)
 
@@ -78,14 +80,20 @@ def work_key(plan: Plan, phase: PhaseName) -> str:
         case "encode":
             return load_key(plan, phase)
         case "denoise":
-            return f"{plan.model}/denoise/{plan.precision}{' compiled' if plan.compiled else ''}"
+            led = f" with {plan.controlnet}" if plan.controlnet else ""
+            return f"{plan.model}/denoise/{plan.precision}{' compiled' if plan.compiled else ''}{led}{_cached(plan)}"
         case "decode":
             return f"{plan.model}/decode/{'tiled' if plan.vae_tiling else 'whole'}"
 
 
 def link_key(plan: Plan) -> str:
     """Return what plans share whose transformers are copied alike."""
-    return plan.streamed_from if plan.offload == "partial" else plan.offload
+    return (plan.streamed_from if plan.offload == "partial" else plan.offload) + _cached(plan)
+
+
+def _cached(plan: Plan) -> str:
+    """Jobs with a cache neither compute nor copy what others do."""
+    return f"{CACHED}{plan.cache}" if plan.cache else ""
 
 
 def memory_key(plan: Plan, phase: PhaseName) -> str:

@@ -41,7 +41,7 @@ COMMANDS = {
     "up": "machine:up",
     "demo": "machine:demo",
     "doctor": "machine:doctor",
-    "models": "machine:models",
+    "models": "models:models",
     "service": "machine:service",
     "completion": "machine:completion",
 }

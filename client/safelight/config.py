@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from safelight import paths as _paths
 from safelight.errors import BadConfig
+from safelight.plan import Attention
 
 SYSTEM_STATE = Path("/var/lib/safelight")
 """StateDirectory= of the system units."""
@@ -103,6 +104,7 @@ class WorkerSection(_Section):
     vram_gib: Gib = "auto"
     ram_gib: Gib = "auto"
     host_cache_gib: Gib = "auto"
+    attention: Literal["auto"] | Attention = "auto"
     embeddings_gib: float = Field(default=2, ge=0)
     checkpoint_s: float = Field(default=60, ge=0)
     release: Literal["warm", "process"] = "warm"
@@ -119,6 +121,7 @@ class DefaultsSection(_Section):
 
 class InboxSection(_Section):
     settle_s: float = Field(default=1.0, ge=0)
+    unseen_s: float = Field(default=30.0, ge=0)
     partner_s: float = Field(default=60.0, ge=0)
     max_jobs_per_file: int = Field(default=10_000, ge=1)
 

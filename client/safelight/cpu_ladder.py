@@ -51,10 +51,12 @@ def _denoise(spec: JobSpec, facts: ModelFacts) -> Iterator[Rung]:
     weights = max(facts.components[name] for name in experts) * WIDTH
     seen = footprint.tokens(facts, spec.width, spec.height, spec.num_frames, spec.max_sequence_length)
     activations = 0 if facts.tiny else 2 * seen * footprint.activation_bytes_per_token(facts)
-    forwards = (2 if pace.is_guided(spec, facts) else 1) * spec.num_inference_steps
+    forwards = (2 if pace.is_guided(spec, facts) else 1) * spec.steps_run
     work = forwards * pace.forward_flop(facts, "transformer", seen) / pace.CPU_FLOPS
+    work += spec.steps_run * pace.controlnet_flop(spec, facts, seen) / pace.CPU_FLOPS
+    activations += footprint.controlnet_bytes(spec, facts, seen, "float32")
     load = SETUP_SECONDS + len(experts) * weights / pace.READ_BYTES_PER_SECOND
-    steps = spec.num_inference_steps
+    steps = spec.steps_run
     resident = HOST + weights + activations
     yield Rung("denoise", "float32 resident", 0, resident, load, work, steps=steps)
     of = footprint.sizes(facts, experts[0], "fp32", "float32")

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from safelight import config as settings
-from safelight import models, prepared, pulled, queueserver, tonight, wan_cli
+from safelight import inventory, models, prepared, pulled, queueserver, tonight, wan_cli
 from safelight.config import Config
 from safelight.errors import BadConfig, NoUsableGpu, QueueUnreachable
 from safelight.finding import Finding, fail, ok, warn
@@ -188,19 +188,24 @@ def _models(config: Config, table: Models) -> Iterator[Finding]:
     for key in keys:
         if key not in table:
             yield fail("models", f"the default model {key} is not known", f"Known: {', '.join(table.near(key))}.")
+    for fault in table.faults:
+        yield fail("models", fault.partition(". ")[0], fault.partition(". ")[2])
     for facts in table.values():
-        if facts.tiny:
+        at = inventory.standing(facts, config.paths.models)
+        if at.state in ("gone", "damaged"):
+            remedy = f"Put it back, whole, or forget it: safelight models rm {facts.key}."
+            yield fail("models", f"{facts.key} is {at.state}: {', '.join(at.missing)}", remedy)
+        elif facts.tiny:
             if facts.key in keys:
                 yield ok("models", f"{facts.key}: built on first use")
         elif models.is_there(facts, config.paths.models):
             yield _completeness(facts, models.folder(facts, config.paths.models))
         elif facts.key in keys:
             folder = models.folder(facts, config.paths.models)
-            yield warn(
-                "models",
-                f"{facts.key} is not there",
-                f"Fetch it: safelight models pull {facts.key}. It goes to {folder}.",
-            )
+            remedy = f"Fetch it: safelight models pull {facts.key}. It goes to {folder}."
+            if cached := inventory.in_hub_cache(facts, os.environ):
+                remedy = f"It is in the hub's cache: safelight models add {cached}"
+            yield warn("models", f"{facts.key} is not there", remedy)
 
 
 def _completeness(facts: ModelFacts, folder: Path) -> Finding:

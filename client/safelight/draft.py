@@ -14,7 +14,8 @@ from decimal import Decimal
 from typing import Any, Literal
 
 from safelight.errors import InvalidJob
-from safelight.jobspec import FIELDS, Faults, near, shown
+from safelight.faults import Faults, near, shown
+from safelight.jobspec import FIELDS
 
 CONTROLS = ("count", "matrix", "expand", "wildcard_seed")
 """What a person may write beside the fields of a job: how many jobs to make of it."""
@@ -39,6 +40,7 @@ ALIASES: dict[str, str] = {
     "init_image": "image",
     "end_img": "last_image",
     "end_image": "last_image",
+    "lora": "loras",
     "format": "output_format",
     "n": "count",
     "n_iter": "count",
@@ -55,8 +57,11 @@ LINE_CHARACTERS_MAX = 100_000
 """Of an option line: room for three prompts. shlex takes time by the square of a word."""
 
 _OPTIONS = (*CELLS, "size", "sweep")
-_JOINED = {"prompt": " ", "prompt_2": " ", "negative_prompt": " ", "seed": ",", "tags": ","}
+_JOINED = {"prompt": " ", "prompt_2": " ", "negative_prompt": " ", "seed": ",", "tags": ",", "loras": ","}
 """Options that take every word up to the next option, and what joins the words."""
+
+_REPEATED = ("loras",)
+"""Options that may be there several times, each adding to the others."""
 
 _SIZE = re.compile(r"(\d+)[xX×*](\d+)")
 _NUMBER = re.compile(r"[+-]?\d{1,12}(\.\d{1,6})?")
@@ -227,9 +232,9 @@ def _read_option(option: str, values: list[str], written: dict[str, Any], faults
         _read_sweep(value, written.setdefault("matrix", {}), faults)
         return
     for found, its_value in _read_size(value, faults) if name == "size" else [(name, value)]:
-        if found in written:
+        if found in written and found not in _REPEATED:
             faults.add(f"{found} is written twice, the second time by {option}", "Keep one of them.")
-        written[found] = its_value
+        written[found] = f"{written[found]},{its_value}" if found in written and found in _REPEATED else its_value
 
 
 def _read_size(text: str, faults: Faults) -> list[tuple[str, str]]:

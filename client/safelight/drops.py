@@ -1,7 +1,7 @@
 """What lies in the inbox: which files there are, what their folders say, and from when each may be taken.
 
-A file counts as whole when it has not changed for settle_s; nothing is opened here. Knows no clock: time is an
-argument, in seconds of time.monotonic().
+A file may be whole when it has not changed for settle_s; safelight.inbox asks who has it open. Nothing is opened here.
+Knows no clock: time is an argument, in seconds of time.monotonic().
 """
 
 from __future__ import annotations
@@ -44,8 +44,18 @@ _PARTIAL = re.compile(
 )
 """Names that stand for a file still on its way: browsers and wget, Syncthing, rsync (.cat.png.Ab12Cd)."""
 
+UNSEEN_S = 30.0
+"""Default of [inbox] unseen_s. As long as Linux keeps back what a program has written (vm.dirty_expire_centisecs), so
+that a writer on another machine is noticed; and many times what a copy pauses."""
+
+OPEN_S = 600.0
+"""For a file that was seen opened and not closed. Not for ever: a close may have been overlooked."""
+
 Kind = Literal["text", "picture", "other", "odd"]
 """odd: a link, FIFO, socket or device; other: a regular file that is neither a prompt file nor a picture."""
+
+Seen = Literal["closed", "open", "unseen"]
+"""What is known of those who wrote a file: closed after its last change; open still; or nothing."""
 
 
 # -- what a path says --------------------------------------------------------------------------------------------
@@ -243,6 +253,14 @@ class Patience(NamedTuple):
     """For a file to stay as it is."""
     partner_s: float
     """For the text of a picture, the picture of a text, and the rest of a batch."""
+    unseen_s: float = UNSEEN_S
+    """For a file to stay as it is where neither the kernel nor an event says that nobody writes it any more."""
+
+    def still_s(self, seen: Seen) -> float:
+        """Return for how long a file that the kernel does not vouch for must not have changed."""
+        if seen == "closed":
+            return self.settle_s
+        return max(self.settle_s, self.unseen_s if seen == "unseen" else OPEN_S)
 
 
 def due(

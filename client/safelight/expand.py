@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import product
@@ -16,11 +17,14 @@ from pathlib import Path
 from random import Random
 from typing import TypeGuard
 
+from safelight import controlnet, lora
 from safelight.config import Config
 from safelight.draft import Draft
 from safelight.errors import Fault, InvalidJob
-from safelight.jobspec import FIELDS, PROMPT_CHARACTERS_MAX, SEED_MAX, Faults, JobSpec, check
+from safelight.faults import Faults
+from safelight.jobspec import FIELDS, PROMPT_CHARACTERS_MAX, SEED_MAX, JobSpec, check
 from safelight.ledger import job_id
+from safelight.lora import Lora
 from safelight.models import Models
 from safelight.wildcards import Template, Wildcards
 
@@ -44,6 +48,7 @@ def expand(
     batch: str,
     priority: str | None = None,
     store_image: Callable[[str], str],
+    keep_lora: Callable[[Lora], Lora] = lambda lora: lora,
     wildcards: Path,
     max_jobs: int,
 ) -> list[JobSpec]:
@@ -56,6 +61,8 @@ def expand(
     Args:
         batch: the folder's, as `priority`; a draft's own win.
         store_image: keeps the picture of that name and returns its digest, or raises InvalidJob.
+        keep_lora: finds a LoRA by name, or keeps its file, and returns it with its digest, or raises InvalidJob. Left
+            out, the host that runs the job looks.
         wildcards: the folder that `__name__` draws from.
 
     Raises:
@@ -74,7 +81,7 @@ def expand(
         place.add(f"it makes {total:,} jobs, and {max_jobs:,} are allowed at once", "Ask for fewer, or split the file.")
         raise _refused(faults)
 
-    pictures = _Pictures(store_image)
+    pictures, loras = _Pictures(store_image), _Loras(keep_lora)
     folder = {"batch": batch, "priority": priority}
     image_model, video_model = config.settings.defaults.image_model, config.settings.defaults.video_model
     submitted_at = (now if now.tzinfo else now.astimezone()).isoformat(timespec="seconds")
@@ -83,7 +90,7 @@ def expand(
         place = faults.at(each.draft.where)
         for job in each.multiplied():
             own = {name: value for name, value in job.fields.items() if value is not None}
-            fields = {**folder, **pictures.kept(own, place)}
+            fields = {**folder, **loras.kept(pictures.kept(own, place), place)}
             spec = check(fields, models, place.where, image_model=image_model, video_model=video_model)
             if isinstance(spec, list):
                 faults.found += spec
@@ -258,7 +265,13 @@ class _Pictures:
     def kept(self, fields: dict[str, object], faults: Faults) -> dict[str, object]:
         """Return the fields with digests for the names of pictures."""
         named = {name: value for name in PICTURES if isinstance(value := fields.get(name), str | int | float)}
-        return {**fields, **{name: self._digest(name, str(value), faults) for name, value in named.items()}}
+        kept = {**fields, **{name: self._digest(name, str(value), faults) for name, value in named.items()}}
+        if leading := fields.get("controlnet"):
+            with suppress(ValueError):  # the check says it
+                read = controlnet.read(leading)
+                image = self._digest("controlnet image", read.image, faults)
+                kept["controlnet"] = read.model_copy(update={"image": image})
+        return kept
 
     def _digest(self, field: str, name: str, faults: Faults) -> str:
         if name not in self._digests:
@@ -272,3 +285,49 @@ class _Pictures:
         for fault in digest:
             faults.add(f"{field} {fault.where}: {fault.problem}", fault.remedy)
         return _MISSING_DIGEST
+
+
+class _Loras:
+    """Finds or keeps each LoRA once."""
+
+    def __init__(self, keep: Callable[[Lora], Lora]) -> None:
+        self._keep = keep
+        self._known: dict[str, Lora | tuple[Fault, ...]] = {}
+
+    def kept(self, fields: dict[str, object], faults: Faults) -> dict[str, object]:
+        """Return the fields with every LoRA of the job in `loras`, those of the prompts included, which lose them."""
+        texts: dict[str, object] = {}
+        try:
+            named = lora.read(fields.get("loras", ()))
+        except ValueError:
+            return fields  # the check says it
+        for name in TEMPLATES:
+            text = fields.get(name)
+            if not isinstance(text, str):
+                continue
+            try:
+                texts[name], found = lora.take_tags(text)
+            except ValueError as error:
+                faults.add(f"{name}: {error}")
+                continue
+            if found and name == "negative_prompt":
+                faults.add(f"{found[0].tag} stands in the negative prompt", "Move it into the prompt.")
+            else:
+                named += found
+        if not named:
+            return fields | texts
+        return fields | texts | {"loras": tuple(self._one(each, faults) for each in named)}
+
+    def _one(self, named: Lora, faults: Faults) -> Lora:
+        key = f"{named.name}\n{named.path}"
+        if key not in self._known:
+            try:
+                self._known[key] = self._keep(named)
+            except InvalidJob as error:
+                self._known[key] = error.faults
+        known = self._known[key]
+        if isinstance(known, Lora):
+            return known.model_copy(update={"scale": named.scale, "expert": named.expert})
+        for fault in known:
+            faults.add(f"{fault.where}: {fault.problem}", fault.remedy)
+        return named

@@ -64,6 +64,13 @@ READING_BYTES = 128 * MIB
 PINNED_ROUNDING = 1.57
 """What torch's power-of-two blocks make of a FLUX transformer: 37.2 GB of 23.8 (counted by its sizes)."""
 
+FUSING_BYTES = 96 * MIB
+"""Of the device, while LoRAs are added to a weight: 2^22 weights in float32 three times over, and the factors of the
+widest layer at rank 256."""
+
+LORA_BYTES_PER_BYTE = 2
+"""Of RAM, for the file of a LoRA in half precision: its factors are held in float32 until the job is done."""
+
 SLACK_BYTES = 64 * MIB
 """What the allocator cannot use of what it holds."""
 
@@ -102,6 +109,20 @@ def rest_bytes(facts: ModelFacts, component: str, dtype: Dtype) -> int:
     """Return what a component takes besides its repeated blocks: all, where it has none."""
     repeated = sum(blocks.count * blocks.parameters for blocks in facts.blocks.get(component, ()))
     return (facts.components.get(component, 0) - repeated) * WIDTHS[dtype]
+
+
+def lora_bytes(spec: JobSpec) -> int:
+    """Return what a job's LoRAs take of RAM, from the first phase to the last."""
+    return LORA_BYTES_PER_BYTE * sum(lora.size_bytes for lora in spec.loras)
+
+
+def controlnet_bytes(spec: JobSpec, facts: ModelFacts, seen: int, dtype: Dtype) -> int:
+    """Return what a job's ControlNet takes beside the transformer: its weights, and what its blocks hand over."""
+    if spec.controlnet is None:
+        return 0
+    net = facts.controlnets[spec.controlnet.model]
+    handed_over = sum(blocks.count * blocks.width for blocks in net.blocks) * seen
+    return (net.parameters + handed_over) * WIDTHS[dtype]
 
 
 def ring_bytes(streamed: Sequence[int], at_once: int = 2) -> int:

@@ -21,11 +21,12 @@ import os
 import re
 import signal
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from safelight import durable
 from safelight.drops import Entry, Kind, mark_of, place_of, stem_of, suffix_of
@@ -80,41 +81,73 @@ def prepare(paths: Paths) -> None:
 # -- reading -----------------------------------------------------------------------------------------------------
 
 
+Identity = tuple[int, int, int]
+"""Inode, size, mtime: equal ones mean the same content. Without the ctime, which chmod and rename change."""
+
+
 class Reading(NamedTuple):
     """A file's content, and what must still be true of the file once it is claimed."""
 
     content: bytes
-    identity: tuple[int, int, int]
-    """Inode, size, mtime."""
+    identity: Identity
 
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.content).hexdigest()
 
 
-def read(top: Path, entry: Entry) -> Reading | None:
+def read(top: Path, entry: Entry, is_still: Callable[[Identity], bool], *, leases: bool = True) -> Reading | None:
     """Return the content of a regular file, cut behind the longest that a prompt file may be.
 
     None while somebody writes it, or when it is no longer what the scan saw.
 
+    Args:
+        is_still: whether it has not changed for long enough; asked where the kernel does not say who writes it.
+        leases: False where others write without our kernel's knowing: its word is no proof there.
+
     Raises:
         OSError: it cannot be read.
     """
+    with _whole(top, entry, is_still, leases=leases) as whole:
+        if whole is None:
+            return None
+        file, identity = whole
+        with open(file, "rb", closefd=False) as stream:
+            return Reading(stream.read(TABLE_BYTES_MAX + 1), identity)
+
+
+def is_whole(top: Path, entry: Entry, is_still: Callable[[Identity], bool], *, leases: bool = True) -> bool:
+    """Whether `read` would return the content.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with _whole(top, entry, is_still, leases=leases) as whole:
+        return whole is not None
+
+
+@contextmanager
+def _whole(
+    top: Path, entry: Entry, is_still: Callable[[Identity], bool], *, leases: bool
+) -> Iterator[tuple[int, Identity] | None]:
+    """Open a file, and say what it was when it was whole; None when it is not what the scan saw, or not whole."""
     folder, _, name = entry.path.rpartition("/")
     inside = _open_folder(top, folder)
     try:
         # O_NONBLOCK: what was swapped for a FIFO since must not hold us
         file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=inside)
     except (FileNotFoundError, BlockingIOError):
-        return None
+        yield None
+        return
     finally:
         os.close(inside)
     try:
         status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode) or mark_of(status) != entry.mark or _has_writer(file):
-            return None
-        with open(file, "rb", closefd=False) as stream:
-            return Reading(stream.read(TABLE_BYTES_MAX + 1), _identity(status))
+        same = stat.S_ISREG(status.st_mode) and mark_of(status) == entry.mark
+        writers = _writers(file) if same and leases else "unknown"
+        identity = identity_of(status)
+        whole = same and (writers == "none" or (writers == "unknown" and is_still(identity)))
+        yield (file, identity) if whole else None
     finally:
         os.close(file)
 
@@ -131,24 +164,25 @@ def _open_folder(top: Path, folder: str) -> int:
     return inside
 
 
-def _identity(status: os.stat_result) -> tuple[int, int, int]:
+def identity_of(status: os.stat_result) -> Identity:
+    """Return what must stay the same of a file for its content to be the same."""
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _has_writer(file: int) -> bool:
-    """Whether anybody has the file open for writing: the kernel grants no read lease then (fcntl(2)).
+def _writers(file: int) -> Literal["none", "some", "unknown"]:
+    """Return whether anybody has the file open for writing: the kernel grants no read lease then (fcntl(2)).
 
-    Nobody but root gets a lease on other people's files, and network file systems give none: False there, and the
-    time for which it has not changed must do.
+    It grants leases on one's own files alone, for which no capability is needed (CAP_LEASE would give them on those of
+    others, but outside user namespaces only), and none on network file systems: unknown there.
     """
     # A writer who comes while we hold the lease is announced by SIGIO, which would end the process; SIGURG does not.
     fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)
     try:
         fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except OSError as error:
-        return error.errno == errno.EAGAIN
+        return "some" if error.errno == errno.EAGAIN else "unknown"
     fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    return False
+    return "none"
 
 
 # -- claiming ----------------------------------------------------------------------------------------------------
@@ -242,7 +276,7 @@ def sync_claims(paths: Paths, claims: Iterable[Claim]) -> None:
 def is_unchanged(paths: Paths, taken: Claim, reading: Reading) -> bool:
     """Whether what was claimed is what was read: a writer who had opened it before the rename may have gone on."""
     try:
-        return _identity(os.lstat(paths.claimed / taken.name)) == reading.identity
+        return identity_of(os.lstat(paths.claimed / taken.name)) == reading.identity
     except FileNotFoundError:
         return False
 

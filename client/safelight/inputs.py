@@ -33,13 +33,16 @@ _DAMAGED = (
 """What Pillow raises for files that are cut, changed or made to hurt; a test feeds it thousands."""
 
 
-def resolve(name: str, base: Path) -> Path:
-    """Return the path of the picture that a job file calls `name`: a plain file below `base`, reached by no link.
+def resolve(name: str, base: Path, what: str = "picture") -> Path:
+    """Return the path of the file that a job file calls `name`: a plain one below `base`, reached by no link.
+
+    Args:
+        what: it is, for messages.
 
     Raises:
         InvalidJob: the name leads elsewhere, or there is no such file.
     """
-    _check_name(name)
+    _check_name(name, what)
     parts = PurePosixPath(name).parts
     with contextlib.ExitStack() as opened:
         try:
@@ -49,13 +52,13 @@ def resolve(name: str, base: Path) -> Path:
                 # With O_PATH and O_NOFOLLOW a link opens as itself, and nothing behind the name is touched.
                 folder = os.open(part, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
                 opened.callback(os.close, folder)
-                _check_kind(name, os.fstat(folder).st_mode, last=place == len(parts))
+                _check_kind(name, os.fstat(folder).st_mode, what, last=place == len(parts))
         except OSError as error:
-            raise _refused(name, _reason(error), "Put the picture beside the job file.") from error
+            raise _refused(name, _reason(error), f"Put the {what} beside the job file.") from error
     return base.joinpath(*parts)
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, what: str) -> None:
     """Refuse names that mean a place outside the folder, in whatever spelling."""
     lowered = name.lower()
     if not PurePosixPath(name).parts or "\x00" in name or any("\ud800" <= letter <= "\udfff" for letter in name):
@@ -68,14 +71,14 @@ def _check_name(name: str) -> None:
         problem = "it has % codes, and none is decoded"
     else:
         return
-    raise _refused(repr(name), problem, "Put the picture beside the job file and write its name.")
+    raise _refused(repr(name), problem, f"Put the {what} beside the job file and write its name.")
 
 
-def _check_kind(name: str, mode: int, *, last: bool) -> None:
+def _check_kind(name: str, mode: int, what: str = "picture", *, last: bool) -> None:
     if stat.S_ISLNK(mode):
-        raise _refused(name, "a link leads there, and none is followed", "Put the picture itself there.")
+        raise _refused(name, "a link leads there, and none is followed", f"Put the {what} itself there.")
     if last and not stat.S_ISREG(mode):
-        raise _refused(name, "it is no plain file", "Name a picture.")
+        raise _refused(name, "it is no plain file", f"Name a {what}.")
 
 
 def store(source: Path, inputs: Path) -> str:

@@ -7,7 +7,6 @@ value and the nearest legal one.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -15,8 +14,22 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from safelight import wan_cli
+from safelight import caches, controlnet, lora, wan_cli
+from safelight.caches import Cache
+from safelight.controlnet import ControlNet
 from safelight.errors import Fault
+from safelight.faults import Faults, near, shown
+from safelight.jobrules import (
+    STRENGTH,
+    check_controlnet,
+    check_frames,
+    check_images,
+    check_loras,
+    check_size,
+    check_steps_and_guidance,
+    within,
+)
+from safelight.lora import Lora
 from safelight.models import ModelFacts, Models
 
 PRIORITIES = ("high", "normal", "low", "night")
@@ -77,6 +90,12 @@ class JobSpec(BaseModel):
     image: str | None = None
     """sha256 of an input image in state/inputs."""
     last_image: str | None = None
+    strength: float | None = None
+    """Of a picture that starts from `image`: the share of the steps that are run, and of the noise that covers it."""
+    loras: tuple[Lora, ...] = Field(default=(), strict=False)
+    """What is added to the model's weights, all of them together."""
+    controlnet: ControlNet | None = None
+    """What leads the picture beside the prompt."""
     seed: int
 
     precision: Precision = "auto"
@@ -88,6 +107,8 @@ class JobSpec(BaseModel):
     compile: Literal["auto", "on", "off"] = "auto"
     low_cpu_mem_usage: Literal["auto", "on", "off"] = "auto"
     """Of offload leaf."""
+    cache: Cache | None = Field(default=None, strict=False)
+    """What some forwards are answered from: faster, and another result."""
     output_format: OutputFormat
     priority: Priority = "normal"
     not_before: str | None = None
@@ -95,6 +116,17 @@ class JobSpec(BaseModel):
     tags: tuple[str, ...] = Field(default=(), strict=False)
     axes: dict[str, str | int | float] = Field(default_factory=dict)
     """This job's values of a sweep or matrix."""
+
+    @property
+    def encodes_picture(self) -> bool:
+        """Whether the VAE reads a picture before a picture is denoised."""
+        return self.kind == "image" and (self.image is not None or self.controlnet is not None)
+
+    @property
+    def steps_run(self) -> int:
+        """Steps that are left when those are skipped that `strength` spares (FluxImg2ImgPipeline.get_timesteps)."""
+        steps = self.num_inference_steps
+        return steps - int(max(steps - steps * (1.0 if self.strength is None else self.strength), 0))
 
     @property
     def clip_fps(self) -> int | None:
@@ -178,6 +210,9 @@ FIELDS: dict[str, tuple[Callable[[object], Any], str]] = {
     "flow_shift": (_to_float, _NUMBER),
     "image": (_to_text, "the name of a picture"),
     "last_image": (_to_text, "the name of a picture"),
+    "strength": (_to_float, _NUMBER),
+    "controlnet": (controlnet.read, 'a ControlNet such as "union-pro-2:pose.png:0.7"'),
+    "loras": (lora.read, 'LoRAs such as "style:0.8, grain"'),
     "seed": (_to_int, _WHOLE),
     "precision": (_to_text, "auto or one of " + ", ".join(get_args(Precision)[1:])),
     "offload": (_to_text, "auto or one of " + ", ".join(get_args(Offload)[1:])),
@@ -186,6 +221,7 @@ FIELDS: dict[str, tuple[Callable[[object], Any], str]] = {
     "text_encoder_precision": (_to_text, "auto or one of " + ", ".join(get_args(Precision)[1:])),
     "compile": (_to_switch, "auto, on or off"),
     "low_cpu_mem_usage": (_to_switch, "auto, on or off"),
+    "cache": (caches.read, caches.EXPECTED),
     "output_format": (_to_text, "png, jpg, webp, mp4 or gif"),
     "priority": (_to_text, "high, normal, low or night"),
     "not_before": (_to_moment, "a date and time such as 2026-11-23T06:00"),
@@ -209,34 +245,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 _FORMATS: dict[str, tuple[str, ...]] = {"image": ("png", "jpg", "webp"), "video": ("mp4", "gif", "webp", "png")}
 
-CLIP_FPS_MAX = 120
-
-GIF_FPS = (1, 2, 4, 5, 10, 20, 25, 50)
-"""A frame of a GIF lasts whole hundredths of a second; browsers show those of one hundredth ten times as long."""
-
-
-class Faults:
-    """Collects what is wrong with one job or one file, so that a person sees all of it at once."""
-
-    def __init__(self, where: str) -> None:
-        self.where = where
-        self.found: list[Fault] = []
-
-    def at(self, where: str) -> Faults:
-        """Return what collects for another place into the same list."""
-        other = Faults(where)
-        other.found = self.found
-        return other
-
-    def add(self, problem: str, remedy: str = "") -> None:
-        self.found.append(Fault(self.where, problem, remedy))
-
-
-def near(word: str, known: tuple[str, ...] | list[str] | dict[str, Any]) -> str:
-    """Return "Did you mean x?" for the known word most like `word`, else the whole list."""
-    match = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"Did you mean {match[0]}?" if match else f"Known: {', '.join(known)}."
-
 
 def check(
     written: Mapping[str, object], models: Models, where: str, *, image_model: str, video_model: str
@@ -259,10 +267,12 @@ def check(
     if fields.get("backend") == "wan-cli":
         faults.found += [Fault(where, *refusal) for refusal in wan_cli.refusals(fields, facts)]
     else:
-        _check_size(fields, facts, faults)
-    _check_frames(fields, facts, faults)
-    _check_steps_and_guidance(fields, facts, faults)
-    _check_images(fields, facts, faults)
+        check_size(fields, facts, faults)
+    check_frames(fields, facts, faults)
+    check_steps_and_guidance(fields, facts, faults)
+    check_images(fields, facts, faults)
+    check_controlnet(fields, facts, faults)
+    check_loras(fields, facts, faults)
     _check_rest(fields, facts, faults)
     if faults.found:
         return faults.found
@@ -280,8 +290,10 @@ def _read_fields(written: Mapping[str, object], faults: Faults) -> dict[str, Any
         read, expected = FIELDS[name]
         try:
             fields[name] = read(value)
-        except (ValueError, OverflowError):
-            faults.add(f"{name} {shown(value)} is not {expected}")
+        except (ValueError, OverflowError) as error:
+            # What reads these says what is wrong with them, in words for a person; Python's own words are for nobody.
+            says_it = name in ("controlnet", "loras")
+            faults.add(f"{name}: {error}" if says_it else f"{name} {shown(value)} is not {expected}")
             continue
         if name in _CHOICES and fields[name] not in _CHOICES[name]:
             faults.add(f"{name} {shown(value)} is not {expected}", near(str(value), _CHOICES[name]))
@@ -289,16 +301,11 @@ def _read_fields(written: Mapping[str, object], faults: Faults) -> dict[str, Any
     return fields
 
 
-def shown(value: object) -> str:
-    """Return a wrong value as a message can hold it: a whole file may stand in its place."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def _model_of(
     fields: dict[str, Any], models: Models, faults: Faults, *, image_model: str, video_model: str
 ) -> ModelFacts | None:
-    wants_video = fields.get("kind") == "video" or ("kind" not in fields and "image" in fields)
+    animates = "image" in fields and "strength" not in fields
+    wants_video = fields.get("kind") == "video" or ("kind" not in fields and animates)
     key = fields.setdefault("model", video_model if wants_video else image_model)
     if key not in models:
         faults.add(f"model {shown(key)} is not known", f"Known: {', '.join(models.near(key))} (safelight models list).")
@@ -325,141 +332,6 @@ def _check_prompt(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> 
             faults.add(f"{facts.key} does not know {said} of {name}", f"Its words: {words}.")
 
 
-def _check_size(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> None:
-    for name in ("width", "height"):
-        side = fields.get(name)
-        if side is None:
-            continue
-        if side % facts.size_multiple:
-            low = side // facts.size_multiple * facts.size_multiple
-            high = low + facts.size_multiple
-            legal = [str(n) for n in (low, high) if facts.size_min <= n <= facts.size_max]
-            faults.add(
-                f"{name} {side} is not a multiple of {facts.size_multiple}",
-                f"Use {' or '.join(legal) or facts.side_near(side)}.",
-            )
-        elif not facts.size_min <= side <= facts.size_max:
-            faults.add(
-                f"{name} {side} is outside {facts.size_min} to {facts.size_max} of {facts.key}",
-                f"Use {facts.side_near(side)}.",
-            )
-    width, height = fields.get("width", facts.defaults.width), fields.get("height", facts.defaults.height)
-    sides_are_legal = all(facts.size_min <= side <= facts.size_max for side in (width, height))
-    if width * height > facts.pixels_max and sides_are_legal:
-        tallest = max(facts.pixels_max // width // facts.size_multiple * facts.size_multiple, facts.size_min)
-        faults.add(
-            f"{width}x{height} is more than the {facts.pixels_max:,} pixels of {facts.key}",
-            f"Use {width}x{tallest}.",
-        )
-
-
-def _check_frames(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> None:
-    if facts.kind == "image":
-        for name in ("num_frames", "fps", "interpolate", "flow_shift"):
-            if name in fields:
-                faults.add(f"{name} means nothing to {facts.key}, which makes images", "Leave it out.")
-        return
-    frames = fields.get("num_frames")
-    if frames is not None:
-        if (frames - 1) % facts.frames_multiple:
-            faults.add(
-                f"num_frames {frames} is not {facts.frames_multiple}n + 1",
-                f"Use {facts.frames_near(frames)}.",
-            )
-        elif not facts.frames_min <= frames <= facts.frames_max:
-            faults.add(
-                f"num_frames {frames} is outside {facts.frames_min} to {facts.frames_max} of {facts.key}",
-                f"Use {facts.frames_near(frames)}.",
-            )
-    _within(fields, "fps", 1, CLIP_FPS_MAX, faults)
-    _within(fields, "flow_shift", 0.1, 100.0, faults)
-    _check_rate(fields, facts, faults)
-
-
-def _check_rate(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> None:
-    """What the finished clip is shown at: the model's frames a second, times what is put between them."""
-    times = fields.get("interpolate", 1)
-    if "interpolate" in fields and times not in get_args(Interpolate):
-        faults.add(f"interpolate {times} is not 2 or 4", "Use one of them, or leave it out.")
-        return
-    fps: int = fields.get("fps") or facts.defaults.fps or 0
-    if fps * times > CLIP_FPS_MAX >= fps:
-        faults.add(
-            f"fps {fps} interpolated by {times} is {fps * times} frames a second",
-            f"At most {CLIP_FPS_MAX}: use fps {CLIP_FPS_MAX // times}, or leave interpolate out.",
-        )
-    elif fields.get("output_format") == "gif" and fps * times not in GIF_FPS and 1 <= fps <= CLIP_FPS_MAX:
-        legal = [rate // times for rate in GIF_FPS if not rate % times]
-        faults.add(
-            f"a gif cannot show {fps * times} frames a second: its frames last whole hundredths of one",
-            f"Use fps {min(legal, key=lambda rate: (abs(rate - fps), -rate))}, or another output_format.",
-        )
-
-
-def _within(fields: dict[str, Any], name: str, low: float, high: float, faults: Faults) -> None:
-    value = fields.get(name)
-    if value is not None and not low <= value <= high:
-        nearest = min(max(value, low), high)
-        faults.add(f"{name} {value} is outside {low} to {high}", f"Use {nearest}.")
-
-
-def _check_steps_and_guidance(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> None:
-    _within(fields, "num_inference_steps", facts.steps_min, facts.steps_max, faults)
-    _within(fields, "max_sequence_length", 1, facts.max_sequence_length, faults)
-    if facts.guidance == "none":
-        for name in ("guidance_scale", "guidance_scale_2"):
-            if name in fields:
-                faults.add(
-                    f"{name} would be ignored: {facts.key} is distilled and takes no guidance",
-                    "Leave it out.",
-                )
-    else:
-        _within(fields, "guidance_scale", 0.0, 30.0, faults)
-        _within(fields, "guidance_scale_2", 0.0, 30.0, faults)
-        if "guidance_scale_2" in fields and facts.experts == 1:
-            faults.add(f"guidance_scale_2 would be ignored: {facts.key} has one expert", "Leave it out.")
-    if "true_cfg_scale" in fields and not facts.true_cfg:
-        faults.add(f"true_cfg_scale would be ignored by {facts.key}", "Leave it out.")
-    else:
-        _within(fields, "true_cfg_scale", 1.0, 30.0, faults)
-    _check_negative(fields, facts, faults)
-
-
-def _check_negative(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> None:
-    negative, true_cfg = fields.get("negative_prompt"), fields.get("true_cfg_scale", 1.0)
-    if facts.guidance == "cfg":
-        scales = (
-            fields.get("guidance_scale", facts.defaults.guidance_scale),
-            fields.get("guidance_scale_2", facts.defaults.guidance_scale_2),
-        )
-        if negative and all(scale is None or scale <= 1 for scale in scales):
-            faults.add(
-                "negative_prompt would be ignored at guidance_scale 1",
-                "Raise guidance_scale, or leave it out.",
-            )
-    elif not facts.true_cfg:
-        if negative:
-            faults.add(f"negative_prompt would be ignored by {facts.key}", "Leave it out.")
-    elif negative and true_cfg <= 1:
-        faults.add(
-            f"negative_prompt would be ignored by {facts.key} without true_cfg_scale above 1",
-            "Add true_cfg_scale: 4 (twice the time), or leave it out.",
-        )
-    elif true_cfg > 1 and negative is None:
-        faults.add("true_cfg_scale would be ignored without a negative_prompt", "Add one, or leave it out.")
-
-
-def _check_images(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> None:
-    if "image" in fields and facts.image == "never":
-        faults.add(f"image would be ignored by {facts.key}", "Leave it out, or use a model that animates pictures.")
-    if "image" not in fields and facts.image == "required":
-        faults.add(f"{facts.key} animates a picture and none was given", "Add image: NAME.")
-    if "last_image" in fields and not facts.last_image:
-        faults.add(f"last_image would be ignored by {facts.key}", "Leave it out.")
-    if "prompt_2" in fields and facts.family != "flux":
-        faults.add(f"prompt_2 would be ignored by {facts.key}", "Leave it out.")
-
-
 def _check_rest(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> None:
     legal = _FORMATS[facts.kind]
     if fields.get("output_format", legal[0]) not in legal:
@@ -467,7 +339,7 @@ def _check_rest(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> No
             f"output_format {shown(fields['output_format'])} is none for {facts.kind}s: {', '.join(legal)} are",
             f"Use {legal[0]}.",
         )
-    _within(fields, "seed", 0, SEED_MAX, faults)
+    within(fields, "seed", 0, SEED_MAX, faults)
     if "batch" in fields and not is_folder_name(fields["batch"]):
         faults.add(f"batch {shown(fields['batch'])} cannot be a folder name", "Use letters, digits, spaces, . _ and -.")
 
@@ -488,4 +360,6 @@ def _filled(fields: dict[str, Any], facts: ModelFacts) -> JobSpec:
         **defaults,
         **fields,
     }
+    if facts.kind == "image" and "image" in fields:
+        given.setdefault("strength", STRENGTH)
     return JobSpec.model_validate(given)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any, get_args
 
-from safelight import cpu_ladder, footprint, pace
+from safelight import caches, cpu_ladder, footprint, pace
 from safelight.calibration import Calibration, memory_key
 from safelight.jobspec import JobSpec
 from safelight.machine import Machine
 from safelight.models import ModelFacts
 from safelight.plan import Dtype, PhaseName, Placement, Plan, Precision
-from safelight.refusals import Way, refused
+from safelight.refusals import PLAIN, Way, refused
 from safelight.rung import Circumstances, Pinned, Rung, decode_rung
 
 FAMILIES: dict[str, tuple[Precision, ...]] = {
@@ -45,14 +46,16 @@ def ways(spec: JobSpec, machine: Machine) -> tuple[list[Way], list[str]]:
     """Return the ways that the job allows and this machine has, and why others do not go."""
     placements: Sequence[Any] = AUTO_PLACEMENTS if spec.offload == "auto" else (spec.offload,)
     switches = {"auto": (False, True), "on": (True,), "off": (False,)}
-    # Compiling Wan is taken only where a person asks: it has not been measured here.
-    compiled = (False,) if spec.compile == "auto" and spec.kind == "video" else switches[spec.compile]
     every = [
-        Way(precision, compiled, placement, low)
+        Way(precision, compiled, placement, low, cached=spec.cache is not None)
         for precision, compiled, placement, low in product(
-            precisions(spec.precision), compiled, placements, switches[spec.low_cpu_mem_usage]
+            precisions(spec.precision), switches[spec.compile], placements, switches[spec.low_cpu_mem_usage]
         )
     ]
+    if spec.compile == "auto" and spec.kind == "video":
+        # Of Wan only plain weights have been compiled and measured: 1,117 ms a forward became 924 (TI2V-5B,
+        # 1280x704x121, H100, torch 2.11, 2026-11-22). Others where a person asks.
+        every = [way for way in every if not way.compiled or way.precision in PLAIN]
     if spec.precision == "auto":
         every = [way for way in every if way.precision != "fp16" or pace.capability(machine) < (8, 0)]
     if spec.low_cpu_mem_usage == "auto":
@@ -164,17 +167,25 @@ def _denoise(
     experts = [name for name in facts.blocks if name.startswith("transformer")]
     made_of: Precision = "bf16" if way.precision == plain else way.precision
     ready = tuple(name for name in experts if f"{facts.key}/{made_of}/{name}" in machine.prepared)
+    if spec.loras and way.precision != plain:
+        ready = ()  # what has been rounded once would be rounded again
     is_quantised_here = way.precision != plain and len(ready) < len(experts)
     of = footprint.sizes(facts, experts[0], way.precision, dtype)
     rest = footprint.rest_bytes(facts, experts[0], dtype)
     seen = footprint.tokens(facts, spec.width, spec.height, spec.num_frames, spec.max_sequence_length)
     working = footprint.forward_bytes(facts, seen, way.precision, compiled=way.compiled, quantising=is_quantised_here)
-    base = footprint.CONTEXT_BYTES + rest + working + footprint.SLACK_BYTES
-    forwards = (2 if pace.is_guided(spec, facts) else 1) * spec.num_inference_steps
+    a_step = 2 if pace.is_guided(spec, facts) else 1
+    working += caches.kept_bytes(spec.cache, seen, facts.blocks[experts[0]][0].width, a_step)
+    if spec.loras and not facts.tiny:
+        working = max(working, footprint.FUSING_BYTES)  # while loading, when nothing is kept
+    beside = footprint.controlnet_bytes(spec, facts, seen, dtype)
+    base = footprint.CONTEXT_BYTES + rest + working + beside + footprint.SLACK_BYTES
+    forwards = a_step * spec.steps_run
     rate = pace.flops_per_second(machine)
     efficiency = pace.COMPILED_EFFICIENCY if way.compiled else pace.EFFICIENCY
     compute = pace.forward_flop(facts, experts[0], seen) / (rate * efficiency[way.precision])
     compute = max(compute, len(of) * pace.LAUNCH_SECONDS[way.compiled])
+    leading = pace.controlnet_flop(spec, facts, seen) / (rate * pace.EFFICIENCY[plain])
     link = pace.link_bytes_per_second(machine)
     files = len(experts) * (sum(footprint.sizes(facts, experts[0], plain, dtype)) if is_quantised_here else sum(of))
     compiling = _compile_seconds(f"{facts.family}/{way.precision}", circumstances) if way.compiled else 0.0
@@ -186,7 +197,7 @@ def _denoise(
     }  # fmt: skip
     quantise = files * pace.QUANTISE_SECONDS_PER_BYTE[way.precision] if is_quantised_here else 0.0
     fetching = files / pace.READ_BYTES_PER_SECOND + quantise
-    setup = len(experts) * pace.SETUP_SECONDS + rest / pace.READ_BYTES_PER_SECOND
+    setup = len(experts) * pace.SETUP_SECONDS + (rest + beside) / pace.READ_BYTES_PER_SECOND
 
     def rung(
         words: str,
@@ -201,8 +212,8 @@ def _denoise(
         """Return the way; of what is fetched it does not load a share, which is pinned once."""
         return Rung(
             "denoise", f"{way.precision}{' compiled' if way.compiled else ''}, {words}", device, host_bytes,
-            setup + fetching * (1 - share), compute * forwards, changes | more, copying * forwards,
-            spec.num_inference_steps, read_once, pin, compiling,
+            setup + fetching * (1 - share), compute * forwards + leading * spec.steps_run, changes | more,
+            copying * forwards, spec.steps_run, read_once, pin, compiling,
         )  # fmt: skip
 
     match way.placement:
@@ -212,6 +223,7 @@ def _denoise(
             if spec.offload == "auto" and base + sum(of) <= room_bytes:
                 return  # there is room for all of it
             there = _pinned_already(circumstances.pinned, facts, experts, way.precision, dtype)
+            is_changed = circumstances.pinned is not None and circumstances.pinned.loras != loras_of(spec)
             for streamed in dict.fromkeys(filter(None, (_streamed(of, room_bytes - base), there))):
                 passing = [of[place] for place in streamed]
                 device = base + sum(of) - sum(passing) + footprint.ring_bytes(passing)
@@ -220,10 +232,11 @@ def _denoise(
                 share = sum(passing) / sum(of)
                 is_there = streamed == there
                 pin = len(experts) * sum(passing) * pace.PIN_SECONDS_PER_BYTE
-                once = (0.0, 0.0) if is_there else (fetching * share, pin)
+                # Where other LoRAs are in them, the memory is there, and what is in it is not.
+                once = (fetching * share if is_changed or not is_there else 0.0, 0.0 if is_there else pin)
                 yield rung(
                     label, device, host + sum(passing), sum(passing) / link, share, *once,
-                    streamed=blocks, streamed_from="pinned", pinned_before=is_there,
+                    streamed=blocks, streamed_from="pinned", pinned_before=is_there and not is_changed,
                 )  # fmt: skip
                 if way.precision == plain or not is_quantised_here:
                     reading = sum(passing) / min(link, pace.READ_BYTES_PER_SECOND)
@@ -260,8 +273,13 @@ def _pinned_already(
     """Return the blocks that need not be pinned again; a model of two experts exchanges them in every job."""
     if pinned is None or len(experts) > 1:
         return ()
-    wanted = Pinned(facts.key, experts[0], precision, dtype, pinned.blocks)
+    wanted = Pinned(facts.key, experts[0], precision, dtype, pinned.blocks, pinned.loras)
     return pinned.blocks if pinned == wanted else ()
+
+
+def loras_of(spec: JobSpec) -> tuple[tuple[str, float, str], ...]:
+    """Return what tells the weights of one job from those of another of the same model."""
+    return tuple((lora.sha256, lora.scale, lora.expert) for lora in spec.loras)
 
 
 def _streamed(of: Sequence[int], room_bytes: int) -> tuple[int, ...]:
@@ -286,7 +304,7 @@ def decode_rungs(spec: JobSpec, facts: ModelFacts, machine: Machine, dtype: Dtyp
     weights = facts.components.get("vae", 0) * width
     frames = spec.width * spec.height * (spec.num_frames or 1)
     host = footprint.HOST_BYTES["cuda"] + held + 12 * frames
-    seconds = frames / (pace.DECODE_PIXELS_PER_FLOP[facts.family] * pace.flops_per_second(machine))
+    seconds = frames / pace.decode_pixels_per_second(facts, machine)
     seconds += pace.VAE_SECONDS + frames * pace.WRITE_SECONDS_PER_PIXEL
     base = footprint.CONTEXT_BYTES + weights + footprint.SLACK_BYTES
     for tile in footprint.tiles(spec, facts):
@@ -299,6 +317,20 @@ def of_phase(
     before: Plan, held: int, calibration: Calibration,
 ) -> list[Rung]:  # fmt: skip
     """Return every way to run a phase. `before` is the plan as far as it stands: its dtype is that of all phases."""
+    found = _of_phase(phase, spec, facts, machine, circumstances, room_bytes, before, held, calibration)
+    more = footprint.lora_bytes(spec)
+    encode_s = 0.0
+    if phase == "denoise" and spec.encodes_picture:  # before the transformer comes
+        encode_s = pace.VAE_SECONDS + spec.width * spec.height / pace.decode_pixels_per_second(facts, machine)
+    return [
+        replace(rung, host_bytes=rung.host_bytes + more, load_seconds=rung.load_seconds + encode_s) for rung in found
+    ]
+
+
+def _of_phase(
+    phase: PhaseName, spec: JobSpec, facts: ModelFacts, machine: Machine, circumstances: Circumstances, room_bytes: int,
+    before: Plan, held: int, calibration: Calibration,
+) -> list[Rung]:  # fmt: skip
     if machine.device == "cpu":
         return list(cpu_ladder.rungs(phase, spec, facts))
     if phase == "encode":

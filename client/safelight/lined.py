@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from safelight.jobspec import Faults, shown
+from safelight.faults import Faults, shown
 
 DEPTH_MAX = 10
 """A prompt file needs five: document, jobs, job, matrix, values."""

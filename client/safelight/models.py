@@ -6,17 +6,20 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from safelight import registered
 from safelight.config import Config, Place, shipped
 from safelight.errors import BadConfig
+from safelight.registered import Registration
+from safelight.tensorfile import SUFFIXES
 
-_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 """A key is a folder's name and a word on a command line."""
 
 _WORD = re.compile(r"[^\s.,]+")
@@ -60,6 +63,19 @@ class Blocks(BaseModel):
     """Of a token."""
     spared: int = 0
     """Of `linear`, T5's `wo`: bitsandbytes leaves it in 16 bit, and float16 plans hold it in 32."""
+
+
+class ControlNetFacts(BaseModel):
+    """A ControlNet that fits a model. In parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    repository: str = ""
+    licence: str = ""
+    parameters: int
+    blocks: tuple[Blocks, ...]
+    path: Place = ""
+    """Its folder, where it is not `controlnets/KEY` below the models."""
 
 
 class Files(BaseModel):
@@ -138,6 +154,7 @@ class ModelFacts(BaseModel):
     component_paths: dict[str, str] = Field(default_factory=dict)
     blocks: dict[str, tuple[Blocks, ...]] = Field(default_factory=dict)
     """By component, in the order they run in. A component without any is loaded whole."""
+    controlnets: dict[str, ControlNetFacts] = Field(default_factory=dict)
     files: Files = Files()
     path: str = ""
     wan_cli: OwnProgram | None = None
@@ -190,8 +207,20 @@ class ModelFacts(BaseModel):
 class Models:
     """All models that a job may name."""
 
-    def __init__(self, facts: Mapping[str, ModelFacts]) -> None:
+    def __init__(
+        self, facts: Mapping[str, ModelFacts], config: Config | None = None, stamp: int = 0, faults: Sequence[str] = ()
+    ) -> None:
         self._facts = dict(facts)
+        self._config = config
+        self._stamp = stamp
+        self.faults = tuple(faults)
+        """What is wrong with registrations, which are left out."""
+
+    def current(self) -> Models:
+        """Return the table as it is now: itself, unless a model was registered or forgotten since."""
+        if self._config is None or registered.stamp(self._config.paths.models) == self._stamp:
+            return self
+        return load(self._config)
 
     def __getitem__(self, key: str) -> ModelFacts:
         return self._facts[key]
@@ -215,30 +244,57 @@ def _shipped_rows() -> dict[str, dict[str, Any]]:
     return tomllib.loads(shipped("models.toml").read_text(encoding="utf-8"))
 
 
-def load(config: Config | None = None) -> Models:
-    """Return the shipped table with the user's own models from the settings file.
+def shipped_keys() -> frozenset[str]:
+    """Return the keys of the shipped table."""
+    return frozenset(_shipped_rows())
 
-    A row with `like` starts from that row and changes what it writes; so does one that has a shipped key.
+
+def load(config: Config | None = None) -> Models:
+    """Return the shipped table with the user's own models from the settings file, and those that are registered.
+
+    A row with `like` starts from that row and changes what it writes; so does one that has a shipped key, and where a
+    model is registered it lies there. A registration that cannot be used is left out, and is one of the `faults`.
 
     Raises:
         BadConfig: a row is incomplete or says something unknown; the key and the field are named.
     """
     source = config.source if config else Path("models.toml")
     rows = dict(_shipped_rows())
+    stamp = registered.stamp(config.paths.models) if config else 0
+    registrations, faults = registered.read_all(config.paths.models) if config else ([], [])
     for key, row in (config.settings.models if config else {}).items():
         # A row of a shipped key changes that row; any other is new.
         own = _with_component_paths(row)
         rows[key] = _over(rows[key], own) if key in rows and "like" not in row else own
+    with_registered = rows | {
+        registration.key: _over(rows.get(registration.key, {}), registration.row) for registration in registrations
+    }
+    for registration in registrations:
+        if problem := _unusable(registration, with_registered):
+            faults.append(problem)
+        else:
+            rows[registration.key] = with_registered[registration.key]
     facts: dict[str, ModelFacts] = {}
     for key in rows:
         try:
             facts[key] = ModelFacts.model_validate({**_merge(key, rows, ()), "key": key})
         except ValidationError as error:
-            faults = "; ".join(_explain(fault) for fault in error.errors())
-            raise BadConfig(f"{source}: [models.{key}] {faults}.") from error
+            problems = "; ".join(_explain(fault) for fault in error.errors())
+            raise BadConfig(f"{source}: [models.{key}] {problems}.") from error
         except LookupError as error:
             raise BadConfig(f"{source}: [models.{key}] {error.args[0]}") from error
-    return Models(facts)
+    return Models(facts, config, stamp, faults)
+
+
+def _unusable(registration: Registration, rows: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Return what is wrong with a registered row; None where it is a model."""
+    key = registration.key
+    try:
+        ModelFacts.model_validate({**_merge(key, rows, ()), "key": key})
+    except (LookupError, ValidationError) as error:
+        problem = str(error.args[0]) if isinstance(error, LookupError) else "is no model any more."
+        return f"{key}: is registered, and {problem} Forget it: safelight models rm {key}"
+    return None
 
 
 def _explain(fault: Mapping[str, Any]) -> str:
@@ -253,7 +309,7 @@ def _explain(fault: Mapping[str, Any]) -> str:
 
 def _merge(key: str, rows: Mapping[str, Mapping[str, Any]], seen: tuple[str, ...]) -> dict[str, Any]:
     """Return a row with what it is like filled in."""
-    if not _KEY.fullmatch(key):
+    if not KEY.fullmatch(key):
         raise LookupError("cannot be a key. Use letters, digits, . _ and -.")
     row = dict(rows[key])
     if "key" in row:
@@ -265,7 +321,10 @@ def _merge(key: str, rows: Mapping[str, Mapping[str, Any]], seen: tuple[str, ...
         raise LookupError(f"like = {base!r} names no model. Known: {', '.join(rows)}.")
     if base in seen or base == key:
         raise LookupError(f'like = "{base}" leads back to itself.')
-    merged = _over(_merge(base, rows, (*seen, key)), row)
+    inherited = _merge(base, rows, (*seen, key))
+    if row.get("tiny"):
+        inherited.pop("controlnets", None)  # they are of the full width
+    merged = _over(inherited, row)
     # What a model is like is not where it lives: a new key has folders of its own, another repository other commits.
     own = (*PLACES, "revision") if "repository" in row else PLACES
     return {name: value for name, value in merged.items() if name in row or name not in own}
@@ -295,27 +354,52 @@ def folder(facts: ModelFacts, models: Path) -> Path:
     return Path(facts.path).expanduser() if facts.path else models / facts.key
 
 
+def controlnet_folder(facts: ModelFacts, key: str, models: Path) -> Path:
+    """Return where a ControlNet of a model is: its configured path, else its key below `controlnets`."""
+    own = facts.controlnets[key].path
+    return Path(own).expanduser() if own else models / "controlnets" / key
+
+
 def is_there(facts: ModelFacts, models: Path) -> bool:
     """Whether the model can be loaded: a tiny one is built on first use, any other needs its index."""
     return facts.tiny or (folder(facts, models) / "model_index.json").is_file()
 
 
 def missing_files(facts: ModelFacts, folder: Path) -> list[str]:
-    """Return what the model's own indices name and the folder does not have: components, and shards of weights."""
+    """Return what jobs need and the model does not have: components, weights, and shards that its own indices name."""
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         named = [name for name, value in index.items() if isinstance(value, list) and value[:1] != [None]]
     except (OSError, ValueError, AttributeError):
         return ["a readable model_index.json"]
-    missing = []
+    missing: list[str] = []
     for component in named:
         place = Path(facts.component_paths.get(component, folder / component)).expanduser()
-        if not place.is_dir() or not any(place.iterdir()):
-            missing.append(f"{component}/")
+        if place.suffix in SUFFIXES:
+            needed = [(str(place), place), (f"{component}/config.json", folder / component / "config.json")]
+            missing += [name for name, file in needed if not file.is_file()]
             continue
-        for shards in sorted(place.glob("*.safetensors.index.json")):
-            missing += [f"{component}/{name}" for name in _shards(shards) if not (place / name).is_file()]
-    return missing
+        try:
+            missing += _missing_of(component, place, has_weights=component in facts.components)
+        except OSError as error:
+            missing.append(f"{component}/ ({error.strerror})")
+    return list(dict.fromkeys(missing))
+
+
+def _missing_of(component: str, place: Path, *, has_weights: bool) -> Iterator[str]:
+    """Yield what a component's folder lacks."""
+    files = list(place.iterdir()) if place.is_dir() else []
+    if not files:
+        yield f"{component}/"
+        return
+    yield from (f"{component}/{file.name} (a broken link)" for file in sorted(files) if not file.exists())
+    indices = sorted(file for file in files if file.name.endswith(".safetensors.index.json"))
+    for shards in indices:
+        for name in _shards(shards):
+            if not (place / name).exists() and not (place / name).is_symlink():
+                yield f"{component}/{name}"
+    if has_weights and not indices and not any(file.suffix == ".safetensors" for file in files):
+        yield f"{component}/*.safetensors"
 
 
 def _shards(index: Path) -> list[str]:

@@ -5,9 +5,11 @@ What the machine really does is learned: `safelight.calibration` multiplies thes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from safelight.jobspec import JobSpec
 from safelight.machine import Machine
-from safelight.models import ModelFacts
+from safelight.models import Blocks, ModelFacts
 from safelight.plan import Precision
 
 FLOP_PER_CLOCK = {(7, 5): 512, (8, 0): 2048, (8, 6): 512, (8, 7): 512, (8, 9): 512, (9, 0): 4096, (10, 0): 8192}
@@ -110,6 +112,11 @@ def flops_per_second(machine: Machine) -> float:
     return ASSUMED_FLOPS[known]
 
 
+def decode_pixels_per_second(facts: ModelFacts, machine: Machine) -> float:
+    """Return how fast the VAE makes pixels; it reads them as fast at least."""
+    return DECODE_PIXELS_PER_FLOP[facts.family] * flops_per_second(machine)
+
+
 def link_bytes_per_second(machine: Machine) -> int:
     return machine.link_bytes_per_second or ASSUMED_LINK_BYTES_PER_SECOND
 
@@ -123,9 +130,18 @@ def is_guided(spec: JobSpec, facts: ModelFacts) -> bool:
 
 def forward_flop(facts: ModelFacts, component: str, tokens: int) -> float:
     """Return the floating-point operations of one forward: Linears over all tokens, and attention between them."""
-    linear = sum(2.0 * blocks.per_token * blocks.count * tokens for blocks in facts.blocks.get(component, ()))
-    attention = sum(4.0 * tokens**2 * blocks.width * blocks.count for blocks in facts.blocks.get(component, ()))
+    return _flop(facts.blocks.get(component, ()), tokens)
+
+
+def _flop(of: Sequence[Blocks], tokens: int) -> float:
+    linear = sum(2.0 * blocks.per_token * blocks.count * tokens for blocks in of)
+    attention = sum(4.0 * tokens**2 * blocks.width * blocks.count for blocks in of)
     return linear + attention
+
+
+def controlnet_flop(spec: JobSpec, facts: ModelFacts, tokens: int) -> float:
+    """Return the operations of a ControlNet's forward, once a step whether guided or not; 0 without one."""
+    return _flop(facts.controlnets[spec.controlnet.model].blocks, tokens) if spec.controlnet else 0.0
 
 
 def overlapped(compute_seconds: float, copy_seconds: float) -> float:

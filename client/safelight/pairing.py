@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
-from safelight import inputs
+from safelight import controlnet, inputs
 from safelight.drops import place_of, stem_of
 from safelight.errors import Fault, InvalidJob
 from safelight.paths import Paths
@@ -24,6 +25,9 @@ def pictures_named(drafts: Iterable[Draft]) -> set[str]:
     for draft in drafts:
         for field in ("image", "last_image"):
             named.update(str(value) for value in (draft.fields.get(field), *draft.matrix.get(field, ())) if value)
+        for value in (draft.fields.get("controlnet"), *draft.matrix.get("controlnet", ())):
+            with suppress(ValueError):  # refused when the draft is expanded
+                named.add(controlnet.read(value).image)
     return named
 
 

@@ -15,6 +15,9 @@ multiplies in 8 bit, too), quanto is optimum-quanto's qfloat8, int8-bnb and nf4 
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Placement = Literal["none", "model", "partial", "block", "leaf", "sequential"]
+Attention = Literal["native", "_native_cudnn", "_native_flash", "_native_efficient", "flash", "_flash_3", "sage"]
+"""As diffusers names them (attention_dispatch.py, 0.42): torch's own choice, three that it chooses among, and
+kernels of packages of their own. sage is the only one that rounds to 8 bit."""
 PhaseName = Literal["encode", "denoise", "decode"]
 
 
@@ -95,6 +98,10 @@ class Plan(BaseModel):
     once, always come from the file."""
     pinned_before: bool = False
     """The pinned copy is there already, from the job before."""
+    cache: str | None = None
+    """The kind of cache that answers some forwards; its arguments are the spec's."""
+    attention: Attention = "native"
+    """What the transformer's attention runs on."""
     embeddings_known: bool = False
     """The prompts were encoded by an earlier job, in the way this plan says; the text encoders are not loaded."""
     text_encoder_device: Literal["cuda", "cpu"]
@@ -103,6 +110,10 @@ class Plan(BaseModel):
     prepared: tuple[str, ...] = ()
     """Components that are loaded from the folder `safelight models prepare` made in their precision; any other is
     quantised on its way to the GPU."""
+    loras: int = 0
+    """So many are added to the published weights on their way; a prepared folder in fewer bits is not used then."""
+    controlnet: str = ""
+    """The ControlNet that is on the device beside the transformer, whole and in `dtype`."""
     vae_dtype: Dtype | None = None
     """None: as `dtype` says."""
     vae_tiling: bool
@@ -134,6 +145,14 @@ class Plan(BaseModel):
             + (f" from {self.streamed_from}" if name.startswith("transformer") else "")
             for name, blocks in sorted(self.streamed.items())
         ]
+        if self.loras:
+            words.append(f"{self.loras} LoRA{'s' if self.loras > 1 else ''} fused")
+        if self.controlnet:
+            words.append(f"ControlNet {self.controlnet}")
+        if self.cache:
+            words.append(f"cache {self.cache}")
+        if self.attention != "native":
+            words.append(f"attention {self.attention}")
         if self.text_encoder_precision:
             words.append(f"text encoder {self.text_encoder_precision}")
         if self.text_encoder_device != self.device:

@@ -137,8 +137,11 @@ def _plan(
         dtype="float32" if on_cpu else ladder.dtype_of("bf16", machine),
         precision="fp32" if on_cpu else "bf16",
         offload="none" if on_cpu else "model",
+        loras=len(spec.loras),
+        controlnet=spec.controlnet.model if spec.controlnet else "",
         vae_tiling=False,
         text_encoder_device=machine.device,
+        cache=spec.cache and spec.cache.kind,
     )
     predicted: dict[str, PhasePrediction] = {}
     passed_over: list[str] = []
@@ -170,6 +173,8 @@ def _plan(
         passed_over += _reasons(faster, comfortable)
         warnings += _warnings(chosen, faster)
     warnings += _advice(plan, facts, circumstances.waiting)
+    if spec.encodes_picture:
+        predicted["denoise"] = _with_encoding(predicted["denoise"], predicted["decode"])
     ordered = {phase: predicted[phase] for phase in PHASES}
     return plan.model_copy(
         update={
@@ -177,6 +182,19 @@ def _plan(
             "seconds": round(sum(prediction.seconds or 0.0 for prediction in ordered.values()), 2),
             "passed_over": tuple(passed_over),
             "warnings": tuple(warnings),
+        }
+    )
+
+
+def _with_encoding(denoise: PhasePrediction, decode: PhasePrediction) -> PhasePrediction:
+    """Return what a phase takes in which the VAE encodes a picture first, in the tiles that it decodes in.
+
+    That is less than decoding takes, with the same weights: 1.35 GB beside 1.6 at 1024x1024 (on meta tensors).
+    """
+    return denoise.model_copy(
+        update={
+            "device_bytes": max(denoise.device_bytes, decode.device_bytes),
+            "host_bytes": max(denoise.host_bytes, decode.host_bytes),
         }
     )
 
@@ -347,6 +365,11 @@ def _advice(plan: Plan, facts: ModelFacts, waiting: int) -> list[str]:
     left = [name for name in facts.blocks if name.startswith("transformer") and name not in plan.prepared]
     if not quantised or not left or waiting < 2 or facts.tiny:
         return []
+    if plan.loras:
+        held = plan.precision
+        return [
+            f"each job reads the whole weights, adds its LoRAs and makes {held} of them; nothing prepared spares that"
+        ]
     return [
         f"each job reads the whole weights and makes {plan.precision} of them. "
         f"Once for all: safelight models prepare {plan.model} --precision {plan.precision}"

@@ -18,6 +18,7 @@ from safelight import models
 from safelight.errors import SafelightError
 from safelight.models import ModelFacts, Models
 from safelight.plan import Precision
+from safelight.tensorfile import SUFFIXES
 
 MANIFEST = "manifest.json"
 
@@ -159,13 +160,13 @@ def read(found: Path) -> Manifest | None:
 
 
 def component_folder(facts: ModelFacts, models_folder: Path, component: str) -> Path:
-    """Return where a component's published weights are."""
+    """Return where a component's published weights are: a folder, or a single file."""
     own = facts.component_paths.get(component)
     return Path(own).expanduser() if own else models.folder(facts, models_folder) / component
 
 
 def source(published: Path) -> Source:
-    """Return what a folder of published weights holds now; two MiB of each file are read."""
+    """Return what a folder of published weights, or a single file, holds now; two MiB of each file are read."""
     files = tuple(
         SourceFile(
             name=file.name,
@@ -185,14 +186,16 @@ def is_current(manifest: Manifest, published: Path) -> bool:
     Files of the same names, sizes and times are taken for the same without being read.
     """
     now = [(file.name, (at := file.stat()).st_size, at.st_mtime_ns) for file in _source_files(published)]
-    if not any(name.endswith(".safetensors") for name, _, _ in now):
+    if not any(name.endswith(SUFFIXES) for name, _, _ in now):
         return True
     then = manifest.source.files
     if now == [(file.name, file.size_bytes, file.mtime_ns) for file in then]:
         return True
     if [name_and_size[:2] for name_and_size in now] != [(file.name, file.size_bytes) for file in then]:
         return False
-    return all(_edges_sha256(published / file.name) == file.edges_sha256 for file in then)
+    return all(
+        _edges_sha256(file) == past.edges_sha256 for file, past in zip(_source_files(published), then, strict=True)
+    )
 
 
 def damage(found: Path) -> list[str]:
@@ -246,7 +249,9 @@ def file_damage(path: Path, file: StoredFile, were: str = "written") -> str | No
 
 
 def _source_files(published: Path) -> list[Path]:
-    """Return the files that decide what a component computes."""
+    """Return the files that decide what a component computes; weights in a single file are that file."""
+    if published.is_file():
+        return [published]
     wanted = (*published.glob("*.safetensors"), *published.glob("*.json"))
     return sorted(file for file in wanted if file.is_file())
 

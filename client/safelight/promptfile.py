@@ -22,7 +22,7 @@ from safelight.draft import (
     sweep,
 )
 from safelight.errors import Fault, InvalidJob
-from safelight.jobspec import Faults, shown
+from safelight.faults import Faults, shown
 from safelight.lined import Lined, read_json, read_yaml
 
 __all__ = ["ALIASES", "SUFFIXES", "Draft", "parse", "parse_file", "parse_options", "sweep"]

@@ -119,9 +119,11 @@ def read_wanted(place: Path) -> Wanted | None:
 
 def folders(models_folder: Path, table: Models) -> Iterator[tuple[ModelFacts, Path]]:
     """Yield every model whose folder has a manifest, in the table's order."""
+    seen = set()  # a registered model may take from another's folder what it has not itself
     for facts in table.values():
         folder = models.folder(facts, models_folder)
-        if not facts.tiny and (folder / MANIFEST).is_file():
+        if not facts.tiny and folder not in seen and (folder / MANIFEST).is_file():
+            seen.add(folder)
             yield facts, folder
 
 

@@ -53,8 +53,25 @@ class PhaseRecord(BaseModel):
     """Of them, until what computes was in place; None where the phase does not tell."""
     first_step_seconds: float | None = None
     """From then to the end of the first step, or of the decode: compiling is in it."""
+    swap_seconds: float | None = None
+    """Of `load_seconds`, from the last step of one expert until the next one was in place; None without a second."""
     device_peak_bytes: int = 0
     host_peak_bytes: int = 0
+
+
+class CacheRecord(BaseModel):
+    """How often a cache answered."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+    forwards: int
+    """That the last attempt asked the transformers for."""
+    skipped: int
+    """Of them, those that did not run."""
+    restarted_after_step: int | None = None
+    """Where an earlier attempt's steps were kept, and not what its cache held: it begins anew, so that the result is
+    not quite that of an undisturbed job."""
 
 
 class Receipt(BaseModel):
@@ -78,9 +95,12 @@ class Receipt(BaseModel):
     finished_at: str
     resumed_after_step: int | None = None
     """What an earlier attempt had denoised before it was killed or stopped."""
+    cache: CacheRecord | None = None
     phases: dict[str, PhaseRecord] = Field(default_factory=dict)
     seconds_per_step: float | None = None
     device_bytes_after: int | None = None
     """What the device still held for this process after everything was given back."""
     machine: Machine | None = None
     versions: dict[str, str] = Field(default_factory=dict)
+    stored: dict[str, str] = Field(default_factory=dict)
+    """By large component, what most of its weights were stored as: a picture is no better than bf16, Q4_K and so on."""

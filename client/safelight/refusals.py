@@ -25,6 +25,7 @@ class Way:
     compiled: bool
     placement: Placement
     low_cpu_mem_usage: bool = False
+    cached: bool = False
 
 
 Rule = tuple[Callable[[Way, Machine], bool], str]
@@ -56,6 +57,11 @@ RULES: tuple[Rule, ...] = (
     (
         lambda way, _: way.compiled and way.placement in BY_LIBRARY,
         "compile and offload block, leaf or sequential: torch cannot compile through the library's hooks. Use partial.",
+    ),
+    (
+        lambda way, _: way.cached and way.placement in BY_LIBRARY,
+        "cache and offload block, leaf or sequential: the library fetches each block from the one before it, and a "
+        "cache leaves blocks out. Use partial.",
     ),
     (
         lambda way, _: way.compiled and way.precision == "int8-dynamic",

@@ -180,7 +180,7 @@ def _old_submissions(rules: Rules, ledger: Ledger, now: datetime, *, removed: Se
 def _remove_inputs(
     rules: Rules, ledger: Ledger, now: datetime, *, going: Collection[str], dry_run: bool
 ) -> Iterator[Gone]:
-    """Remove the input pictures that no record names and nobody has submitted for long enough.
+    """Remove the input pictures and LoRAs that no record names and nobody has submitted for long enough.
 
     Where a record cannot be read nobody knows what it names, and all of them stay.
     """
@@ -191,6 +191,9 @@ def _remove_inputs(
             for spec in ledger.submission(name):
                 old.pop(spec.image or "", None)
                 old.pop(spec.last_image or "", None)
+                old.pop(spec.controlnet.image if spec.controlnet else "", None)
+                for lora in spec.loras:
+                    old.pop(lora.sha256, None)
     except (FileNotFoundError, LedgerDamaged):
         return
     for digest, file in sorted(old.items()):

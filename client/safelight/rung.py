@@ -18,6 +18,8 @@ class Pinned:
     precision: Precision
     dtype: Dtype
     blocks: tuple[int, ...]
+    loras: tuple[tuple[str, float, str], ...] = ()
+    """What is in the weights: sha256, scale and expert of each LoRA."""
 
 
 @dataclass(frozen=True)

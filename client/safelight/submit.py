@@ -53,10 +53,11 @@ def forecast(specs: Iterable[JobSpec], machine: Machine, models: Models, calibra
 
 def _shape(spec: JobSpec) -> tuple[Any, ...]:
     return (
-        spec.model, spec.backend, spec.width, spec.height, spec.num_frames, spec.num_inference_steps,
+        spec.model, spec.backend, spec.width, spec.height, spec.num_frames, spec.steps_run,
         spec.max_sequence_length,
         spec.precision, spec.offload, spec.vae_tiling, spec.text_encoder_device, spec.text_encoder_precision,
         spec.compile, spec.low_cpu_mem_usage,
+        tuple(lora.size_bytes for lora in spec.loras), spec.controlnet and spec.controlnet.model,
         spec.image is None, spec.last_image is None, (spec.true_cfg_scale or 1) > 1, (spec.guidance_scale or 1) > 1,
     )  # fmt: skip
 
@@ -161,7 +162,18 @@ def submit(
 def _refuse_pictures(specs: Sequence[JobSpec]) -> None:
     """The queue carries words alone: a picture kept on this host would not be found by the worker of another."""
     remedy = "Put it into the inbox of the worker's host, beside its text."
-    faults = [Fault(spec.id, "its picture cannot be sent to another host", remedy) for spec in specs if spec.image]
+    faults = [
+        Fault(spec.id, "its picture cannot be sent to another host", remedy)
+        for spec in specs
+        if spec.image or spec.controlnet
+    ]
+    by_name = "Put it into the folder loras of the worker's models, and name it."
+    faults += [
+        Fault(spec.id, f"its LoRA {lora.path} cannot be sent to another host", by_name)
+        for spec in specs
+        for lora in spec.loras
+        if lora.path
+    ]
     if faults:
         raise InvalidJob(faults)
 

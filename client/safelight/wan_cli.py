@@ -66,6 +66,10 @@ def refusals(fields: Mapping[str, Any], facts: ModelFacts) -> Iterator[tuple[str
     if scale_2 not in (None, scale) and (scale, scale_2) != program.guidance:
         remedy = f"Write guidance_scale_2 {scale:g}, too, or leave both out."
         yield f"guidance {scale:g} and {scale_2:g}: Wan's own program takes one for both experts", remedy
+    if fields.get("loras"):
+        yield "LoRAs would be ignored by Wan's own program", "Leave them, or backend, out."
+    if fields.get("cache") is not None:
+        yield "cache would be ignored by Wan's own program", "Leave it, or backend, out."
     for name, offered in OFFERED.items():
         if (value := fields.get(name, "auto")) not in offered:
             yield f"{name} {value} is not offered by Wan's own program", f"Use {' or '.join(offered)}."

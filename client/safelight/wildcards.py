@@ -22,7 +22,8 @@ from pathlib import Path
 from random import Random
 
 from safelight.errors import Fault, InvalidJob
-from safelight.jobspec import PROMPT_CHARACTERS_MAX, Faults
+from safelight.faults import Faults
+from safelight.jobspec import PROMPT_CHARACTERS_MAX
 
 COUNT_CEILING = 10**12
 """Counting texts stops here: no night is that long."""

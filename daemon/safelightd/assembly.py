@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import nn
 
 from safelight.cpu_ladder import STREAMED_AT_ONCE
 from safelight.rung import Pinned
+from safelightd.fusing import Change, fuse
 from safelightd.pinned import PinnedMemory
 from safelightd.precision import Format
 from safelightd.streaming import FromFile, FromPinned, Source, places, stream
@@ -85,6 +86,8 @@ class Order:
     format: Format | None = None
     streamed: tuple[int, ...] = ()
     from_file: bool = False
+    changes: Mapping[str, Sequence[Change]] = field(default_factory=dict)
+    """By weight, what LoRAs add to it on its way."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,11 @@ class PinnedKey:
     folder: Path
     files: tuple[tuple[str, int, int], ...]
     """Name, size and time of change."""
+
+    @property
+    def layout(self) -> PinnedKey:
+        """What sets share that need the same memory."""
+        return replace(self, held=replace(self.held, loras=()))
 
 
 class PinnedSet:
@@ -111,14 +119,21 @@ class PinnedSet:
         return self._key.held if self._key else None
 
     def drop_unless(self, keys: Sequence[PinnedKey]) -> None:
-        """Give the set back unless one of these wants it."""
-        if self._memory is not None and self._key not in keys:
+        """Give the set back unless one of these wants it, or one like it with other LoRAs in its weights."""
+        if self._memory is not None and (self._key is None or self._key.layout not in [key.layout for key in keys]):
             self._memory.close()
             self._key, self._memory = None, None
 
     def take(self, key: PinnedKey) -> PinnedMemory | None:
         """Return the set of this key, which is the taker's until `keep`."""
+        return self._taken() if self._key == key else None
+
+    def take_to_refill(self, key: PinnedKey) -> PinnedMemory | None:
+        """Return memory that is pinned and of the right size, and whose weights have other LoRAs in them."""
         self.drop_unless([key])
+        return self._taken()
+
+    def _taken(self) -> PinnedMemory | None:
         memory, self._memory, self._key = self._memory, None, None
         return memory
 
@@ -264,10 +279,21 @@ def _prefix(name: str, parts: int) -> str:
 
 
 def _fill(block: Block, views: Mapping[str, torch.Tensor], reader: Reader, order: Order) -> None:
-    """Read a block's tensors to where `views` are; quantise those that are not stored so, one Linear at a time."""
+    """Read a block's tensors to where `views` are, and add what LoRAs change; quantise those that are not stored so,
+    one Linear at a time."""
     reader.read((tensor.stored, views[tensor.name]) for tensor in block.tensors if tensor.stored)
+    _change(block, views, reader, order)
     for linear, stored in block.made.items():
         _fill_quantised(linear, stored, views, reader, order)
+
+
+def _change(block: Block, views: Mapping[str, torch.Tensor], reader: Reader, order: Order) -> None:
+    """Add LoRAs to what was just read."""
+    changed = [tensor.name for tensor in block.tensors if tensor.stored and tensor.name in order.changes]
+    if changed:
+        reader.finish()
+    for name in changed:
+        fuse(views[name], order.changes[name], order.device)
 
 
 def _fill_quantised(
@@ -278,6 +304,8 @@ def _fill_quantised(
     weight = torch.empty(stored.shape, dtype=order.dtype, device=order.device)
     reader.read([(stored, weight)])
     reader.finish()
+    if changes := order.changes.get(f"{linear}.weight"):
+        fuse(weight, changes, order.device)
     for part, made in order.format.quantise(weight).items():
         views[f"{linear}.weight.{part}"].copy_(made.view(views[f"{linear}.weight.{part}"].shape))
 
@@ -313,7 +341,7 @@ def _streamed(
     if order.from_file:
         source = _from_file(blocks, targets, order)
     else:
-        memory = pinned.take(key) or _pinned_copy(blocks, sizes, reader, order)
+        memory = pinned.take(key) or _pinned_copy(blocks, sizes, reader, order, pinned.take_to_refill(key))
         leaving.callback(pinned.keep, key, memory)
         source = FromPinned(memory.bytes.split(sizes), targets)
     leaving.callback(source.close)
@@ -322,8 +350,11 @@ def _streamed(
     return ring
 
 
-def _pinned_copy(blocks: Sequence[Block], sizes: Sequence[int], reader: Reader, order: Order) -> PinnedMemory:
-    memory = PinnedMemory(sum(sizes), order.device)
+def _pinned_copy(
+    blocks: Sequence[Block], sizes: Sequence[int], reader: Reader, order: Order, there: PinnedMemory | None
+) -> PinnedMemory:
+    """Return pinned memory with the blocks in it; `there` is some of the right size."""
+    memory = there or PinnedMemory(sum(sizes), order.device)
     try:
         for block, own in zip(blocks, memory.bytes.split(list(sizes)), strict=True):
             _fill(block, block.views(own), reader, order)
@@ -342,10 +373,17 @@ def _from_file(blocks: Sequence[Block], targets: Sequence[torch.Tensor], order: 
             "safelight models prepare."
         )
     wanted = []
+    changed: list[list[tuple[torch.Tensor, Sequence[Change]]]] = []
     for block, target in zip(blocks, targets, strict=True):
         views = block.views(target)
         wanted.append([(tensor.stored, views[tensor.name]) for tensor in block.tensors if tensor.stored])
-    return FromFile(wanted, order.device)
+        changed.append([(view, order.changes[name]) for name, view in views.items() if name in order.changes])
+
+    def change(j: int) -> None:
+        for view, changes in changed[j]:
+            fuse(view, changes, order.device)
+
+    return FromFile(wanted, order.device, change)
 
 
 def _settle_buffers(module: nn.Module, device: torch.device) -> None:

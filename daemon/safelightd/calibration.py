@@ -173,7 +173,7 @@ def _took(phase: PhaseName, receipt: Receipt, record: PhaseRecord, told: Shipped
     first = record.first_step_seconds
     if first is None:
         return _Seconds(record.seconds)
-    steps = receipt.spec.num_inference_steps
+    steps = receipt.spec.steps_run
     if steps == 1:
         return _Seconds(record.seconds - first, work=0.0 if told.compile_seconds else first)
     each = receipt.seconds_per_step or first

@@ -33,6 +33,7 @@ DECIDES_THE_BITS = (
     "dtype",
     "precision",
     "compiled",
+    "attention",
     "text_encoder_precision",
     "text_encoder_device",
 )

@@ -131,6 +131,7 @@ def prepare(
     from safelightd.link import engine_env
     from safelightd.probe import read_machine
 
+    config = _with_models(config, folder)
     table = models.load(config)
     faults = []
     if key not in table:
@@ -143,7 +144,7 @@ def prepare(
         "key": key,
         "precision": precision,
         "components": components,
-        "models_folder": str(folder or config.paths.models),
+        "models_folder": str(config.paths.models),
         "force": force,
     }
     # A process of its own: torch, OpenMP and malloc read the environment when they start. Without the threshold malloc
@@ -161,11 +162,10 @@ def prepare(
 @click.pass_obj
 def pull(config: Config, key: str, folder: Path | None, *, yes: bool, force: bool) -> int:
     """Fetch a model from the hub; prints its folder."""
-    from dataclasses import replace
-
     from safelight import models
     from safelight.errors import Fault, InvalidJob
 
+    config = _with_models(config, folder)
     table = models.load(config)
     if key not in table:
         known = f"Known: {', '.join(table.near(key))} (safelight models list)."
@@ -176,8 +176,14 @@ def pull(config: Config, key: str, folder: Path | None, *, yes: bool, force: boo
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     from safelightd import pull as pulling
 
-    config = replace(config, paths=replace(config.paths, models=folder or config.paths.models))
     return pulling.run(config, table[key], yes=yes, force=force)
+
+
+def _with_models(config: Config, folder: Path | None) -> Config:
+    """Return the settings with another models folder, whose registrations count then."""
+    from dataclasses import replace
+
+    return replace(config, paths=replace(config.paths, models=folder or config.paths.models))
 
 
 def main() -> None:

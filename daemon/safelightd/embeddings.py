@@ -61,7 +61,16 @@ class Keys:
         return prompt and (self.negative is None or any(name.startswith(NEGATIVE) for name in known))
 
 
-def keys(spec: JobSpec, plan: Plan, facts: ModelFacts, models_folder: Path, gpu: str, *, is_guided: bool) -> Keys:
+def keys(
+    spec: JobSpec,
+    plan: Plan,
+    facts: ModelFacts,
+    models_folder: Path,
+    gpu: str,
+    *,
+    is_guided: bool,
+    changed: bool = False,
+) -> Keys:
     """Return the names of a job's embeddings: of all that decides their bits, and of nothing else.
 
     Those are the texts, the files of text encoders and tokenizers, what the plan says of encoding, the GPU's name and
@@ -69,9 +78,10 @@ def keys(spec: JobSpec, plan: Plan, facts: ModelFacts, models_folder: Path, gpu:
 
     Args:
         gpu: the card's name, "" where there is none.
+        changed: a LoRA is added to a text encoder's weights.
         is_guided: as the family's `is_guided` says; the negative prompt is not encoded otherwise.
     """
-    common = {
+    common: dict[str, Any] = {
         "v": VERSION,
         "family": facts.family,
         "components": _identities(plan, facts, models_folder),
@@ -81,6 +91,8 @@ def keys(spec: JobSpec, plan: Plan, facts: ModelFacts, models_folder: Path, gpu:
         "device": gpu if plan.text_encoder_device == "cuda" else plan.text_encoder_device,
         "versions": metadata.versions(),
     }
+    if changed:
+        common["loras"] = [[lora.sha256, lora.scale] for lora in spec.loras]
     negative = _digest(common | {"texts": [spec.negative_prompt, None]}) if is_guided else None
     return Keys(_digest(common | {"texts": [spec.prompt, spec.prompt_2]}), negative)
 

@@ -115,6 +115,8 @@ class Engine:
         usable = True
         try:
             spec = spec_of(message)
+            self._models = self._models.current()
+            setting = replace(setting, models=self._models)
             run_job = {"diffusers": runjob.run_job, "wan-cli": wan_cli.run_job}[spec.backend]
             receipt = run_job(spec, int(message["attempt"]), setting, watch, circumstances_of(message))
             verdict: dict[str, Any] = {"kind": "done", "receipt": receipt.model_dump(mode="json", exclude_none=True)}

@@ -10,7 +10,7 @@ from datetime import datetime
 from datetime import time as wall_time
 from pathlib import Path
 
-from safelight import durable
+from safelight import durable, registered
 from safelight.config import Config
 from safelight.jobspec import PRIORITIES
 from safelight.machine import GIB
@@ -129,6 +129,12 @@ def _disk(config: Config) -> str | None:
 
 def _models(config: Config) -> str | None:
     """An unmounted disk must not fail a night of jobs one by one: its mount point is there, and empty."""
+    for registration in registered.read_all(config.paths.models)[0]:
+        if place := registered.unmounted(registration):
+            return (
+                f"{place} of {registration.key} is gone, with what lay beside it; is its disk mounted? If you removed "
+                f"it: safelight models rm {registration.key}"
+            )
     folder, seen = config.paths.models, config.paths.state / "models.seen"
     remembered = seen.read_text() if seen.exists() else ""
     if any(folder.glob("*/model_index.json")):

@@ -14,6 +14,7 @@ from safelight.drops import Entry, Patience, Scan
 from safelight.models import Models
 from safelight.paths import Paths
 from safelight.promptfile import Draft
+from safelightd.writers import Writers
 
 
 class Wait(NamedTuple):
@@ -46,10 +47,12 @@ class Stored(NamedTuple):
 class Pictures:
     """The pictures of one inbox."""
 
-    def __init__(self, paths: Paths, models: Models, patience: Patience) -> None:
+    def __init__(self, paths: Paths, models: Models, patience: Patience, writers: Writers) -> None:
         self._paths = paths
         self._models = models
         self._patience = patience
+        self._writers = writers
+        self._whole: dict[str, bool] = {}
         self._used: dict[str, Used] = {}
         self._stored: dict[str, Stored] = {}
 
@@ -62,6 +65,7 @@ class Pictures:
         """Drop what is not in the inbox any more."""
         self._used = {path: used for path, used in self._used.items() if path in scan.entries}
         self._stored.clear()
+        self._whole.clear()
 
     def wait_for(self, text: Entry, drafts: Sequence[Draft], scan: Scan) -> Wait | None:
         """Return how long a text must wait for pictures it needs: they are arriving, or may yet come."""
@@ -72,18 +76,32 @@ class Pictures:
             found = next((scan.entries[path] for path in paths if path in scan.entries), None)
             if found and found.since + self._patience.settle_s > scan.started_at:
                 return Wait(found.since + self._patience.settle_s)
+            if found and not self._is_whole(found, scan):
+                return Wait(soon)
             if not found and any(path in scan.arriving for path in paths):
                 return Wait(soon)
             if not found and paths and not any(os.path.lexists(self._paths.inbox / path) for path in paths):
                 missing.append(paths)
         stem = drops.stem_of(text.path)
+        if not all(self._is_whole(picture, scan) for picture in scan.pictures.get(stem, ())):
+            return Wait(soon)
         if stem not in scan.pictures and any(self._needs_picture(draft) for draft in drafts):
             missing.append([stem + suffix for suffix in drops.PICTURE_SUFFIXES])
         until = text.since + self._patience.partner_s
         return Wait(until, tuple(missing)) if missing and until > scan.started_at else None
 
+    def _is_whole(self, picture: Entry, scan: Scan) -> bool:
+        """Whether nobody writes a picture any more; asked once a turn. What cannot be opened is refused by its text."""
+        if picture.path not in self._whole:
+            try:
+                self._whole[picture.path] = picture.kind == "odd" or self._writers.is_whole(picture, scan.started_at)
+            except OSError:
+                self._whole[picture.path] = True
+        return self._whole[picture.path]
+
     def _needs_picture(self, draft: Draft) -> bool:
         model = draft.fields.get("model")
+        self._models = self._models.current()
         return not pairing.names_image(draft) and model in self._models and self._models[str(model)].image == "required"
 
     def store(self, text: str, name: str) -> tuple[str, str]:

@@ -20,10 +20,12 @@ from safelight.jobqueue import JobQueue
 from safelight.ledger import Ledger
 from safelight.queueserver import AWAY
 from safelightd import linux, systemd
+from safelightd.closes import Closes
 from safelightd.inbox_watch import Watch, remote_name
 from safelightd.intake import Intake
 from safelightd.logs import Log
 from safelightd.pruning import Pruning
+from safelightd.writers import Writers
 
 DEBOUNCE_S = 0.1
 """From a hint to the look, so that the files of one copy are seen together."""
@@ -38,7 +40,7 @@ UNWATCHED_S = 5.0
 """Between looks, at most, where no events come from: network file systems, or too many folders."""
 
 REMOTE_SETTLE_S = 5.0
-"""settle_s, at least, on a network file system: it shows changes late and cannot tell that a file is being written."""
+"""settle_s, at least, on a network file system: it shows changes late. What is read waits unseen_s there."""
 
 DYING_S = 3.0
 """A killed process keeps its lock until the disk has answered it: that must not end its successor for good."""
@@ -64,9 +66,13 @@ def serve(config: Config) -> int:
     lock = _lock(config)
     try:
         inbox.prepare(config.paths)
-        return _Service(config, wake).run()
+        status = _Service(config, wake).run()
     finally:
         os.close(lock)
+    # Python takes handlers away before it ends: a second signal would end us by itself, and not with 0.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    return status
 
 
 def _lock(config: Config) -> int:
@@ -96,10 +102,12 @@ class _Service:
         remote = remote_name(config.paths.inbox)
         if remote:
             log.info("inbox.remote", folder=config.paths.inbox, file_system=remote, instead="a scan every few seconds")
-        self._watch = None if remote else Watch(config.paths.inbox, self._wake.hint)
-        settle_s = max(config.settings.inbox.settle_s, REMOTE_SETTLE_S if remote else 0.0)
-        patience = Patience(settle_s, config.settings.inbox.partner_s)
-        self._intake = Intake(config, models.load(config), Ledger(config.paths), patience)
+        closes = Closes()
+        self._watch = None if remote else Watch(config.paths.inbox, self._wake.hint, closes)
+        asked = config.settings.inbox
+        patience = Patience(max(asked.settle_s, REMOTE_SETTLE_S if remote else 0.0), asked.partner_s, asked.unseen_s)
+        writers = Writers(config.paths, patience, closes, leases=not remote)
+        self._intake = Intake(config, models.load(config), Ledger(config.paths), patience, writers)
         self._pruning = Pruning(config)
         self._queue: JobQueue | None = None
         self._folder: tuple[int, int] | None = self._identity()

@@ -1,4 +1,4 @@
-"""Hints that something happened in the inbox: watchdog's events.
+"""Hints that something happened in the inbox, and who has opened and closed its files: watchdog's events.
 
 They may be late, doubled or lost; scans are the truth.
 """
@@ -16,14 +16,19 @@ from watchdog.events import (
     DirDeletedEvent,
     DirMovedEvent,
     FileClosedEvent,
+    FileClosedNoWriteEvent,
     FileCreatedEvent,
+    FileDeletedEvent,
+    FileModifiedEvent,
     FileMovedEvent,
+    FileOpenedEvent,
     FileSystemEvent,
     FileSystemEventHandler,
 )
 from watchdog.observers.api import ObservedWatch
 from watchdog.observers.inotify import InotifyObserver
 
+from safelightd.closes import Closes
 from safelightd.logs import Log
 
 WATCHES_MAX = 64
@@ -38,7 +43,12 @@ REMOTE = {
 _TELLING: list[type[FileSystemEvent]] = [
     FileClosedEvent, FileCreatedEvent, FileMovedEvent, DirCreatedEvent, DirMovedEvent, DirDeletedEvent,
 ]  # fmt: skip
-"""A file moved in is only ever created, never closed."""
+"""A file moved in is only ever moved, never closed."""
+
+_QUIET: list[type[FileSystemEvent]] = [
+    FileOpenedEvent, FileModifiedEvent, FileClosedNoWriteEvent, FileDeletedEvent,
+]  # fmt: skip
+"""Evidence, and no hints: our own reading makes them too."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 log = Log("safelight.inbox")
@@ -67,12 +77,12 @@ class Watch:
     threads end with the process; to stop them takes up to 0.5 s, for which watchdog holds moves back.
     """
 
-    def __init__(self, inbox: Path, hint: Callable[[], None]) -> None:
+    def __init__(self, inbox: Path, hint: Callable[[], None], closes: Closes) -> None:
         self._inbox = inbox
-        self._anything = _Handler(hint, None)
-        self._inbox_itself = _Handler(hint, inbox.name)
+        self._hint = hint
+        self._closes = closes
         self._watched: dict[Path, tuple[ObservedWatch, tuple[int, int]]] = {}
-        self._observer = InotifyObserver()
+        self._observer = InotifyObserver(generate_full_events=True)  # else a file moved in looks like one begun
         self._observer.start()
         self._refused = False
         self._complete = False
@@ -91,6 +101,8 @@ class Watch:
             if now.get(folder) != identity:
                 self._observer.unschedule(watch)
                 del self._watched[folder]
+                if folder != self._inbox.parent:
+                    self._closes.gone_below("" if folder == self._inbox else folder.name)
         added = [folder for folder in now if folder not in self._watched and self._watch(folder, now[folder])]
         self._complete = len(self._watched) == len(wanted)
         return bool(added)
@@ -101,11 +113,17 @@ class Watch:
         return self._complete
 
     def _watch(self, folder: Path, identity: tuple[int, int]) -> bool:
-        handler = self._inbox_itself if folder == self._inbox.parent else self._anything
         recursive = self._inbox in folder.parents
         try:
             # resolved: watchdog would watch a link itself, and an inbox may be one, to a larger disk
-            watch = self._observer.schedule(handler, str(folder.resolve()), recursive=recursive, event_filter=_TELLING)
+            real = folder.resolve()
+            if folder == self._inbox.parent:
+                handler: FileSystemEventHandler = _Handler(self._hint, self._inbox.name)
+                telling = _TELLING
+            else:
+                handler = _Files(self._hint, self._closes, real, folder.name if recursive else "")
+                telling = [*_TELLING, *_QUIET]
+            watch = self._observer.schedule(handler, str(real), recursive=recursive, event_filter=telling)
         except OSError as error:  # fs.inotify.max_user_watches or max_user_instances is reached, or it went away
             if not self._refused:
                 log.warning("inbox.unwatched", folder=folder, error=error, instead="a scan every few seconds")
@@ -116,15 +134,55 @@ class Watch:
 
 
 class _Handler(FileSystemEventHandler):
-    """Passes every event on as a hint, or only those about one name."""
+    """Passes events about one name on as hints."""
 
-    def __init__(self, hint: Callable[[], None], only: str | None) -> None:
+    def __init__(self, hint: Callable[[], None], only: str) -> None:
         self._hint = hint
         self._only = only
 
     def on_any_event(self, event: FileSystemEvent) -> None:
-        if self._only is None or self._only in (_name(event.src_path), _name(event.dest_path)):
+        if self._only in (_name(event.src_path), _name(event.dest_path)):
             self._hint()
+
+
+class _Files(FileSystemEventHandler):
+    """Notes what happens to the files of a folder of the inbox, and passes on as hints what may be news.
+
+    Args:
+        real: the folder, without links.
+        within: its path in the inbox; "" for the inbox itself.
+    """
+
+    def __init__(self, hint: Callable[[], None], closes: Closes, real: Path, within: str) -> None:
+        self._hint = hint
+        self._closes = closes
+        self._real = real
+        self._prefix = f"{within}/" if within else ""
+
+    def on_any_event(self, event: FileSystemEvent) -> None:
+        if not event.is_directory:
+            self._note(event)
+        left = isinstance(event, FileMovedEvent) and not event.dest_path  # our own claims do
+        if not left and not isinstance(event, tuple(_QUIET)):
+            self._hint()
+
+    def _note(self, event: FileSystemEvent) -> None:
+        source, target = Path(os.fsdecode(event.src_path)), Path(os.fsdecode(event.dest_path))
+        if isinstance(event, FileMovedEvent) and event.dest_path:
+            before = self._path(source) if event.src_path else None
+            self._closes.moved(before, self._path(target), target, itself=not event.is_synthetic)
+        elif isinstance(event, FileOpenedEvent):
+            self._closes.opened(self._path(source))
+        elif isinstance(event, FileModifiedEvent):
+            self._closes.written(self._path(source))
+        elif isinstance(event, FileClosedEvent | FileClosedNoWriteEvent):
+            self._closes.closed(self._path(source), source, written=isinstance(event, FileClosedEvent))
+        else:
+            self._closes.gone(self._path(source))  # created, deleted, moved away
+
+    def _path(self, file: Path) -> str:
+        """Return the path in the inbox."""
+        return f"{self._prefix}{file.relative_to(self._real)}"
 
 
 def _name(path: bytes | str) -> str:

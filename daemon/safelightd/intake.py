@@ -13,10 +13,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from safelight import drops, expand, inbox, pairing, promptfile, wan_cli
+from safelight import drops, expand, inbox, lorafiles, pairing, promptfile, wan_cli
 from safelight.config import Config
 from safelight.draft import Draft
 from safelight.drops import Entry, Patience, Scan
@@ -25,10 +24,12 @@ from safelight.inbox import Claim, Filing, Reading
 from safelight.jobqueue import JobQueue
 from safelight.jobspec import JobSpec
 from safelight.ledger import Ledger
+from safelight.lora import Lora
 from safelight.models import Models
 from safelight.promptfile import InvalidPromptFile
 from safelightd.inbox_pictures import Pictures, Wait
 from safelightd.logs import Log
+from safelightd.writers import Writers
 
 GROUP_FILES = 200
 """Files claimed together: a group's syncs took 24 ms of its 0.3 s (ext4 on a virtual disk, 2 cores, 2026-11-22)."""
@@ -116,7 +117,7 @@ class Lot:
 class Intake:
     """Takes files from one inbox into the ledger and the queue; remembers what was seen, and nothing that matters."""
 
-    def __init__(self, config: Config, models: Models, record: Ledger, patience: Patience) -> None:
+    def __init__(self, config: Config, models: Models, record: Ledger, patience: Patience, writers: Writers) -> None:
         self._config = config
         self._paths = config.paths
         self._models = models
@@ -126,7 +127,8 @@ class Intake:
         self._scan: Scan | None = None
         self._later: dict[str, Later] = {}
         self._spoken: dict[str, float] = {}
-        self._pictures = Pictures(config.paths, models, patience)
+        self._writers = writers
+        self._pictures = Pictures(config.paths, models, patience, writers)
         self.queued_jobs = 0
         self.waiting_files = 0
 
@@ -217,7 +219,7 @@ class Intake:
             return None
         if fault:
             return Taken(inbox.claim(self._paths, entry, inbox.new_submission()), faults=(fault,))
-        text = _read_text(self._paths.inbox, entry, entry.path)
+        text = _parsed(self._writers.read(entry, scan.started_at), entry.path)
         if not text:
             self._later[entry.path] = Later(entry.mark, Wait(scan.started_at + WRITER_S))
             if entry.since + RETRY_S < scan.started_at:
@@ -246,7 +248,7 @@ class Intake:
                 self._speak(f".safelight/claimed/{name}", "is no claim of safelight: move it away")
                 continue
             try:
-                taken = self._take_again(claim, entry, settled=entry.since + self._patience.settle_s <= scan.started_at)
+                taken = self._take_again(claim, entry, scan.started_at)
             except (OSError, LedgerDamaged) as error:
                 if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
                     raise
@@ -262,14 +264,14 @@ class Intake:
         self._commit(queue, group)
         return next_at
 
-    def _take_again(self, claim: Claim, entry: Entry, *, settled: bool) -> Taken | None:
+    def _take_again(self, claim: Claim, entry: Entry, now: float) -> Taken | None:
         """Return a claim with what was in it; None while it may still change."""
         known = self._ledger.submission(claim.submission)
-        if not known and not settled:
+        if not known and entry.since + self._patience.settle_s > now:
             return None
         if not known and (fault := inbox.fault_of(claim.path, entry.kind, entry.size)):
             return Taken(claim, faults=(fault,))
-        text = _read_text(self._paths.claimed, entry, claim.path)
+        text = _parsed(self._writers.read_claimed(entry, now), claim.path)
         return Taken(claim, text, known=known) if text or known else None
 
     # -- queueing -------------------------------------------------------------------------------------------------
@@ -328,6 +330,7 @@ class Intake:
             return digest
 
         place = drops.place_of(claim.path)
+        self._models = self._models.current()
         specs = expand.expand(
             pairing.paired(claim.path, claim.pictures, taken.text.drafts if taken.text else ()),
             self._models,
@@ -337,11 +340,22 @@ class Intake:
             batch=place.batch,
             priority=place.priority,
             store_image=store,
+            keep_lora=self._keep_lora,
             wildcards=self._paths.wildcards,
             max_jobs=self._config.settings.inbox.max_jobs_per_file,
         )
         wan_cli.refuse_unconfigured(specs, self._models, self._config)
         return Made(specs, stored)
+
+    def _keep_lora(self, lora: Lora) -> Lora:
+        """Find a LoRA by name: of files that are neither texts nor pictures, the inbox takes none."""
+        if lora.path:
+            problem, remedy = (
+                "a LoRA's file is not taken from the inbox",
+                f"Move it to {lorafiles.folder(self._paths.models)}",
+            )
+            raise InvalidJob([Fault(f"LoRA {lora.path}", problem, f"{remedy} and write its name.")])
+        return lorafiles.find(lora, self._paths.models)
 
     def _queue(self, queue: JobQueue, lot: Lot) -> None:
         """Claims, ledger, queue, files, in that order: a crash between any two is finished by the next turn."""
@@ -362,9 +376,8 @@ class Intake:
             log.warning("inbox.left", file=inbox.shown(path), problem=problem)
 
 
-def _read_text(top: Path, entry: Entry, path: str) -> Text | None:
+def _parsed(reading: Reading | None, path: str) -> Text | None:
     """Return what is in a prompt file, `path` being its name for people; None while it is being written."""
-    reading = inbox.read(top, entry)
     if reading is None:
         return None
     try:

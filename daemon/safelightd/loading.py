@@ -8,9 +8,8 @@ from __future__ import annotations
 import gc
 import importlib
 import itertools
-import json
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -21,19 +20,23 @@ from safetensors import SafetensorError
 from torch import nn
 
 from safelight import models, prepared
+from safelight.lora import Lora
 from safelight.models import Blocks, ModelFacts
 from safelight.plan import Plan, Precision
 from safelight.refusals import BY_LIBRARY
 from safelight.rung import Pinned
-from safelightd import compiling, precision, skeleton, tiny
+from safelightd import attention, compiling, modelfiles, precision, singlefile, skeleton, tiny
+from safelightd import lora as lora_files
 from safelightd.assembly import Order, PinnedKey, PinnedSet, assembled
-from safelightd.weights import BadModelFolder, stored_tensors
+from safelightd.fusing import fuse
+from safelightd.weights import BadModelFolder
 
 CLASSES = {
     "diffusers": (
         "AutoencoderKL",
         "AutoencoderKLWan",
         "FlowMatchEulerDiscreteScheduler",
+        "FluxControlNetModel",
         "FluxTransformer2DModel",
         "UniPCMultistepScheduler",
         "WanTransformer3DModel",
@@ -53,11 +56,6 @@ CLASSES = {
 WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 """How each library names a component's weights; sharded ones are listed in the same name plus .index.json."""
 
-PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
-
-VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"})
-"""The files that a tokenizer reads its words from; one set is enough."""
-
 OTHER_SHAPE = ("ignore_mismatched_sizes", "automatic conversion of the weights")
 """Words of transformers' RuntimeErrors about the weights themselves; its others are the device's."""
 
@@ -74,12 +72,32 @@ def model_folder(facts: ModelFacts, models_folder: Path) -> Path:
     folder = models.folder(facts, models_folder)
     if facts.tiny:
         tiny.build(facts.key, folder)
+    if facts.path and not folder.exists():
+        raise modelfiles.gone(folder, facts.key)
     if not (folder / "model_index.json").is_file():
         what = facts.repository or facts.key
         raise BadModelFolder(
             f"{folder / 'model_index.json'} is missing. {_fetching(facts)}Put the diffusers folder of {what} there, "
             f"or name yours as [models.{facts.key}] path in the settings."
         )
+    return folder
+
+
+def controlnet_folder(facts: ModelFacts, key: str, models_folder: Path) -> Path:
+    """Return the folder of a model's ControlNet; a tiny one is built first where it is missing.
+
+    Raises:
+        BadModelFolder: there is none.
+    """
+    if key not in facts.controlnets:
+        raise BadModelFolder(f"{facts.key} has no ControlNet {key} any more. Put it back into the settings.")
+    folder = models.controlnet_folder(facts, key, models_folder)
+    if facts.tiny:
+        tiny.build_controlnet(folder)
+    if not (folder / "config.json").is_file():
+        where = f"or name yours as [models.{facts.key}.controlnets.{key}] path in the settings"
+        what = facts.controlnets[key].repository or key
+        raise BadModelFolder(f"{folder / 'config.json'} is missing. Put the files of {what} there, {where}.")
     return folder
 
 
@@ -102,13 +120,16 @@ class Loader:
 
     Args:
         folder: a diffusers folder with a model_index.json.
-        component_paths: folders that replace single components, each holding that component alone.
+        component_paths: folders that replace single components, each holding that component alone, or single files.
         blocks: the repeated blocks of the components that are loaded block by block; others are loaded whole.
         models_folder: below it are the prepared folders that the plan may name.
         pinned: where the pinned blocks of one job wait for the next.
+        controlnet: the folder of the component of that name, which no index has.
+        loras: what is added to the published weights on their way, each with its file.
 
     Raises:
         BadModelFolder: the folder or its index cannot be used. Every method raises it, naming the file.
+        InvalidJob: a LoRA does not match the model.
     """
 
     def __init__(
@@ -120,6 +141,8 @@ class Loader:
         blocks: Mapping[str, tuple[Blocks, ...]] = _NO_BLOCKS,
         models_folder: Path | None = None,
         pinned: PinnedSet | None = None,
+        loras: Sequence[tuple[Lora, Path]] = (),
+        controlnet: Path | None = None,
     ) -> None:
         self._folder = folder
         self._plan = plan
@@ -127,11 +150,42 @@ class Loader:
         self._blocks = blocks
         self._models_folder = models_folder
         self._pinned = pinned or PinnedSet(limit_bytes=0)
-        self._index = _read_json(folder / "model_index.json")
+        self._index = modelfiles.read_json(folder / "model_index.json")
         unknown = sorted(set(component_paths) - set(self._index))
         if unknown:
             raise BadModelFolder(f"{folder}: the model has no component {', '.join(unknown)}. Correct its path's name.")
+        if controlnet is not None:
+            self._index["controlnet"] = ["diffusers", "FluxControlNetModel"]
+            self._component_paths["controlnet"] = str(controlnet)
+        self._loras = tuple((lora.sha256, lora.scale, lora.expert) for lora, _ in loras)
+        self._changes = self._read_changes(loras) if loras else lora_files.NOTHING
         self._pinned.drop_unless([self._pinned_key(name) for name in plan.streamed])
+
+    def _read_changes(self, loras: Sequence[tuple[Lora, Path]]) -> lora_files.Changes:
+        """Return what LoRAs change of the transformers and of CLIP, which no plan quantises.
+
+        Raises:
+            InvalidJob: a LoRA does not match. BadModelFolder: there are no published weights to add it to.
+        """
+        shapes = {}
+        for name, entry in self._index.items():
+            if (name.startswith("transformer") and entry != [None, None]) or entry == ["transformers", "CLIPTextModel"]:
+                shapes[name] = self._shapes(name)
+        return lora_files.changes(loras, self._class("transformer")[1].__name__, shapes)
+
+    def _shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        weights = WEIGHTS[self._class(name)[0]]
+        folder = self._source(name)
+        try:
+            modelfiles.check_files(folder, weights)
+        except BadModelFolder as error:
+            raise BadModelFolder(f"{error} A LoRA is added to the published weights, whatever is prepared.") from error
+        return {weight: stored.shape for weight, stored in singlefile.weights_in(folder, weights).items()}
+
+    @property
+    def changes_text_encoders(self) -> bool:
+        """Whether a LoRA changes what prompts are encoded to."""
+        return any(name.startswith("text_encoder") for name in self._changes)
 
     @contextmanager
     def component(
@@ -175,9 +229,9 @@ class Loader:
     @contextmanager
     def _by_blocks(self, name: str, device: torch.device, reshape: Callable[[nn.Module], None]) -> Iterator[nn.Module]:
         library, component_class = self._class(name)
-        folder = self._source(name)
-        _check_files(folder, WEIGHTS[library])
-        _check_class(folder, component_class.__name__, library)
+        folder, config = self._source(name), self._config_folder(name)
+        modelfiles.check_files(folder, WEIGHTS[library])
+        modelfiles.check_class(config, component_class.__name__, library)
         order = Order(
             folder=folder,
             device=device,
@@ -186,10 +240,11 @@ class Loader:
             format=precision.format_of(self._precision(name)),
             streamed=self._plan.streamed.get(name, ()),
             from_file=not name.startswith("transformer") or self._plan.streamed_from == "file",
+            changes=self._changes.get(name, {}),
         )
-        module = skeleton.build(component_class, folder, library)
-        reshape(module)
-        stored = stored_tensors(folder, WEIGHTS[library])
+        module = skeleton.build(component_class, config, library)
+        stored = singlefile.weights_of(module, folder, WEIGHTS[library])
+        self._shape(name, module, reshape)
         with assembled(module, stored, order, self._pinned, self._pinned_key(name)) as placed:
             if self._plan.compiled and name.startswith("transformer"):
                 compiling.compile_blocks(placed, order.paths)
@@ -200,8 +255,8 @@ class Loader:
         self, name: str, device: torch.device, reshape: Callable[[nn.Module], None]
     ) -> Iterator[nn.Module]:
         """A transformer in RAM that diffusers or accelerate brings to the GPU, leaf by leaf or block by block."""
-        module = self._load(name, torch.device("cpu"))
-        reshape(module)
+        module = self._load(name, torch.device("cpu"), device)
+        self._shape(name, module, reshape)
         try:
             if self._plan.offload == "sequential":
                 accelerate = importlib.import_module("accelerate")
@@ -220,6 +275,11 @@ class Loader:
             _remove_hooks(module, self._plan.offload)
             _empty(module)
 
+    def _shape(self, name: str, module: nn.Module, reshape: Callable[[nn.Module], None]) -> None:
+        reshape(module)
+        if name.startswith("transformer"):
+            attention.use(module, self._plan.attention)
+
     def _precision(self, name: str) -> Precision:
         if name.startswith("transformer"):
             return self._plan.precision
@@ -234,18 +294,31 @@ class Loader:
 
     def _pinned_key(self, name: str) -> PinnedKey:
         folder = self._source(name)
-        files = tuple((file.name, (at := file.stat()).st_size, at.st_mtime_ns) for file in sorted(folder.glob("*")))
+        there = [folder] if folder.is_file() else sorted(folder.glob("*"))
+        files = tuple((file.name, (at := file.stat()).st_size, at.st_mtime_ns) for file in there)
         blocks = self._plan.streamed.get(name, ())
-        return PinnedKey(Pinned(self._plan.model, name, self._precision(name), self._plan.dtype, blocks), folder, files)
+        loras = self._loras if name.startswith("transformer") else ()
+        held = Pinned(self._plan.model, name, self._precision(name), self._plan.dtype, blocks, loras)
+        return PinnedKey(held, folder, files)
 
     def weights(self) -> dict[str, list[tuple[str, int, int]]]:
         """Return what tells the files of the repeated components from others: name, size and time of change."""
         return {name: list(self._pinned_key(name).files) for name in sorted(self._blocks)}
 
+    def stored_precisions(self) -> dict[str, str]:
+        """Return what most weights of the repeated components are published as, in words: bf16, Q4_K."""
+        found = {}
+        for name in sorted(self._blocks):
+            try:
+                found[name] = singlefile.precision_in(self._component_folder(name), WEIGHTS[self._class(name)[0]])
+            except (BadModelFolder, OSError):
+                continue  # what loads it says what is wrong; with a prepared one it need not be there
+        return found
+
     def tokenizer(self, name: str = "tokenizer") -> Any:
         """Return a tokenizer."""
         folder = self._component_folder(name)
-        _check_vocabulary(folder)
+        modelfiles.check_vocabulary(folder)
         return _from_pretrained(self._class(name)[1], folder)
 
     def scheduler(self, **settings: float | None) -> Any:
@@ -262,14 +335,23 @@ class Loader:
 
     def config(self, name: str) -> dict[str, Any]:
         """Return what a component says of itself, without its weights."""
-        return _read_json(self._component_folder(name) / "config.json")
+        return modelfiles.read_json(self._config_folder(name) / "config.json")
 
     def option(self, name: str) -> Any:
         """Return a setting of the whole model, such as `boundary_ratio`; None where it has none."""
         return self._index.get(name)
 
     def _component_folder(self, name: str) -> Path:
-        return Path(self._component_paths.get(name) or self._folder / name).expanduser()
+        own = self._component_paths.get(name)
+        place = Path(own or self._folder / name).expanduser()
+        if own and not place.exists():
+            raise modelfiles.gone(place, self._plan.model)
+        return place
+
+    def _config_folder(self, name: str) -> Path:
+        """Return where a component's config.json is: beside its weights, of a single file in the model's own folder."""
+        place = self._source(name)
+        return self._folder / name if place.is_file() else place
 
     def _class(self, name: str) -> tuple[str, Any]:
         """Return a component's library and class."""
@@ -285,11 +367,17 @@ class Loader:
             )
         return library, getattr(importlib.import_module(library), class_name)
 
-    def _load(self, name: str, device: torch.device) -> nn.Module:
+    def _load(self, name: str, device: torch.device, computes: torch.device | None = None) -> nn.Module:
+        """Return a component as its library loads it, on `device`; LoRAs are added by `computes`, if another is."""
         library, component_class = self._class(name)
         folder = self._component_folder(name)
-        _check_files(folder, WEIGHTS[library])
-        _check_class(folder, component_class.__name__, library)
+        modelfiles.check_files(folder, WEIGHTS[library])
+        modelfiles.check_class(self._config_folder(name), component_class.__name__, library)
+        if folder.is_file():
+            module = skeleton.build(component_class, self._config_folder(name), library)
+            module = singlefile.filled(module, folder, getattr(torch, self._plan.dtype)).to(device)
+            self._change(name, module, computes or device)
+            return module
         importlib.import_module(f"{library}.utils.logging").disable_progress_bar()  # stderr is the log
         # Straight to the device, tensor by tensor: host RAM never holds the whole component.
         placed = {} if device.type == "cpu" else {"device_map": {"": device}}
@@ -307,7 +395,15 @@ class Loader:
                 f"{folder}: {len(missing)} weights are missing, {missing[0]} the first. Fetch the model anew."
             )
         assert isinstance(module, nn.Module)
+        self._change(name, module, computes or device)
         return module
+
+    def _change(self, name: str, module: nn.Module, device: torch.device) -> None:
+        """Add LoRAs to the weights of a module that its library loaded; CLIP's have other names in files."""
+        weights = dict(module.named_parameters())
+        for stored, changes in self._changes.get(name, {}).items():
+            known = next(alias for alias in (stored, stored.removeprefix("text_model.")) if alias in weights)
+            fuse(weights[known].data, changes, device)
 
 
 def _from_pretrained(wanted: Any, folder: Path, **arguments: Any) -> Any:
@@ -323,50 +419,6 @@ def _from_pretrained(wanted: Any, folder: Path, **arguments: Any) -> Any:
         if not any(words in str(error) for words in OTHER_SHAPE):
             raise
         raise BadModelFolder(f"{folder}: the weights are not of the shapes that config.json says.") from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BadModelFolder(f"{file} is missing. Fetch the model anew.") from error
-    except ValueError as error:
-        raise BadModelFolder(f"{file}: not JSON ({error}). Fetch the model anew.") from error
-    if not isinstance(content, dict):
-        raise BadModelFolder(f"{file}: not a JSON object. Fetch the model anew.")
-    return content
-
-
-def _check_files(folder: Path, weights: str) -> None:
-    """Raise where a file is missing that the component needs, naming all of them."""
-    index = folder / f"{weights}.index.json"
-    needed = {"config.json", weights}
-    if index.is_file():
-        shards = _read_json(index).get("weight_map", {}).values()
-        needed = {"config.json", *shards}
-    missing = sorted(name for name in needed if not (folder / name).is_file())
-    if not missing:
-        return
-    pickles = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLES)
-    if pickles and weights in missing:
-        raise BadModelFolder(
-            f"{folder}: the weights are pickled ({', '.join(pickles)}), and a pickle can run any program. "
-            f"Convert them to {weights}."
-        )
-    raise BadModelFolder(f"{folder}: {', '.join(missing)} is missing. Fetch the model anew.")
-
-
-def _check_vocabulary(folder: Path) -> None:
-    """Raise where a tokenizer has no words: transformers 5 would go on with every prompt unknown to it."""
-    if not any(all((folder / name).is_file() for name in names) for names in VOCABULARIES):
-        raise BadModelFolder(f"{folder / 'tokenizer.json'} is missing. Fetch the model anew.")
-
-
-def _check_class(folder: Path, expected: str, library: str) -> None:
-    """Raise where a folder given in a component's place holds a component of another class."""
-    found = _read_json(folder / "config.json").get("_class_name", expected)
-    if library == "diffusers" and found != expected:
-        raise BadModelFolder(f"{folder}: holds a {found}, and the model needs a {expected}. Name another folder.")
 
 
 def _remove_hooks(module: Any, offload: str) -> None:

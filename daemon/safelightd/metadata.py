@@ -49,9 +49,10 @@ def parameters(spec: JobSpec) -> str:
         "Seed": spec.seed,
         "Size": f"{spec.width}x{spec.height}",
         "Model": spec.model,
+        "Denoising strength": spec.strength,
         "Version": f"safelight {__version__}",
     }
-    lines = [spec.prompt]
+    lines = [" ".join([spec.prompt, *(lora.tag for lora in spec.loras)])]
     if spec.negative_prompt:
         lines.append(f"Negative prompt: {spec.negative_prompt}")
     lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in settings.items() if value is not None))

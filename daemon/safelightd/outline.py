@@ -18,11 +18,11 @@ from safelight import models, prepared
 from safelight.models import ModelFacts
 from safelight.plan import Precision
 from safelight.prepared import Source
-from safelightd import precision, skeleton, tiny
+from safelightd import precision, singlefile, skeleton, tiny
 from safelightd.assembly import dtypes_kept, running_order
 from safelightd.precision import Format
 from safelightd.shards import Entry
-from safelightd.weights import BadModelFolder, Stored, stored_tensors
+from safelightd.weights import BadModelFolder, Stored
 
 CLASSES = {
     "FluxTransformer2DModel": "diffusers",
@@ -58,6 +58,8 @@ class Work:
     precision: Precision
     component: str
     source: Source
+    config: Path
+    """Its config.json."""
     target: Path
     stem: str
     pieces: tuple[Piece, ...]
@@ -99,7 +101,7 @@ def outline(facts: ModelFacts, held: Precision, name: str, folder: Path, kind: s
     """Return what is to be written for a component.
 
     Args:
-        folder: its published weights.
+        folder: its published weights: a folder, or a single file.
         kind: its class.
 
     Raises:
@@ -109,9 +111,10 @@ def outline(facts: ModelFacts, held: Precision, name: str, folder: Path, kind: s
     library = CLASSES.get(kind)
     if library is None:
         raise BadModelFolder(f"{folder}: a {kind} is never loaded block by block. Known: {', '.join(CLASSES)}.")
-    module = skeleton.build(getattr(importlib.import_module(library), kind), folder, library)
+    config = models.folder(facts, models_folder) / name if folder.is_file() else folder
+    module = skeleton.build(getattr(importlib.import_module(library), kind), config, library)
     try:
-        stored = stored_tensors(folder, f"{STEMS[library]}.safetensors")
+        stored = singlefile.weights_of(module, folder, f"{STEMS[library]}.safetensors")
     except FileNotFoundError as error:
         raise BadModelFolder(f"{error.filename} is missing. Fetch the model anew.") from error
     paths = tuple(dict.fromkeys(blocks.path for blocks in facts.blocks[name]))
@@ -120,13 +123,14 @@ def outline(facts: ModelFacts, held: Precision, name: str, folder: Path, kind: s
         precision=held,
         component=name,
         source=prepared.source(folder),
+        config=config / "config.json",
         target=prepared.folder(models_folder, facts.key, held, name),
         stem=STEMS[library],
-        pieces=tuple(_pieces(module, stored, paths, precision.format_of(held), folder)),
+        pieces=tuple(pieces(module, stored, paths, precision.format_of(held), folder)),
     )
 
 
-def _pieces(
+def pieces(
     module: nn.Module, stored: Mapping[str, Stored], paths: Sequence[str], held: Format | None, folder: Path
 ) -> Iterator[Piece]:
     """Yield every tensor of a component once, in the module's order, with what it is stored as."""

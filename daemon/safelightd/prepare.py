@@ -156,8 +156,7 @@ def _make(work: Work, device: torch.device, say: Say) -> None:
     try:
         with _emptied(unfinished):
             files = _write_shards(work, unfinished, device, say)
-            config = Path(work.source.folder) / "config.json"
-            files.append(_write_small(unfinished / config.name, config.read_bytes()))
+            files.append(_write_small(unfinished / work.config.name, work.config.read_bytes()))
             manifest = Manifest(
                 key=work.key,
                 precision=work.precision,

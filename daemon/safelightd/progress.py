@@ -56,9 +56,12 @@ class Watch:
         self.preview: Preview | None = None
         self.resumed_after_step: int | None = None
         """What an earlier attempt had denoised."""
+        self.forwards = self.skipped = 0
+        """Of the transformers, and those of them that a cache answered."""
         self._phase_started = self._last_heard = self._first_step_ended = time.monotonic()
         self._load_seconds: float | None = None
         self._first_step_seconds: float | None = None
+        self._swap_seconds: float | None = None
 
     def check(self) -> None:
         if self._stop.is_set():
@@ -70,7 +73,7 @@ class Watch:
         self.check()
         self.current = name
         self._phase_started = self._last_heard = time.monotonic()
-        self._load_seconds = self._first_step_seconds = None
+        self._load_seconds = self._first_step_seconds = self._swap_seconds = None
         self._meter.reset()
         self._send({"type": "phase", "phase": name, **self._news_of_plan()})
         yield
@@ -81,6 +84,7 @@ class Watch:
             seconds=round(before.seconds + seconds, 3),
             load_seconds=self._load_seconds,
             first_step_seconds=self._first_step_seconds,
+            swap_seconds=self._swap_seconds,
             device_peak_bytes=max(before.device_peak_bytes, device),
             host_peak_bytes=max(before.host_peak_bytes, host),
         )
@@ -101,12 +105,19 @@ class Watch:
         now = time.monotonic()
         waited = now - self._last_heard
         self._load_seconds = round((self._load_seconds or 0.0) + waited, 3)
+        if self._first_step_seconds is not None:
+            self._swap_seconds = round((self._swap_seconds or 0.0) + waited, 3)
         self._first_step_ended += waited
         self._last_heard = now
 
     def goes_on_after(self, step: int) -> None:
         """Say that so many steps of this phase were done by an earlier attempt."""
         self.resumed_after_step = step
+
+    def forwarded(self, asked: int, skipped: int) -> None:
+        """Say how many forwards a cache was asked for, and how many it answered by itself."""
+        self.forwards += asked
+        self.skipped += skipped
 
     def show(self, latents_of: Callable[[], Values]) -> None:
         """Let people see what is denoised: `latents_of` is asked when it is time for a picture."""

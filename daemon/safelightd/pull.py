@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from safelight import durable, models, pulled
+from safelight import durable, models, pulled, registered
 from safelight.config import Config
 from safelight.errors import BadConfig, Fault, InvalidJob, SafelightError
 from safelight.machine import GIB
@@ -70,6 +70,11 @@ def pull(
     folder = models.folder(facts, config.paths.models)
     if facts.tiny or not facts.repository or not facts.files.patterns:
         raise BadConfig(f"{facts.key} is not on the hub: " + _why_not(facts))
+    if facts.path and not folder.exists() and registered.file_of(config.paths.models, facts.key).is_file():
+        raise BadConfig(
+            f"{facts.key} is registered and gone: {folder}. Mount its disk, or forget it first: safelight models rm "
+            f"{facts.key}."
+        )
     if not force and _is_here(facts, folder, say):
         return folder
     site = Hub(facts, endpoint)
@@ -117,6 +122,8 @@ def needed(facts: ModelFacts, files: Iterable[WantedFile], read: Callable[[Wante
     if "model_index.json" not in wanted:
         raise BadConfig(f"{facts.repository} has no model_index.json: it is not in the layout of diffusers.")
     for component in sorted({str(PurePosixPath(name).parent) for name in named} - {"."}):
+        if component in facts.component_paths:
+            continue  # its weights are elsewhere; its config.json is among the texts
         weights = _weights(component, named, read)
         if component in facts.components and not weights:
             raise BadConfig(f"{facts.repository} has no safetensors in {component}/, and pickles are never fetched.")

@@ -136,6 +136,9 @@ def serve(config: Config) -> int:
         systemd.notify("READY=1", f"STATUS=Serving on {paths.socket}")
     status = server.wait()
     if asked_to_stop:
+        # Python takes handlers away before it ends: a second signal would end us by itself, and not with 0.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         return 0
     raise SafelightError(f"The queue server ended with status {status}; its log says why.")
 

@@ -20,14 +20,16 @@ from safelight.machine import Machine
 from safelight.models import Models
 from safelight.plan import Overrun, Plan
 from safelight.planner import NO_CIRCUMSTANCES, make_plan, with_known_embeddings
-from safelight.receipt import Output, Receipt
+from safelight.receipt import CacheRecord, Output, Receipt
 from safelight.rung import Circumstances
 from safelightd import (
+    attention,
     calibration,
     checkpoint,
     compiling,
     device,
     embeddings,
+    lora,
     metadata,
     outputs,
     pipelines,
@@ -36,7 +38,7 @@ from safelightd import (
     verify,
 )
 from safelightd.assembly import PinnedSet
-from safelightd.loading import Loader, model_folder
+from safelightd.loading import Loader, controlnet_folder, model_folder
 from safelightd.progress import Watch
 
 
@@ -72,14 +74,12 @@ def run_job(
     with watch.phase("plan"):
         machine = probe.read_machine(setting.config, device.own())
         around = now(circumstances, setting.pinned)
+        spec = lora.resolved(spec, paths)
         plan = watch.plan = make_plan(spec, machine, setting.models, calibration.load(paths.state), around)
     with watch.phase("load"):
         facts = setting.models[spec.model]
         family, folder = pipelines.family(facts.family), model_folder(facts, paths.models)
-        keys = embeddings.keys(spec, plan, facts, paths.models, machine.gpu, is_guided=family.is_guided(spec))
-        known = setting.embeddings.get(keys)
-        if keys.are_all_in(known):
-            plan = watch.plan = with_known_embeddings(plan)
+        plan = watch.plan = attention.planned(plan, spec, facts, setting.config, machine.gpu)
         loader = Loader(
             folder,
             plan,
@@ -87,16 +87,29 @@ def run_job(
             blocks=facts.blocks,
             models_folder=paths.models,
             pinned=setting.pinned,
+            loras=lora.files(spec, paths),
+            controlnet=controlnet_folder(facts, spec.controlnet.model, paths.models) if spec.controlnet else None,
         )
+        keys = embeddings.keys(
+            spec, plan, facts, paths.models, machine.gpu,
+            is_guided=family.is_guided(spec), changed=loader.changes_text_encoders,
+        )  # fmt: skip
+        known = setting.embeddings.get(keys)
+        if keys.are_all_in(known):
+            plan = watch.plan = with_known_embeddings(plan)
+        stored = loader.stored_precisions()
         made_by = checkpoint.digest(spec, plan, loader.weights(), metadata.versions())
         watch.preview = preview.Preview(paths, spec.id, spec.model)
         kept = checkpoint.Checkpoint(paths.checkpoints / spec.id, made_by, setting.config.settings.worker.checkpoint_s)
-        image, last_image = (input_picture(digest, paths.inputs) for digest in (spec.image, spec.last_image))
+        control = spec.controlnet.image if spec.controlnet else None
+        image, last_image, control_image = (
+            input_picture(digest, paths.inputs) for digest in (spec.image, spec.last_image, control)
+        )
     with watch.phase("encode"):
         embeds = family.encode(spec, plan, loader, watch, image, known)
         setting.embeddings.put(keys, embeds)
     with watch.phase("denoise"):
-        latents = family.denoise(spec, plan, loader, embeds, watch, image, last_image, kept)
+        latents = family.denoise(spec, plan, loader, embeds, watch, image, last_image, kept, control_image)
     if plan.compiled:
         compiling.remember(f"{facts.family}/{plan.precision}")
     with watch.phase("decode"):
@@ -108,7 +121,7 @@ def run_job(
     with watch.phase("publish"):
         device.release()
         receipt_of = receipt_of_done(
-            spec, plan, machine, attempt, started_at, watch, metadata.versions(), around.overruns
+            spec, plan, machine, attempt, started_at, watch, metadata.versions(), around.overruns, stored
         )
         return outputs.publish(receipt_of, file, spec, ledger, paths)
 
@@ -128,6 +141,7 @@ def receipt_of_done(
     watch: Watch,
     versions: Mapping[str, str],
     overruns: tuple[Overrun, ...] = (),
+    stored: Mapping[str, str] | None = None,
 ) -> Callable[[tuple[Output, ...]], Receipt]:
     """Return what makes the receipt once the output has its name."""
     return lambda published: Receipt(
@@ -141,11 +155,25 @@ def receipt_of_done(
         started_at=started_at,
         finished_at=moment(),
         resumed_after_step=watch.resumed_after_step,
+        cache=cache_record(spec, watch),
         phases=dict(watch.records),
         seconds_per_step=watch.seconds_per_step,
         device_bytes_after=device.held_bytes(),
         machine=machine,
         versions=dict(versions),
+        stored=dict(stored or {}),
+    )
+
+
+def cache_record(spec: JobSpec, watch: Watch) -> CacheRecord | None:
+    """Return how often the job's cache answered; None where it has none."""
+    if spec.cache is None:
+        return None
+    return CacheRecord(
+        kind=spec.cache.kind,
+        forwards=watch.forwards,
+        skipped=watch.skipped,
+        restarted_after_step=watch.resumed_after_step,
     )
 
 

@@ -17,6 +17,9 @@ from torch import nn
 
 from safelightd.weights import Reader, Stored
 
+LEFT_OUT = "left_out"
+"""The attribute of a block by which a cache says that it does not compute in this forward: the ring stays as it is."""
+
 Wait = Callable[[], None]
 """Makes the caller's stream wait until a block has arrived."""
 
@@ -94,8 +97,15 @@ class FromPinned:
 class FromFile:
     """Blocks that are read anew each time: what the page cache holds of them costs no RAM of ours."""
 
-    def __init__(self, wanted: Sequence[Sequence[tuple[Stored, torch.Tensor]]], device: torch.device) -> None:
+    def __init__(
+        self,
+        wanted: Sequence[Sequence[tuple[Stored, torch.Tensor]]],
+        device: torch.device,
+        change: Callable[[int], None] = lambda _j: None,
+    ) -> None:
+        """`change` is called when block `j` has been read, on the stream that read it."""
         self._wanted = wanted
+        self._change = change
         self._reader = Reader(device)
         self._thread = ThreadPoolExecutor(1, "block-reader")
 
@@ -111,11 +121,13 @@ class FromFile:
         stream = self._reader.stream
         if stream is None:
             self._reader.read(self._wanted[j])
+            self._change(j)
             return None
         if after is not None:
             stream.wait_event(after)
         with torch.cuda.stream(stream):  # not behind what the model's own stream has been told meanwhile
             self._reader.read(self._wanted[j])
+            self._change(j)
         event: torch.cuda.Event = stream.record_event()
         return event
 
@@ -125,15 +137,30 @@ class FromFile:
 
 
 def stream(blocks: Sequence[nn.Module], follows: Sequence[int], source: Source) -> None:
-    """Make each block wait for its bytes before it runs, and have others fetched when it has run: by hooks on them."""
+    """Make each block wait for its bytes before it runs, and have others fetched when it has run: by hooks on them.
+
+    Of a forward that leaves blocks out nothing is fetched: the first of them may have run before that was known.
+    """
     waits: dict[int, Wait] = {}
     nexts: list[list[int]] = [[] for _ in blocks]
+    running: set[int] = set()
 
     def arrive(j: int) -> Callable[..., None]:
-        return lambda *_call: waits.pop(j)()
+        def hook(block: nn.Module, *_call: Any) -> None:
+            if not getattr(block, LEFT_OUT, False):
+                waits.pop(j)()
+                running.add(j)
+
+        return hook
 
     def fetch_next(j: int) -> Callable[..., None]:
-        def hook(*_call: Any) -> None:
+        def hook(block: nn.Module, *_call: Any) -> None:
+            if j not in running:
+                return
+            running.remove(j)
+            if getattr(block, LEFT_OUT, False):
+                waits[j] = _no_wait  # its bytes are where they were
+                return
             done = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
             for k in nexts[j]:
                 waits[k] = source.fetch(k, done)

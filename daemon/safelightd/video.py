@@ -1,4 +1,4 @@
-"""Frames to MP4 and GIF and back, through ffmpeg: one frame in memory at a time. Knows no jobs."""
+"""Frames to MP4 and GIF and back, through ffmpeg: a few frames in memory at a time. Knows no jobs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Full, Queue
+from threading import Event, Thread
 from typing import IO, Any
 
 import imageio_ffmpeg
@@ -52,6 +54,9 @@ INTERPOLATE = (
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.ENOENT)
 """What the disk may answer ffmpeg; it passes on as the OSError that it is."""
 
+FRAMES_AHEAD = 4
+"""That wait for ffmpeg beside the one that it is given: what the VAE makes of a latent frame."""
+
 _TABLE = (b"moov", b"trak", b"mdia", b"minf", b"stbl")
 """Where an MP4 says what its first track holds."""
 
@@ -90,7 +95,7 @@ def write_mp4(
     remove.
 
     Args:
-        frames: (height, width, 3) each; taken one by one as ffmpeg wants them.
+        frames: (height, width, 3) each; taken as ffmpeg wants them, FRAMES_AHEAD before. None is changed once given.
         width: a multiple of 2, as height: yuv420p has one colour for four pixels.
         comment: the tag `comment`; any length, one line.
 
@@ -156,15 +161,57 @@ def _encode(
         ]  # fmt: skip
         run = stack.enter_context(_ffmpeg(arguments, path, stdin=subprocess.PIPE, pass_fds=(tags.fileno(),)))
         assert run.process.stdin is not None
-        with suppress(BrokenPipeError):  # it died; its status and words say of what
+        with suppress(BrokenPipeError), _feeding(run.process.stdin) as feed:  # it died: its words say of what
             for frame in frames:
                 if frame.shape != (height, width, 3) or frame.dtype != np.uint8:
                     raise ValueError(f"a frame is {frame.dtype} {frame.shape}, not uint8 ({height}, {width}, 3)")
-                run.process.stdin.write(np.ascontiguousarray(frame).data)
+                feed(np.ascontiguousarray(frame))
                 count += 1
-            run.process.stdin.close()
         run.check()
     return count
+
+
+@contextmanager
+def _feeding(stdin: IO[bytes]) -> Iterator[Callable[[NDArray[np.uint8]], None]]:
+    """Have what writes frames to ffmpeg while the next ones are made; at the end all are written and `stdin` is closed.
+
+    A frame of 1280x704 takes 4 ms to pass through a pipe, for which a GPU would wait. Where the block is left by an
+    exception nothing more is written.
+
+    Raises:
+        BrokenPipeError: ffmpeg reads no more.
+    """
+    waiting: Queue[NDArray[np.uint8] | None] = Queue(FRAMES_AHEAD)
+    broken: list[OSError] = []
+    given_up = Event()
+
+    def write() -> None:
+        while (frame := waiting.get()) is not None and not given_up.is_set():
+            try:
+                if not broken:
+                    stdin.write(frame.data)
+            except OSError as error:
+                broken.append(error)
+
+    def feed(frame: NDArray[np.uint8]) -> None:
+        if broken:
+            raise broken[0]
+        waiting.put(frame)
+
+    writer = Thread(target=write, name="ffmpeg-feed", daemon=True)
+    writer.start()
+    try:
+        yield feed
+    except BaseException:
+        given_up.set()
+        with suppress(Full):  # then it is writing, and looks as soon as ffmpeg is killed
+            waiting.put_nowait(None)
+        raise
+    waiting.put(None)
+    writer.join()
+    if broken:
+        raise broken[0]
+    stdin.close()
 
 
 def read_frames(path: Path, filters: str = "null") -> Iterator[NDArray[np.uint8]]:

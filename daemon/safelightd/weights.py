@@ -17,10 +17,11 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from safelight import tensorfile
 from safelight.errors import SafelightError
 from safelightd.pinned import PinnedMemory
 
@@ -40,28 +41,52 @@ DTYPES = {
 }
 """The names of the safetensors format (its README, version 0.8)."""
 
-HEADER_BYTES_MAX = 100_000_000
-"""As in the format's own reader: a longer header is an attack or no header."""
-
 THREADS = 4
 PIECE_BYTES = 16 * 2**20
 PIECES = 2 * THREADS
 """What is under way between file and GPU: 128 MiB of pinned memory."""
+ENCODED_PIECE_BYTES = 2**20
+"""Of packed weights, which take many times as much while they are decoded: a small piece at a time."""
 
 
 class BadModelFolder(SafelightError):
     """A model's folder is missing, incomplete, damaged, or holds what is never loaded."""
 
 
+class Encoding(Protocol):
+    """How numbers are packed in a file: in blocks of so many bytes, each of so many numbers."""
+
+    @property
+    def block_bytes(self) -> int: ...
+
+    @property
+    def block_items(self) -> int: ...
+
+    def decode(self, raw: torch.Tensor, first: int) -> torch.Tensor:
+        """Return the numbers of whole blocks, flat, in float32 and on the device of `raw`.
+
+        Args:
+            raw: their bytes, a flat uint8 tensor.
+            first: which block of the encoded tensor the first of them is.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a file."""
+    """One tensor in a file. Where its rows do not lie together, the others follow in `then`."""
 
     file: Path
     offset: int
     nbytes: int
     dtype: torch.dtype
+    """Of an encoded one: what it is decoded to."""
     shape: tuple[int, ...]
+    """Of the whole tensor."""
+    encoding: Encoding | None = None
+    first_block: int = 0
+    """Of the encoded tensor in the file, where this one begins."""
+    then: tuple[Stored, ...] = ()
 
 
 def stored_tensors(folder: Path, weights: str) -> dict[str, Stored]:
@@ -77,33 +102,16 @@ def stored_tensors(folder: Path, weights: str) -> dict[str, Stored]:
     files = [weights]
     if index.is_file():
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    return {name: tensor for file in files for name, tensor in _header(folder / file)}
-
-
-def _header(file: Path) -> Iterator[tuple[str, Stored]]:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 0 < length <= min(HEADER_BYTES_MAX, size - 8):
-            raise BadModelFolder(f"{file}: no safetensors file, or a cut one. Fetch the model anew.")
-        try:
-            entries = json.loads(stream.read(length))
-        except ValueError as error:
-            raise BadModelFolder(f"{file}: its header is damaged ({error}). Fetch the model anew.") from error
-    for name, entry in entries.items():
-        if name != "__metadata__":
-            yield name, _stored(file, name, entry, start=8 + length, size=size)
-
-
-def _stored(file: Path, name: str, entry: Any, *, start: int, size: int) -> Stored:
     try:
-        dtype, shape = DTYPES[entry["dtype"]], tuple(map(int, entry["shape"]))
-        begin, end = map(int, entry["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadModelFolder(f"{file}: {name} is of an unknown kind ({error}). Fetch the model anew.") from error
-    if not 0 <= begin <= end <= size - start or end - begin != math.prod(shape) * dtype.itemsize:
-        raise BadModelFolder(f"{file}: {name} lies outside of the file: it is cut. Fetch the model anew.")
-    return Stored(file, start + begin, end - begin, dtype, shape)
+        entries = [entry for file in files for entry in tensorfile.entries(folder / file)]
+    except tensorfile.UnreadableWeights as error:
+        raise BadModelFolder(str(error)) from error
+    return {entry.name: plain(entry) for entry in entries}
+
+
+def plain(entry: tensorfile.Entry) -> Stored:
+    """Return a tensor that is stored number by number."""
+    return Stored(entry.file, entry.offset, entry.nbytes, DTYPES[entry.dtype], entry.shape)
 
 
 @dataclass(frozen=True)
@@ -115,10 +123,16 @@ class _Piece:
     nbytes: int
     dtype: torch.dtype
     target: torch.Tensor
+    encoding: Encoding | None = None
+    first_block: int = 0
 
     @property
     def is_converted(self) -> bool:
-        return self.dtype != self.target.dtype
+        return self.encoding is not None or self.dtype != self.target.dtype
+
+    def numbers(self, raw: torch.Tensor) -> torch.Tensor:
+        """Return what these bytes, a flat uint8 tensor, stand for."""
+        return raw.view(self.dtype) if self.encoding is None else self.encoding.decode(raw, self.first_block)
 
 
 class Reader:
@@ -180,20 +194,27 @@ class Reader:
         if stored.file not in self._files:
             self._files[stored.file] = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
             self._open.callback(os.close, self._files[stored.file])
-        width = stored.dtype.itemsize
-        for begin in range(0, stored.nbytes, PIECE_BYTES):
-            nbytes = min(PIECE_BYTES, stored.nbytes - begin)
-            part = flat[begin // width : (begin + nbytes) // width]
-            yield _Piece(stored.file, stored.offset + begin, nbytes, stored.dtype, part)
+        packed = stored.encoding
+        block, items = (packed.block_bytes, packed.block_items) if packed else (stored.dtype.itemsize, 1)
+        step = max((ENCODED_PIECE_BYTES if packed else PIECE_BYTES) // block, 1) * block
+        for begin in range(0, stored.nbytes, step):
+            nbytes = min(step, stored.nbytes - begin)
+            part = flat[begin // block * items : (begin + nbytes) // block * items]
+            first = stored.first_block + begin // block
+            yield _Piece(stored.file, stored.offset + begin, nbytes, stored.dtype, part, packed, first)
+        done = stored.nbytes // block * items
+        for more in stored.then:
+            yield from self._pieces(more, flat[done : done + math.prod(more.shape)])
+            done += math.prod(more.shape)
 
     def _fill(self, piece: _Piece) -> None:
         """Read one piece, whole, into RAM, where its target lies."""
         if not piece.is_converted:
             self._read_into(piece, piece.target)
             return
-        raw = torch.empty(piece.target.shape, dtype=piece.dtype)
+        raw = torch.empty(piece.nbytes, dtype=torch.uint8)
         self._read_into(piece, raw)
-        piece.target.copy_(raw)
+        piece.target.copy_(piece.numbers(raw))
 
     def _read_into(self, piece: _Piece, into: torch.Tensor) -> None:
         # Not through numpy: a tensor that numpy has seen cannot be emptied any more.
@@ -225,9 +246,9 @@ class Reader:
 
     def _send(self, filled: Future[None], slot: int, piece: _Piece) -> None:
         filled.result()
-        raw = self._slots[slot].bytes[: piece.nbytes].view(piece.dtype)
+        raw = self._slots[slot].bytes[: piece.nbytes]
         with self._queue():
             if piece.is_converted:  # piece by piece: a whole tensor in both dtypes is memory that no plan counts
                 raw = raw.to(self.device, non_blocking=True)
-            piece.target.copy_(raw, non_blocking=True)
+            piece.target.copy_(piece.numbers(raw), non_blocking=True)
             self._free[slot].record(self.stream)

@@ -180,7 +180,7 @@ def test_template_is_kept_when_it_changed_the_prompt() -> None:
 
 
 PLAIN = [
-    "a fox (masterpiece:1.2), [blurry], 50% off, #5, $$ :: $5, <lora:ink:0.8>",
+    "a fox (masterpiece:1.2), [blurry], 50% off, #5, $$ :: $5, <ink:0.8>",
     "snake_case, a __ b, ____, _x_, https://example.org/a//b /* no comment */",
     r"\(fox\), back\slash, 'quotes' \"both\"",
     "a | b :: c; d -- e",

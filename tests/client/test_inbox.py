@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safelight import drops, inbox, ledger, promptfile
 from safelight.drops import Entry
 from safelight.errors import BadConfig, Fault, InvalidJob, SafelightError
-from safelight.inbox import Claim
+from safelight.inbox import Claim, Identity, Reading
 from safelight.paths import Paths
 
 SUBMISSION = "20261122-213000-123abcd"
@@ -41,6 +41,15 @@ def drop(paths: Paths, path: str, content: str | bytes = "a fox") -> Entry:
 
 def seen(paths: Paths, path: str) -> Entry:
     return drops.scan(paths.inbox, None, lambda: 0.0).entries[path]
+
+
+def read(paths: Paths, entry: Entry) -> Reading | None:
+    """Read one's own file, of which the kernel tells who writes it."""
+    return inbox.read(paths.inbox, entry, _unasked)
+
+
+def _unasked(identity: Identity) -> bool:
+    raise AssertionError("the kernel knows")
 
 
 # -- the folders
@@ -82,7 +91,7 @@ def test_prepare_refuses_a_file_where_a_folder_belongs(tmp_path: Path) -> None:
 
 
 def test_read_returns_what_a_settled_file_holds(paths: Paths) -> None:
-    reading = inbox.read(paths.inbox, drop(paths, "summer/cat.txt", "a fox"))
+    reading = read(paths, drop(paths, "summer/cat.txt", "a fox"))
 
     assert reading is not None
     assert reading.content == b"a fox"
@@ -92,9 +101,9 @@ def test_read_waits_for_a_writer_who_has_it_open(paths: Paths) -> None:
     """Also one that has not written for long: a slow program, a stalled copy."""
     drop(paths, "cat.txt")
     with (paths.inbox / "cat.txt").open("a"):
-        assert inbox.read(paths.inbox, seen(paths, "cat.txt")) is None
+        assert read(paths, seen(paths, "cat.txt")) is None
 
-    assert inbox.read(paths.inbox, seen(paths, "cat.txt")) is not None
+    assert read(paths, seen(paths, "cat.txt")) is not None
 
 
 def test_writer_who_comes_while_we_look_harms_nobody(paths: Paths) -> None:
@@ -103,32 +112,45 @@ def test_writer_who_comes_while_we_look_harms_nobody(paths: Paths) -> None:
     script = "import sys\nfor _ in range(400): open(sys.argv[1], 'a').close()"
     with subprocess.Popen([sys.executable, "-c", script, str(paths.inbox / "cat.txt")]) as writer:
         while writer.poll() is None:
-            inbox.read(paths.inbox, seen(paths, "cat.txt"))
+            read(paths, seen(paths, "cat.txt"))
 
     assert writer.returncode == 0
+
+
+def test_read_asks_for_stillness_where_the_kernels_word_is_no_proof(paths: Paths) -> None:
+    """On a network file system: others may write there, and it refuses leases also where nobody does."""
+    entry = drop(paths, "cat.txt")
+    asked: list[Identity] = []
+
+    assert inbox.read(paths.inbox, entry, lambda identity: bool(asked.append(identity)), leases=False) is None
+    reading = inbox.read(paths.inbox, entry, lambda _: True, leases=False)
+    assert reading is not None
+    assert asked == [reading.identity]
+    assert inbox.is_whole(paths.inbox, entry, lambda _: True, leases=False)
+    assert not inbox.is_whole(paths.inbox, entry, lambda _: False, leases=False)
 
 
 def test_read_refuses_what_has_changed_since_the_scan(paths: Paths) -> None:
     entry = drop(paths, "cat.txt", "a fox")
     (paths.inbox / "cat.txt").write_text("a fox in the snow")
-    assert inbox.read(paths.inbox, entry) is None
+    assert read(paths, entry) is None
 
     (paths.inbox / "cat.txt").unlink()
-    assert inbox.read(paths.inbox, entry) is None
+    assert read(paths, entry) is None
 
 
 def test_read_neither_blocks_nor_follows_what_took_the_place_of_a_file(paths: Paths, tmp_path: Path) -> None:
     entry = drop(paths, "cat.txt")
     (paths.inbox / "cat.txt").unlink()
     os.mkfifo(paths.inbox / "cat.txt")
-    assert inbox.read(paths.inbox, entry) is None
+    assert read(paths, entry) is None
 
     secret = tmp_path / "secret.txt"
     secret.write_text("not yours")
     (paths.inbox / "cat.txt").unlink()
     (paths.inbox / "cat.txt").symlink_to(secret)
     with pytest.raises(OSError, match="symbolic links"):
-        inbox.read(paths.inbox, entry)
+        read(paths, entry)
 
 
 def test_read_and_claim_do_not_walk_through_a_folder_that_became_a_link(paths: Paths, tmp_path: Path) -> None:
@@ -137,7 +159,7 @@ def test_read_and_claim_do_not_walk_through_a_folder_that_became_a_link(paths: P
     (paths.inbox / "summer").symlink_to(tmp_path / "elsewhere")
 
     with pytest.raises(NotADirectoryError):
-        inbox.read(paths.inbox, entry)
+        read(paths, entry)
     with pytest.raises(NotADirectoryError):
         inbox.claim(paths, entry, SUBMISSION)
     assert (tmp_path / "elsewhere/cat.txt").exists()
@@ -147,7 +169,7 @@ def test_read_holds_no_more_than_a_prompt_file_may_have(paths: Paths) -> None:
     with (paths.inbox / "huge.txt").open("wb") as huge:
         huge.truncate(1 << 40)
 
-    reading = inbox.read(paths.inbox, seen(paths, "huge.txt"))
+    reading = read(paths, seen(paths, "huge.txt"))
 
     assert reading is not None
     assert len(reading.content) == promptfile.TABLE_BYTES_MAX + 1
@@ -229,7 +251,7 @@ def test_claims_are_synced_though_their_folder_has_gone(paths: Paths) -> None:
 def test_late_writer_is_noticed_after_the_claim(paths: Paths) -> None:
     """It opened the file just before the rename: what was read is not what is there."""
     entry = drop(paths, "cat.txt", "a fox")
-    reading = inbox.read(paths.inbox, entry)
+    reading = read(paths, entry)
     assert reading is not None
     with (paths.inbox / "cat.txt").open("a") as late:
         taken = inbox.claim(paths, entry, SUBMISSION)

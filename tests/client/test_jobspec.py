@@ -82,6 +82,11 @@ def test_job_without_a_model_gets_the_one_of_its_kind(written: dict[str, object]
         ({"model": "wan-ti2v-5b", "guidance_scale_2": 3}, "guidance_scale_2 would be ignored: wan-ti2v-5b"),
         ({"model": "wan-i2v-a14b"}, "wan-i2v-a14b animates a picture and none was given. Add image: NAME."),
         ({"model": "wan-t2v-a14b", "image": DIGEST}, "image would be ignored by wan-t2v-a14b. Leave it out, or"),
+        ({"strength": 0.5}, "strength would be ignored without an image. Add image: NAME, or leave it out."),
+        ({"image": DIGEST, "model": "flux-dev", "strength": 0}, "strength 0 is not above 0 and at most 1. Use 0.6."),
+        ({"image": DIGEST, "strength": 1.5}, "strength 1.5 is not above 0 and at most 1. Use 0.6."),
+        ({"model": "wan-ti2v-5b", "image": DIGEST, "strength": 0.5}, "strength would be ignored by wan-ti2v-5b, which"),
+        ({"model": "flux-dev", "last_image": DIGEST}, "last_image would be ignored by flux-dev."),
         ({"model": "wan-ti2v-5b", "output_format": "jpg"}, "output_format 'jpg' is none for videos: mp4, gif, webp, "
          "png are. Use mp4."),
         ({"output_format": "gif"}, "output_format 'gif' is none for images: png, jpg, webp are. Use png."),
@@ -225,3 +230,29 @@ def test_spec_of_version_1_loads_for_ever() -> None:
 def test_spec_with_a_field_from_the_future_is_not_read_as_if_it_were_understood() -> None:
     with pytest.raises(ValueError, match="from_the_future"):
         JobSpec.model_validate({**spec().model_dump(), "from_the_future": 1})
+
+
+@pytest.mark.parametrize(
+    ("written", "model", "strength"),
+    [
+        ({"image": DIGEST}, "wan-ti2v-5b", None),
+        ({"image": DIGEST, "strength": 0.3}, "flux-schnell", 0.3),
+        ({"image": DIGEST, "kind": "image"}, "flux-schnell", 0.6),
+        ({"image": DIGEST, "model": "flux-dev"}, "flux-dev", 0.6),
+        ({}, "flux-schnell", None),
+    ],
+)
+def test_a_picture_is_animated_or_started_from(written: dict[str, object], model: str, strength: float | None) -> None:
+    made = spec(**written)
+
+    assert (made.model, made.strength) == (model, strength)
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "run"), [(4, None, 4), (4, 0.5, 2), (4, 0.01, 1), (28, 0.6, 17), (8, 1, 8)]
+)
+def test_strength_says_how_many_steps_are_run(steps: int, strength: float | None, run: int) -> None:
+    """As FluxImg2ImgPipeline.get_timesteps counts them."""
+    more = {"image": DIGEST, "strength": strength} if strength else {}
+
+    assert spec(model="flux-dev", num_inference_steps=steps, **more).steps_run == run

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safelight import footprint, jobspec, models, plandoc
-from safelight.calibration import NOTHING_LEARNED, Calibration, load_key, memory_key, work_key
+from safelight.calibration import NOTHING_LEARNED, Calibration, link_key, load_key, memory_key, ratio, work_key
 from safelight.errors import InvalidJob
 from safelight.jobspec import JobSpec
 from safelight.machine import GIB, Machine
@@ -122,10 +122,52 @@ def test_more_memory_is_never_slower_and_a_larger_size_never_smaller(key: str) -
     assert needs == sorted(needs)
 
 
+def test_a_clip_is_compiled_in_plain_weights_where_it_pays_and_in_others_only_when_asked() -> None:
+    card = gpu(14.8)
+
+    assert plan_of(job(model="wan-ti2v-5b"), card, waiting=100).rung.startswith("bf16 compiled")
+    assert not plan_of(job(model="wan-ti2v-5b", num_inference_steps=1), card, waiting=1).compiled
+    assert not plan_of(job(model="wan-ti2v-5b", precision="nf4"), card, waiting=100).compiled
+    assert plan_of(job(model="wan-ti2v-5b", precision="nf4", compile="on"), card, waiting=1).compiled
+
+
+def test_a_cache_is_planned_for_in_memory_and_learned_from_by_itself() -> None:
+    plans = [
+        plan_of(job(model="wan-ti2v-5b", precision="bf16", compile="off", cache=cache), gpu(24))
+        for cache in (None, "taylorseer", "first-block:threshold=0.1")
+    ]
+    memory = [plan.predicted["denoise"].device_bytes for plan in plans]
+
+    assert memory[1] == memory[0]
+    assert 1.0 * GIB < memory[2] - memory[0] < 2.0 * GIB  # nine times 27,792 tokens of 3072 in bf16
+    assert [plan.cache for plan in plans] == [None, "taylorseer", "first-block"]
+    assert len({work_key(plan, "denoise") for plan in plans}) == len({link_key(plan) for plan in plans}) == 3
+    assert "cache first-block" in plans[2].rung
+    assert plan_of(job(model="tiny-wan-ti2v", cache="first-block"), CPU).cache == "first-block"
+
+
+def test_a_job_with_a_cache_makes_no_other_way_look_fast() -> None:
+    shown = Calibration(work={"flux-dev/denoise/bf16 cached by first-block": 0.3, "flux-dev/denoise/nf4": 1.2})
+
+    assert ratio(shown.work, "flux-dev/denoise/fp8-dynamic", "/denoise/") == pytest.approx(1.2)
+    assert ratio(shown.work, "flux-dev/denoise/nf4 cached by first-block", "/denoise/") == pytest.approx(0.3)
+
+
 def test_a14b_fits_16_gb_and_32_gb_of_ram_but_not_whole_in_bf16() -> None:
     assert plan_of(job(model="wan-t2v-a14b"), gpu(14.8)).predicted["denoise"].host_bytes <= 26 * GIB
     with pytest.raises(DoesNotFit):
         plan_of(job(model="wan-t2v-a14b", precision="bf16", offload="model"), gpu(14.8))
+
+
+@pytest.mark.parametrize("precision", ["nf4", "fp8-weight-only", "fp8-dynamic"])
+def test_a14b_fits_from_prepared_weights_81_frames_on_16_gb_and_49_on_8(precision: str) -> None:
+    made = tuple(f"wan-t2v-a14b/{precision}/{expert}" for expert in ("transformer", "transformer_2"))
+    for frames, vram_gib in ((81, 14.8), (49, 6.8)):
+        clip = job(model="wan-t2v-a14b", precision=precision, width=832, height=480, num_frames=frames)
+        plan = plan_of(clip, gpu(vram_gib, 26e9 / GIB, prepared=made), waiting=100)
+
+        assert plan.prepared == ("transformer", "transformer_2")
+        assert all(phase.host_bytes <= 26e9 for phase in plan.predicted.values())
 
 
 def test_decode_is_tiled_only_where_the_whole_does_not_fit_and_the_plan_says_so() -> None:
@@ -207,6 +249,7 @@ def test_what_was_prepared_is_loaded_and_takes_less_time() -> None:
         ({"precision": "fp8-dynamic"}, gpu(40, capability=(8, 6)), "compute capability 8.9"),
         ({"compile": "on"}, gpu(40, compiler=False), "compile needs a C compiler"),
         ({"compile": "on", "offload": "leaf"}, gpu(40), "compile and offload block, leaf or sequential"),
+        ({"cache": "first-block", "offload": "leaf"}, gpu(40), "cache and offload block, leaf or sequential"),
         ({"compile": "on", "precision": "int8-dynamic"}, gpu(40), "compile and int8-dynamic"),
         ({"compile": "on", "precision": "int8-bnb"}, gpu(40), "has not been measured"),
         ({"precision": "nf4", "offload": "sequential"}, gpu(40), "bitsandbytes weights and offload sequential"),
@@ -503,3 +546,25 @@ def test_memory_that_others_once_took_makes_plans_small_and_refuses_no_job(memor
     assert getattr(plan.predicted["denoise"], of) < getattr(usual.predicted["denoise"], of)
     with pytest.raises(DoesNotFit):
         plan_of(job(offload="model", precision="bf16"), gpu(14.8))
+
+
+def test_a_picture_that_is_started_from_costs_its_encoding_and_spares_steps() -> None:
+    one_way = {"model": "flux-dev", "precision": "nf4", "compile": "off"}
+    plain = plan_of(job(**one_way), gpu(16))
+    started = plan_of(job(**one_way, image="0" * 64, strength=0.5), gpu(16))
+    shipped = [plan.predicted["denoise"].shipped for plan in (plain, started)]
+
+    assert started.rung == plain.rung
+    assert shipped[0]
+    assert shipped[1]
+    assert shipped[0].compute_seconds == pytest.approx(2 * shipped[1].compute_seconds)
+    assert shipped[0].load_seconds < shipped[1].load_seconds < shipped[0].load_seconds + 2
+    assert started.seconds_per_step == plain.seconds_per_step
+
+
+@pytest.mark.parametrize("vram_gib", [8, 12, 16])
+def test_denoising_from_a_picture_is_predicted_to_take_what_the_vae_takes(vram_gib: float) -> None:
+    plan = plan_of(job(model="flux-dev", image="0" * 64, width=1536, height=1536), gpu(vram_gib))
+
+    assert plan.predicted["denoise"].device_bytes >= plan.predicted["decode"].device_bytes
+    assert plan.predicted["denoise"].device_bytes <= vram_gib * GIB

@@ -22,6 +22,7 @@ from safelight import content, inputs, retention
 from safelight.config import Config
 from safelight.errors import Forgotten
 from safelight.ledger import job_id, submission_of
+from safelight.lora import Lora
 from safelight.receipt import Output, Poster, Receipt
 from safelight.retention import Ended, Gone, Rules
 from tests.cli_steps import runner
@@ -337,6 +338,15 @@ def test_input_pictures_go_with_the_last_record_that_names_them(installation: In
     assert said == prune(installation, ledger_days=30)
     assert said == [Gone("record", FIRST), Gone("input", ended.name, 7), Gone("input", lone.name, 7)]
     assert sorted(installation.paths.inputs.iterdir()) == [waiting, just_stored]
+
+
+def test_a_lora_that_a_job_came_with_stays_as_long_as_a_record_names_it(installation: Installation) -> None:
+    lora = Lora(path="style.safetensors", sha256="e" * 64)
+    installation.ledger.accept({FIRST: [making.image_spec(id=job_id(FIRST, 1), loras=(lora,))]})
+    kept = picture_of(installation, lora.sha256)
+
+    assert prune(installation, ledger_days=30) == []
+    assert kept.exists()
 
 
 def test_where_a_record_cannot_be_read_no_input_picture_goes(installation: Installation) -> None:

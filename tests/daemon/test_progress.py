@@ -58,6 +58,7 @@ def test_loading_compiling_and_steps_are_told_apart(clock: Clock) -> None:
     record = watch.records["denoise"]
 
     assert (record.seconds, record.load_seconds, record.first_step_seconds) == (29.5, 5.0, 21.0)
+    assert record.swap_seconds is None
     assert watch.seconds_per_step == 1.0
     assert [message["seconds_left"] for message in sent[1:]] == [63.0, 2.0, 1.0, 0.0]
 
@@ -73,7 +74,7 @@ def test_a_second_experts_loading_is_no_step(clock: Clock) -> None:
                 watch.step(2 * expert + i + 1, 4)
     record = watch.records["denoise"]
 
-    assert (record.load_seconds, record.first_step_seconds) == (14.0, 2.0)
+    assert (record.load_seconds, record.swap_seconds, record.first_step_seconds) == (14.0, 7.0, 2.0)
     assert watch.seconds_per_step == 2.0
 
 

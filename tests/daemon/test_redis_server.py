@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -169,6 +170,21 @@ def test_sigterm_while_the_server_still_loads_is_no_failure(start: Start) -> Non
     child.resume()
 
     assert process.wait(20) == 0
+    assert gone(child)
+
+
+def test_a_second_sigterm_at_any_moment_of_the_end_changes_nothing(start: Start) -> None:
+    """Also while Python takes itself down: the service manager would call it a failure."""
+    process = start()
+    child = server_of(process)
+    eventually(lambda: catches_sigterm(process.pid))
+    ends_at = time.monotonic() + 20
+    while process.poll() is None:
+        assert time.monotonic() < ends_at
+        process.terminate()
+        time.sleep(0.001)
+
+    assert process.returncode == 0
     assert gone(child)
 
 

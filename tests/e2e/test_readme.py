@@ -29,9 +29,9 @@ min_free_disk_gib = 0
 """
 
 
-def block(heading: str) -> str:
-    """Return the commands below a heading of the README."""
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+def block(heading: str, page: str = "README.md") -> str:
+    """Return the commands below a heading of a page, the README by default."""
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
     found = re.search(rf"^## {heading}\n.*?```sh\n(.*?)```", text, re.DOTALL | re.MULTILINE)
     assert found, heading
     return found[1]

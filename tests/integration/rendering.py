@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,13 @@ from PIL import Image
 
 from safelight import jobspec, models
 from safelight.jobspec import JobSpec
+from safelight.lora import Lora
+from safelight.models import ModelFacts
 from safelight.plan import Plan
 from safelightd import pipelines
+from safelightd.assembly import PinnedSet
 from safelightd.checkpoint import NOWHERE, Checkpoint
-from safelightd.loading import Loader, model_folder
+from safelightd.loading import Loader, controlnet_folder, model_folder
 from safelightd.pipelines import Frame
 from safelightd.progress import Watch
 
@@ -30,6 +33,7 @@ COMPONENTS = (
     "AutoencoderKL",
     "AutoencoderKLWan",
     "CLIPTextModel",
+    "FluxControlNetModel",
     "FluxTransformer2DModel",
     "T5EncoderModel",
     "UMT5EncoderModel",
@@ -78,6 +82,11 @@ class Run:
     stop: StopAt = field(default_factory=StopAt)
     sent: list[dict[str, Any]] = field(default_factory=list)
     checkpoint: Checkpoint = NOWHERE
+    loras: Sequence[tuple[Lora, Path]] = ()
+    pinned: PinnedSet | None = None
+    control_image: Image.Image | None = None
+    controlnet: Path | None = None
+    """The folder of the ControlNet, where it is not the table's."""
 
     def __post_init__(self) -> None:
         facts = MODELS[self.spec.model]
@@ -89,8 +98,16 @@ class Run:
             self.component_paths,
             blocks=facts.blocks,
             models_folder=self.models_folder,
+            pinned=self.pinned,
+            loras=self.loras,
+            controlnet=self._controlnet(facts),
         )
         self.watch = Watch(self.sent.append, self.stop, NoMeter())
+
+    def _controlnet(self, facts: ModelFacts) -> Path | None:
+        if self.spec.controlnet is None or self.controlnet is not None:
+            return self.controlnet
+        return controlnet_folder(facts, self.spec.controlnet.model, self.models_folder)
 
     def encode(self) -> Any:
         with self.watch.phase("encode"):
@@ -107,6 +124,7 @@ class Run:
                 self.image,
                 self.last_image,
                 self.checkpoint,
+                self.control_image,
             )
 
     def decode(self, latents: torch.Tensor) -> list[Frame]:
@@ -155,8 +173,14 @@ def stock_pipeline(run: Run) -> Any:
     import diffusers
 
     facts = MODELS[run.spec.model]
-    name = "WanImageToVideoPipeline" if run.image else facts.pipeline
-    pipe = getattr(diffusers, name).from_pretrained(model_folder(facts, run.models_folder), local_files_only=True)
+    from_picture = {"flux": "FluxImg2ImgPipeline", "wan": "WanImageToVideoPipeline"}
+    name = from_picture[facts.family] if run.image else facts.pipeline
+    more = {}
+    if run.control_image is not None:
+        name = "FluxControlNetPipeline"
+        more["controlnet"] = diffusers.FluxControlNetModel.from_pretrained(str(run._controlnet(facts)))
+    folder = model_folder(facts, run.models_folder)
+    pipe = getattr(diffusers, name).from_pretrained(folder, local_files_only=True, **more)
     if run.spec.flow_shift is not None:
         scheduler = pipe.scheduler
         pipe.scheduler = type(scheduler).from_config(scheduler.config, flow_shift=run.spec.flow_shift)
@@ -176,12 +200,17 @@ def _align(module: torch.nn.Module) -> None:
 def stock(run: Run, pipe: Any, output_type: str) -> Any:
     """Return what `pipe` makes of the run's job."""
     names = ("prompt", "prompt_2", "negative_prompt", "width", "height", "num_inference_steps", "num_frames")
-    scales = ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "max_sequence_length")
+    scales = ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "max_sequence_length", "strength")
     wanted = {name: value for name in names + scales if (value := getattr(run.spec, name)) is not None}
     if run.image is not None:
         wanted["image"] = run.image
     if run.last_image is not None:
         wanted["last_image"] = run.last_image
+    if run.spec.controlnet is not None:
+        wanted["control_image"] = run.control_image
+        wanted["controlnet_conditioning_scale"] = run.spec.controlnet.scale
+        wanted["control_guidance_start"] = run.spec.controlnet.start
+        wanted["control_guidance_end"] = run.spec.controlnet.end
     generator = torch.Generator().manual_seed(run.spec.seed)
     return pipe(**wanted, generator=generator, output_type=output_type)[0]
 

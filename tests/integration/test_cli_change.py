@@ -222,6 +222,52 @@ def test_rerun_holds_the_planner_to_the_plan_of_the_file(
     assert (spec.precision, spec.vae_tiling) == ("auto", "auto")
 
 
+def test_rerun_with_a_strength_starts_from_the_picture_itself(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    (job,) = ids_of(safelight("add", "a red fox", "--seed", "7", "--steps", "8", "--size", "96x64"))
+    receipt = end(installation, queue, job)
+    file = installation.paths.outbox / receipt.outputs[0].path
+    safelight("rerun", str(file), "--strength", "0.5", "--dry-run")
+    left_by_dry_run = list(installation.paths.inputs.glob("*"))
+
+    first, second = ids_of(safelight("rerun", str(file), "--strength", "0.5", "--seed", "+1", "-n", "2"))
+    specs = [spec for spec in map(queue.spec, (first, second)) if spec]
+
+    assert left_by_dry_run == []
+    assert [(spec.image, spec.strength, spec.seed) for spec in specs] == [
+        (receipt.outputs[0].sha256, 0.5, 8),
+        (receipt.outputs[0].sha256, 0.5, 9),
+    ]
+    assert {(spec.prompt, spec.width, spec.height, spec.num_inference_steps) for spec in specs} == {
+        ("a red fox", 96, 64, 8)
+    }
+    assert (installation.paths.inputs / receipt.outputs[0].sha256).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("what", "strength", "says"),
+    [
+        ("picture", "2", "strength 2 is not above 0 and at most 1"),
+        ("record", "0.5", "a variation starts from a picture, and this is none"),
+        ("clip", "0.5", "a variation starts from a picture, and this is none"),
+    ],
+)
+def test_rerun_with_a_strength_refuses_what_is_no_picture(
+    safelight: Safelight, installation: Installation, queue: JobQueue, what: str, strength: str, says: str
+) -> None:
+    words = ["--model", "tiny-wan-ti2v", "--frames", "5"] if what == "clip" else []
+    (job,) = ids_of(safelight("add", "a red fox", *words))
+    receipt = end(installation, queue, job)
+    file = installation.paths.outbox / receipt.outputs[0].path
+
+    result = safelight("rerun", str(file.with_suffix(".json") if what == "record" else file), "--strength", strength)
+
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert list(installation.paths.inputs.glob("*")) == [] or what == "picture"
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -48,6 +48,21 @@ def test_each_kind_of_block_is_compiled_once_for_all_sizes_with_the_same_bits(
     assert len(compiled_kinds) == 2  # double and single blocks
 
 
+@pytest.mark.parametrize("model", ["tiny-wan-ti2v", "tiny-wan-t2v-a14b"])
+def test_blocks_of_clips_are_compiled_once_for_all_sizes_and_both_experts(
+    model: str, tiny_models_folder: Path, compiled_kinds: list[int]
+) -> None:
+    for width, height, num_frames in ((96, 64, 9), (128, 128, 17), (64, 96, 5)):
+        size = {"width": width, "height": height, "num_frames": num_frames, "num_inference_steps": 3}
+        plain, compiled = (
+            Run(spec_for(model, **size), tiny_models_folder, plan_changes={"compiled": compiled}).latents()
+            for compiled in (False, True)
+        )
+        assert torch.equal(plain, compiled)
+
+    assert len(compiled_kinds) == 1
+
+
 def test_a_view_becomes_what_it_would_have_been_by_itself_in_the_same_memory() -> None:
     joined = torch.arange(24.0).view(1, 6, 4)
     part = joined[:, 2:]

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench.shapes import analyser
-from bench.shapes.training import verdict
-from bench.shapes.world import COLOURS, SHAPES, Scene, World, texts
+from bench.drawings import analyser
+from bench.drawings.training import verdict
+from bench.drawings.world import COLOURS, SHAPES, Scene, World, texts
 
 from safelight import jobspec
 from safelightd import demo_models, tiny
@@ -73,6 +73,17 @@ def test_every_shipped_file_has_its_digest(key: str) -> None:
     there = {str(file.relative_to(shipped)) for file in shipped.rglob("*") if file.is_file()}
 
     assert listed == there - {demo_models.DIGESTS, "MODEL_CARD.md"}
+
+
+def test_every_word_of_the_vocabulary_is_one_token_of_each_tokenizer(tiny_models_folder: Path) -> None:
+    facts = MODELS["demo-flux"]
+    loader = Loader(model_folder(facts, tiny_models_folder), plan_for("demo-flux"))
+    clip, t5 = loader.tokenizer("tokenizer"), loader.tokenizer("tokenizer_2")
+
+    for word in facts.vocabulary.split():
+        assert len(clip(word).input_ids) == 3, word
+        assert len(t5(word).input_ids) == 2, word
+        assert t5.unk_token_id not in t5(word.capitalize()).input_ids, word
 
 
 @pytest.mark.parametrize("damage", ["other bytes", "missing"])

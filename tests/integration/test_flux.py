@@ -23,9 +23,22 @@ JOBS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=JOBS.values(), ids=JOBS.keys())
+FROM_PICTURES: dict[str, dict[str, Any]] = {
+    "schnell from a picture": {"model": "tiny-flux-schnell", "strength": 0.5},
+    "schnell from a picture, one step": {"model": "tiny-flux-schnell", "strength": 0.01},
+    "schnell from a picture, all steps": {"model": "tiny-flux-schnell", "strength": 1.0, "width": 96},
+    "dev from a picture": {"model": "tiny-flux-dev", "guidance_scale": 5.0, "num_inference_steps": 7},
+    "dev from a picture with true guidance": {
+        "model": "tiny-flux-dev", "negative_prompt": "blurry", "true_cfg_scale": 3.0, "strength": 0.75,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(params=(JOBS | FROM_PICTURES).values(), ids=(JOBS | FROM_PICTURES).keys())
 def run(request: pytest.FixtureRequest, tiny_models_folder: Path) -> Run:
-    return Run(spec_for(**request.param), tiny_models_folder)
+    if request.param in JOBS.values():
+        return Run(spec_for(**request.param), tiny_models_folder)
+    return Run(spec_for(**request.param, image="0" * 64), tiny_models_folder, image=picture())
 
 
 @pytest.fixture
@@ -55,7 +68,7 @@ def test_steps_are_counted_the_picture_is_not_flat_and_each_phase_leaves_no_comp
     after_decode = alive()
 
     assert after_encode == after_denoise == after_decode == before
-    steps = run.spec.num_inference_steps
+    steps = run.spec.steps_run
     assert run.steps("denoise") == [(i + 1, steps) for i in range(steps)]
     assert run.steps("decode") == [(1, 1)]
     assert (run.spec.height, run.spec.width, 3) == frame.shape
@@ -208,3 +221,28 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     return torch.equal(one.prompt_embeds, other.prompt_embeds)
+
+
+@pytest.mark.parametrize("strength", [0.5, None])
+def test_a_picture_in_tiles_and_in_float16_is_started_from_too(
+    strength: float | None, tiny_models_folder: Path
+) -> None:
+    fields = {"image": "0" * 64, "width": 96, "height": 96, **({"strength": strength} if strength else {})}
+    spec = spec_for("tiny-flux-schnell", **fields)
+
+    for changes in (HALF, {"vae_tiling": True, "vae_tile_pixels": 32}):
+        frame = Run(spec, tiny_models_folder, plan_changes=changes, image=picture()).frames()[0]
+        assert frame.std() > 10
+
+
+def test_cancelling_while_the_picture_is_encoded_leaves_nothing(tiny_models_folder: Path) -> None:
+    spec = spec_for("tiny-flux-schnell", image="0" * 64, strength=0.5)
+    whole = Run(spec, tiny_models_folder, image=picture())
+    embeddings = whole.encode()
+    before = alive()
+
+    cancelled = Run(spec, tiny_models_folder, image=picture(), stop=StopAt(2))
+    with pytest.raises(Cancelled):
+        cancelled.denoise(embeddings)
+
+    assert alive() == before

@@ -147,6 +147,23 @@ def test_drops_become_jobs_and_every_file_says_what_became_of_it(installation: I
     assert list(installation.paths.claimed.iterdir()) == []
 
 
+def test_a_picture_beside_a_text_for_flux_is_what_it_starts_from(installation: Installation, queue: JobQueue) -> None:
+    folder = installation.paths.inbox
+    with running(installation.config):
+        drop(folder, "fox.png", picture("red"))
+        drop(folder, "fox.md", "---\nmodel: tiny-flux-schnell\nstrength: 0.4\n---\na fox")
+        drop(folder, "owl.jpg", picture("blue"))
+        drop(folder, "owl.md", "---\nkind: image\n---\nan owl")
+        until(lambda: len(queue.waiting_ids()) == 2)
+
+    jobs = {spec.prompt: spec for spec in line(queue)}
+    assert {name: (spec.model, spec.strength) for name, spec in jobs.items()} == {
+        "a fox": ("tiny-flux-schnell", 0.4),
+        "an owl": ("tiny-flux-schnell", 0.6),
+    }
+    assert {spec.image for spec in jobs.values()} == {file.name for file in installation.paths.inputs.iterdir()}
+
+
 def test_file_is_queued_soon_after_it_is_whole_and_not_before(installation: Installation, queue: JobQueue) -> None:
     folder = installation.paths.inbox
     with running(installation.config):

@@ -165,7 +165,7 @@ def test_the_program_prepares_verify_names_the_damaged_file_and_the_remedy_mends
     assert (well.returncode, well.stdout) == (0, f"{FLUX}/nf4/transformer is as it was written\n")
     assert damaged.returncode == 1
     assert damaged.stdout == f"{file}: damaged: its bytes are not those that were written. Make it anew: {remedy}\n"
-    assert (other.returncode, other.stderr) == (0, "nothing of flux-dev is pulled or prepared\n")
+    assert (other.returncode, other.stderr) == (0, "nothing of flux-dev is pulled, registered or prepared\n")
 
     rows = {row["key"]: row for row in json.loads(safelight(own, "models", "list", "--json").stdout)}
     expected = {"precision": "nf4", "component": "transformer", "current": True}
@@ -485,6 +485,6 @@ def test_what_belongs_together_is_in_one_shard() -> None:
 
 
 def test_the_client_offers_every_precision_that_can_be_prepared() -> None:
-    from safelight.commands import machine
+    from safelight.commands import models as commands
 
-    assert machine.PRECISIONS == prepared.PRECISIONS
+    assert commands.PRECISIONS == prepared.PRECISIONS

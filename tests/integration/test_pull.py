@@ -7,7 +7,6 @@ import io
 import json
 import os
 import pty
-import re
 import shutil
 import signal
 import subprocess
@@ -31,12 +30,8 @@ from safelightd import tiny
 from safelightd.hub import NoAccess, NotOnHub, Unreachable
 from tests.cli_steps import process, runner
 from tests.conftest import Installation
-from tests.e2e.test_chaos import Daemon
-from tests.e2e.test_readme import shell
 from tests.hub_server import COMMIT, LICENSED, Hub, files_of, serving
 from tests.integration.rendering import Run, spec_for
-
-REPOSITORY = Path(__file__).parents[2]
 
 FLUX = "tiny-flux-schnell"
 KEY = "fox"
@@ -585,23 +580,6 @@ def test_a_pull_that_is_ended_in_the_middle_goes_on_where_it_was(
 
     assert whole(pull, published)
     assert hub.ranges_of(SHARD)[-1] == f"bytes={left}-"
-
-
-def test_what_the_page_about_models_tells_people_to_type_leads_to_a_picture(own: Installation) -> None:
-    page = (REPOSITORY / "docs/models.md").read_text(encoding="utf-8").replace("flux-schnell", KEY)
-    fetching, making = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
-    env = own.env | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-
-    said = shell(fetching.replace(f"pull {KEY}", f"pull {KEY} --yes").replace("safelight doctor", ":"), env, own.root)
-    daemon = Daemon(own, env)
-    try:
-        shell("until safelight status; do :; done", env, own.root)
-        shell(making, env, own.root)
-    finally:
-        assert daemon.stop() == 0
-
-    assert f"{KEY} is as it was pulled" in said
-    assert [file.suffix for file in sorted((own.root / "pictures").rglob("*_s7.*"))][-1] == ".png"
 
 
 def test_progress_is_one_line_on_a_terminal_and_few_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,13 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         yield daemon
 
 
+def waiting(daemon: Daemon, beginning: str) -> list[str]:
+    """Return the prompts in the line that begin so."""
+    with daemon.queue() as queue:
+        prompts = [spec.prompt for job in queue.waiting_ids() if (spec := queue.spec(job))]
+    return [prompt for prompt in prompts if prompt.startswith(beginning)]
+
+
 def by_name(folder: Path, name: str) -> Path | None:
     return next((path for path in folder.rglob(f"*{name}")), None)
 
@@ -42,6 +49,29 @@ def test_a_members_file_is_claimed_by_rename_inside_the_sandbox(daemon: Daemon) 
     assert kept.stat().st_ino == int(dropped.stdout)
     assert (kept.stat().st_uid, kept.read_text()) == (MEMBER, "a red fox\n")
     assert list(daemon.paths.claimed.iterdir()) == []
+
+
+def test_a_members_slow_copy_is_not_read_half(daemon: Daemon) -> None:
+    """The service has no capability to ask the kernel who writes another's file: it has seen the copy open."""
+    slow = "exec 3> slow.txt; printf 'a slow' >&3; sleep 6; printf ' fox' >&3; exec 3>&-"
+    copied = daemon.machine.person("sh", "-c", f"umask 022; cd /var/lib/safelight/inbox; {slow}")
+
+    assert copied.returncode == 0, copied.stderr
+    assert until(lambda: by_name(daemon.paths.accepted, "~slow.txt"), 20), daemon.machine.journal()
+    assert waiting(daemon, "a slow") == ["a slow fox"]
+
+
+def test_a_copy_that_began_before_the_service_is_not_read_half(daemon: Daemon) -> None:
+    """Nobody saw it open: it would have to be still for unseen_s, and its close is seen before."""
+    stop, start = "systemctl stop safelight-inbox.service", "systemctl start safelight-inbox.service"
+    member = f"setpriv --reuid={MEMBER} --regid={MEMBER} --init-groups sh -c"
+    copy = "umask 022; exec 3> early.txt; printf %s early >&3; sleep 8; printf %s -owl >&3; exec 3>&-"
+    whole = f'cd /var/lib/safelight/inbox; {stop}; {member} "{copy}" & sleep 1; {start}; wait'
+    copied = daemon.machine.root("sh", "-c", whole)
+
+    assert copied.returncode == 0, copied.stderr
+    assert until(lambda: by_name(daemon.paths.accepted, "~early.txt"), 20), daemon.machine.journal()
+    assert waiting(daemon, "early") == ["early-owl"]
 
 
 def test_a_members_private_file_is_left_with_a_word_until_its_owner_opens_it(daemon: Daemon) -> None:

@@ -25,17 +25,14 @@ SERVICES = ("redis", "inbox", "worker@0")
 
 EXPOSURE_MAX = {
     ("system", "redis"): 0.2,
-    ("system", "inbox"): 0.5,
+    ("system", "inbox"): 0.2,
     ("system", "worker@0"): 1.0,
     ("user", "redis"): 6.1,
     ("user", "inbox"): 6.1,
     ("user", "worker@0"): 6.3,
 }
-"""What `systemd-analyze security` of systemd 252 says of the loaded units, 2026-11-26: 0 is best. The inbox would have
-0.2 without CAP_LEASE (0.2 with its ambient set, 0.2 because the kernel asks for it outside user namespaces): with it
-the inbox knows whether a member still writes the file that it is about to take."""
+"""What `systemd-analyze security` of systemd 252 says of the loaded units, 2026-11-26: 0 is best."""
 
-CAP_LEASE = 1 << 28
 LIMIT_BYTES = 200 << 20
 
 
@@ -315,4 +312,4 @@ def test_inside_its_sandbox_no_service_reaches_network_or_system(daemon: Daemon)
         if daemon.kind == "system":
             assert found["interfaces"] == ["lo"]
             assert (found["usr"], found["home"], found["tmp"]) == ("EROFS", "EACCES", False)
-            assert int(found["capabilities"], 16) == (CAP_LEASE if name == "inbox" else 0), name
+            assert int(found["capabilities"], 16) == 0, name

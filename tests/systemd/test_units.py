@@ -22,7 +22,7 @@ DAEMONS = ("safelight-redis.service", "safelight-inbox.service", "safelight-work
 
 EXPOSURE_MAX = {
     ("system", "safelight-redis.service"): 0.4,
-    ("system", "safelight-inbox.service"): 0.6,
+    ("system", "safelight-inbox.service"): 0.4,
     ("system", "safelight-worker@.service"): 1.2,
     ("user", "safelight-redis.service"): 6.1,
     ("user", "safelight-inbox.service"): 6.1,

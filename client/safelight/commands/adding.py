@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from safelight.draft import Draft
     from safelight.errors import Fault
     from safelight.jobspec import JobSpec
+    from safelight.lora import Lora
 
 FORMATS = ("txt", "md", "csv", "json", "jsonl", "yaml")
 
@@ -58,7 +59,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="One object instead 
 @pass_client
 def add(
     client: Client, /, words: tuple[str, ...], prompts: tuple[str, ...], sweeps: tuple[str, ...], batch: str | None,
-    *, dry_run: bool, as_json: bool, **written: str | None,
+    *, dry_run: bool, as_json: bool, **written: str | tuple[str, ...] | None,
 ) -> None:  # fmt: skip
     """Queue a job for each PROMPT.
 
@@ -201,6 +202,7 @@ def expand_all(
                     now=now,
                     batch=source.batch,
                     store_image=partial(_store_image, source, inputs),
+                    keep_lora=partial(_keep_lora, client, source, inputs),
                     wildcards=client.config.paths.wildcards,
                     max_jobs=max_jobs or client.config.settings.inbox.max_jobs_per_file,
                 )
@@ -216,6 +218,19 @@ def _store_image(source: Source, inputs: Path, name: str) -> str:
 
     path = Path(name).expanduser().resolve() if source.trusted else pictures.resolve(name, source.base)
     return pictures.store(path, inputs)
+
+
+def _keep_lora(client: Client, source: Source, inputs: Path, lora: Lora) -> Lora:
+    from safelight import inputs as files
+    from safelight import lorafiles
+
+    if lora.name:
+        models_folder = client.config.paths.models
+        can_look = client.is_on_workers_host and lorafiles.may_look(models_folder)
+        return lorafiles.find(lora, models_folder) if can_look else lora
+    trusted = source.trusted
+    path = Path(lora.path).expanduser().resolve() if trusted else files.resolve(lora.path, source.base, "LoRA")
+    return lorafiles.store(lora, path, inputs)
 
 
 def hand_over(client: Client, submissions: Mapping[str, Sequence[JobSpec]], *, dry_run: bool, as_json: bool) -> None:

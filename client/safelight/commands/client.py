@@ -48,12 +48,16 @@ class Client:
         return Ledger(self.config.paths)
 
     @cached_property
-    def own_ledger(self) -> Ledger | None:
-        """The ledger, where this client may write it; None on another host than the worker's, or as another user."""
+    def is_on_workers_host(self) -> bool:
+        """Whether the queue's server, and so the worker, is on this host, as far as its address tells."""
         from urllib.parse import urlsplit
 
-        here = urlsplit(self.config.url).hostname in (None, "localhost", "127.0.0.1", "::1")
-        return self.ledger if here and self.ledger.writable() else None
+        return urlsplit(self.config.url).hostname in (None, "localhost", "127.0.0.1", "::1")
+
+    @property
+    def own_ledger(self) -> Ledger | None:
+        """The ledger, where this client may write it; None on another host than the worker's, or as another user."""
+        return self.ledger if self.is_on_workers_host and self.ledger.writable() else None
 
     @contextmanager
     def queue(self, *, retries: int = 3) -> Iterator[JobQueue]:

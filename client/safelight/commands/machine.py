@@ -1,4 +1,4 @@
-"""The installation: `up`, `demo`, `doctor`, `models`, `service`, `completion`; `concat`, which the daemon does."""
+"""The installation: `up`, `demo`, `doctor`, `service`, `completion`; `concat`, which the daemon does."""
 
 from __future__ import annotations
 
@@ -7,26 +7,11 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import click
 
 from safelight.commands.client import Client, pass_client
-
-if TYPE_CHECKING:
-    from safelight.models import ModelFacts
-
-PRECISIONS = (
-    "bf16",
-    "fp8-dynamic",
-    "fp8-weight-only",
-    "fp8-quanto",
-    "int8-dynamic",
-    "int8-weight-only",
-    "int8-bnb",
-    "nf4",
-)
-"""safelight.prepared.PRECISIONS, which is not imported for a command that only shows its help."""
 
 NEEDED = ("rq", "torch")
 """What safelight[daemon] brings and the plain client lacks."""
@@ -42,7 +27,7 @@ def up(ctx: click.Context) -> None:
     For machines without systemd, and for trying things out. Jobs that have not ended when it stops go on when it
     starts again. Needs safelight[daemon].
     """
-    _become_daemon(ctx, "up", "up")
+    become_daemon(ctx, "up", "up")
 
 
 @click.command(context_settings=PASS_ON)
@@ -55,10 +40,10 @@ def demo(ctx: click.Context, to: str | None) -> None:
     nothing installed but safelight[daemon]. The tiny models draw noise: it shows the way of a job, not what the
     real models draw.
     """
-    _become_daemon(ctx, "demo", "demo", *(["--to", to] if to else []))
+    become_daemon(ctx, "demo", "demo", *(["--to", to] if to else []))
 
 
-def _become_daemon(ctx: click.Context, command: str, *words: str, settings: Path | None = None) -> NoReturn:
+def become_daemon(ctx: click.Context, command: str, *words: str, settings: Path | None = None) -> NoReturn:
     """Replace this process by the `safelightd` of the same installation; `command` is what the person called."""
     from safelight.errors import BadConfig
 
@@ -133,192 +118,7 @@ def concat(ctx: click.Context, batch: str, target: Path | None, day: str | None,
         click.echo(f"{job} {state}: left out.", err=True)
     file = (target or Path(f"{batch}.mp4")).expanduser().absolute()
     words = [*(["--force"] if force else []), "--", str(file), *map(str, found.files)]
-    _become_daemon(ctx, "concat", "concat", *words)
-
-
-@click.group()
-def models() -> None:
-    """The models that jobs may name."""
-
-
-@models.command("list")
-@click.option("--json", "as_json", is_flag=True, help="An array of objects.")
-@pass_client
-def list_models(client: Client, *, as_json: bool) -> None:
-    """Show the models: what each makes, its licence, its size in bf16, and whether it is there.
-
-    Models of your own go into the settings file as [models.KEY]. Marked * is what a job gets that names no model.
-    HERE tells one that is whole from one that is being pulled, or was until something stopped it, and from one whose
-    folder lacks files. PREPARED is what `safelight models prepare` has stored; one made of other weights than are
-    there now is not used.
-    """
-    from safelight import display
-    from safelight.models import folder, is_there
-
-    defaults = client.config.settings.defaults
-    default_keys = (defaults.image_model, defaults.video_model)
-    stored = _prepared(client)
-    rows = [
-        {
-            "key": facts.key,
-            "kind": facts.kind,
-            "default": facts.key in default_keys,
-            "licence": facts.licence,
-            "bf16_bytes": 2 * sum(facts.components.values()),
-            "present": is_there(facts, client.config.paths.models),
-            "here": _here(client, facts),
-            "tiny": facts.tiny,
-            "folder": str(folder(facts, client.config.paths.models)),
-            "repository": facts.repository,
-            "prepared": stored.get(facts.key, []),
-        }
-        for facts in client.models.values()
-    ]
-    if as_json:
-        click.echo(json.dumps(rows, ensure_ascii=False, indent=2))
-        return
-    cells = [
-        [
-            f"{row['key']}{' *' if row['default'] else ''}",
-            str(row["kind"]),
-            "tiny" if row["tiny"] else display.gib(float(str(row["bf16_bytes"]))),
-            str(row["here"]),
-            _shown(stored.get(str(row["key"]), [])),
-            str(row["licence"]),
-            str(row["folder"]),
-        ]
-        for row in rows
-    ]
-    display.columns(["MODEL", "KIND", "BF16", "HERE", "PREPARED", "LICENCE", "FOLDER"], cells)
-
-
-def _here(client: Client, facts: ModelFacts) -> str:
-    """Return how much of a model is there, in words."""
-    from safelight import display, models, pulled
-
-    if facts.tiny:
-        return "built on first use"
-    place = models.folder(facts, client.config.paths.models)
-    if models.is_there(facts, client.config.paths.models):
-        return "incomplete" if models.missing_files(facts, place) or pulled.mismatch(place) else "present"
-    if (arrived := pulled.arrived(place)) is None:
-        return "missing"
-    return f"{display.gib(arrived.size_bytes)} of {display.gib(arrived.of_bytes)} pulled"
-
-
-def _prepared(client: Client) -> dict[str, list[dict[str, object]]]:
-    """Return what is prepared, by model: {precision, component, bytes, current}."""
-    from safelight import prepared
-
-    found: dict[str, list[dict[str, object]]] = {}
-    for manifest, current in prepared.manifests(client.config.paths.models, client.models):
-        row = {
-            "precision": manifest.precision,
-            "component": manifest.component,
-            "bytes": manifest.size_bytes,
-            "current": current,
-        }
-        found.setdefault(manifest.key, []).append(row)
-    return found
-
-
-def _shown(stored: list[dict[str, object]]) -> str:
-    words = (
-        f"{row['precision']} {row['component']}{'' if row['current'] else ' (of other weights)'}" for row in stored
-    )
-    return ", ".join(words) or "-"
-
-
-@models.command()
-@click.argument("key")
-@click.option("--precision", required=True, type=click.Choice(PRECISIONS), help="How the weights are held.")
-@click.option(
-    "--component", "components", metavar="NAME", multiple=True, help="Which component; may be given several times."
-)
-@click.option("--force", is_flag=True, help="Make anew what is ready.")
-@click.pass_context
-def prepare(ctx: click.Context, key: str, *, precision: str, components: tuple[str, ...], force: bool) -> None:
-    """Store a model's weights in the precision they run in.
-
-    Jobs then load fewer bytes and quantise nothing. Without --component: the transformers; in bf16 every large
-    component that is not published in it. Runs on the GPU where [worker] device is cuda, needs little RAM, and may be
-    interrupted: what is not whole is never used, and the next run removes it. Prints KEY/PRECISION/COMPONENT of each
-    that is ready. Needs safelight[daemon].
-
-    \b
-        safelight models prepare flux-dev --precision fp8-dynamic
-        safelight models prepare flux-dev --precision nf4 --component text_encoder_2
-    """
-    client = ctx.find_object(Client)
-    assert client is not None
-    config = client.config  # the daemon's that this client would reach, which may be the system's
-    words = [key, "--precision", precision, "--models", str(config.paths.models)]
-    words += [word for name in components for word in ("--component", name)] + ["--force"] * force
-    _become_daemon(ctx, "models prepare", "prepare", *words, settings=config.source if config.source.exists() else None)
-
-
-@models.command()
-@click.argument("key")
-@click.option("--yes", is_flag=True, help="Do not ask.")
-@click.option("--force", is_flag=True, help="Read what is there, and fetch again what is damaged or has changed.")
-@click.pass_context
-def pull(ctx: click.Context, key: str, *, yes: bool, force: bool) -> None:
-    """Fetch a model from the hub.
-
-    Only the files that jobs load: safetensors, settings and vocabularies, never a pickle, nothing twice. Says the
-    size, the licence and the free disk, then asks; without a terminal to ask at it needs --yes. May be interrupted:
-    run it again and it goes on where it was. The model appears when every byte of it was read back and has the digest
-    that the hub lists, and not before. [models.KEY] revision pins a commit. For a gated model put your token into
-    HF_TOKEN, or where `hf auth login` puts it. HF_ENDPOINT names another hub. With --force a damaged model is away
-    until it is mended. Prints the folder. Needs safelight[daemon].
-
-    \b
-        safelight models pull flux-schnell
-        safelight models pull wan-ti2v-5b --yes
-    """
-    client = ctx.find_object(Client)
-    assert client is not None
-    config = client.config  # the daemon's that this client would reach, which may be the system's
-    words = ["--models", str(config.paths.models), *["--yes"] * yes, *["--force"] * force, "--", key]
-    _become_daemon(ctx, "models pull", "pull", *words, settings=config.source if config.source.exists() else None)
-
-
-@models.command()
-@click.argument("key", required=False)
-@pass_client
-@click.pass_context
-def verify(ctx: click.Context, client: Client, key: str | None) -> None:
-    """Read what was pulled or prepared and compare it with its digests.
-
-    All models, or one. Exit code 1 when a file is damaged; the line says which, and what to do.
-    """
-    from safelight import prepared, pulled
-    from safelight.errors import Fault, InvalidJob
-
-    if key is not None and key not in client.models:
-        known = f"Known: {', '.join(client.models.near(key))} (safelight models list)."
-        raise InvalidJob([Fault(key, "is not a model", known)])
-    found = faults = 0
-    for facts, folder in pulled.folders(client.config.paths.models, client.models):
-        if key in (None, facts.key):
-            found += 1
-            faults += _told(pulled.damage(facts.key, folder), f"{facts.key} is as it was pulled")
-    for folder in prepared.folders(client.config.paths.models):
-        if key in (None, folder.parts[-3]):
-            found += 1
-            faults += _told(prepared.damage(folder), f"{'/'.join(folder.parts[-3:])} is as it was written")
-    if not found:
-        click.echo(f"nothing{f' of {key}' if key else ''} is pulled or prepared", err=True)
-    ctx.exit(1 if faults else 0)
-
-
-def _told(wrong: list[str], well: str) -> int:
-    """Say what is wrong with a folder, or that nothing is; return how many lines were wrong."""
-    from safelight import display
-
-    for line in wrong or [well]:
-        click.echo(display.line(line))
-    return len(wrong)
+    become_daemon(ctx, "concat", "concat", *words)
 
 
 @click.group()

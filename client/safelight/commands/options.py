@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -28,8 +28,24 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("--fps",), "N", "Frames a second of a clip."),
     (("--interpolate",), "N", "2 or 4 times the frames a second: ffmpeg makes those between the model's."),
     (("--shift", "--flow-shift"), "SHIFT", "Flow shift of Wan's scheduler."),
-    (("--image",), "FILE", "The picture to animate. It is copied now: move it as you like."),
+    (("--image",), "FILE", "The picture to animate, or to start from. It is copied now: move it as you like."),
+    (
+        ("--strength",),
+        "0 TO 1",
+        "How far a picture of FLUX may leave the one it starts from; 0.6 where none is written.",
+    ),
     (("--last-image",), "FILE", "The picture to end with."),
+    (
+        ("--controlnet",),
+        "MODEL:IMAGE[:SCALE[:START[:END]]]",
+        "A ControlNet of the model, the picture that leads it, how much, and between which shares of the steps.",
+    ),
+    (
+        ("--lora", "--loras"),
+        "NAME[:SCALE]",
+        "A LoRA of the folder loras of the models, or a .safetensors file (repeatable). For one of Wan A14B's two "
+        "experts NAME:SCALE:high or :low. In a prompt <lora:NAME:SCALE>.",
+    ),
     (("--seed",), "N[,N...]", "One job a seed. Left out, or -1: a random one, which is written down."),
     (("-n", "--count"), "N", "How many of each prompt, their seeds counting up. A count, not the negative prompt."),
     (("--expand",), "HOW", "random: draw one text of {a|b} and __wildcards__ a job. all: a job of every text."),
@@ -46,6 +62,7 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("--vae-tiling",), "HOW", "auto, on or off."),
     (("--text-encoder-precision",), "HOW", "As --precision, of the large text encoder."),
     (("--text-encoder-device",), "HOW", "auto, gpu or cpu."),
+    (("--cache",), "HOW", "first-block:threshold=0.08 or taylorseer:cache_interval=3: faster, and another result."),
     (("--format", "--output-format"), "KIND", "png, jpg or webp; of clips mp4, gif, webp, or png: a folder of frames."),
     (("--priority",), "CLASS", "high, normal, low or night (only inside the window of [policy])."),
     (("--not-before",), "WHEN", "Such as 2026-11-23T06:00, your local time."),
@@ -69,6 +86,7 @@ _ALIASES = {
     "init-image": "image",
     "end-img": "last-image",
     "end-image": "last-image",
+    "lora": "loras",
     "format": "output-format",
     "n-iter": "count",
     "batch-count": "count",
@@ -89,8 +107,16 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add every option that describes a job; the command gets them as keywords, under the names of data."""
     for names, metavar, help_text in reversed(_OPTIONS):
         parameter = names[-1].removeprefix("--").replace("-", "_")
-        command = click.option(*names, parameter, metavar=metavar, help=help_text)(command)
+        repeated = parameter == "loras"
+        command = click.option(
+            *names, parameter, metavar=metavar, help=help_text, multiple=repeated, callback=_none_for_nothing
+        )(command)
     return command
+
+
+def _none_for_nothing(_context: click.Context, _parameter: click.Parameter, value: object) -> object:
+    """What was not given is None, also of an option that may be repeated."""
+    return None if value == () else value
 
 
 SWEEP = click.option(
@@ -102,7 +128,9 @@ SWEEP = click.option(
 )
 
 
-def drafts_of(prompts: tuple[str, ...], written: dict[str, str | None], sweeps: tuple[str, ...]) -> list[Draft]:
+def drafts_of(
+    prompts: tuple[str, ...], written: Mapping[str, str | tuple[str, ...] | None], sweeps: tuple[str, ...]
+) -> list[Draft]:
     """Return a draft a prompt, each with the same options.
 
     Raises:
@@ -111,7 +139,12 @@ def drafts_of(prompts: tuple[str, ...], written: dict[str, str | None], sweeps: 
     from safelight.draft import parse_options
     from safelight.errors import Fault, InvalidJob
 
-    options = [f"--{name}={value}" for name, value in written.items() if value is not None]
+    options = [
+        f"--{name}={value}"
+        for name, values in written.items()
+        for value in (values if isinstance(values, tuple) else (values,))
+        if value is not None
+    ]
     options += [f"--sweep={text}" for text in sweeps]
     drafts = []
     faults: dict[Fault, None] = {}

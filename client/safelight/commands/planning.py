@@ -48,7 +48,8 @@ class Ground:
 @click.pass_context
 def plan(
     ctx: click.Context, client: Client, /, targets: tuple[str, ...], prompts: tuple[str, ...], sweeps: tuple[str, ...],
-    vram: float | None, ram: float | None, capability: str | None, *, as_json: bool, **written: str | None,
+    vram: float | None, ram: float | None, capability: str | None, *, as_json: bool,
+    **written: str | tuple[str, ...] | None,
 ) -> None:  # fmt: skip
     """Say what jobs would take, and whether they fit.
 
@@ -72,8 +73,8 @@ def plan(
 
 
 def _specs(
-    client: Client, targets: tuple[str, ...], prompts: tuple[str, ...], written: dict[str, str | None],
-    sweeps: tuple[str, ...],
+    client: Client, targets: tuple[str, ...], prompts: tuple[str, ...],
+    written: dict[str, str | tuple[str, ...] | None], sweeps: tuple[str, ...],
 ) -> list[JobSpec]:  # fmt: skip
     from safelight.commands.adding import Source, expand_all, sources_of_files
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from safelight.embedded import Embedded
     from safelight.errors import Fault
     from safelight.jobspec import JobSpec
+    from safelight.lora import Lora
     from safelight.plan import Plan
     from safelight.receipt import Receipt
 
@@ -158,6 +159,9 @@ def prune(client: Client, *, dry_run: bool) -> None:
 @click.option(
     "-n", "--count", type=click.IntRange(min=1), metavar="N", default=1, help="How many, their seeds counting up."
 )
+@click.option(
+    "--strength", type=float, metavar="0 TO 1", help="Start from the picture itself, and leave it as far as that."
+)
 @click.option("--batch", metavar="NAME", help="Another batch than the file's.")
 @click.option("--priority", metavar="CLASS", help="high, normal, low or night; else the file's.")
 @click.option("--replan", is_flag=True, help="Let the planner choose anew instead of running as the file's plan says.")
@@ -165,17 +169,19 @@ def prune(client: Client, *, dry_run: bool) -> None:
 @JSON
 @pass_client
 def rerun(
-    client: Client, files: tuple[Path, ...], seed: str | None, count: int, batch: str | None, priority: str | None,
-    *, replan: bool, dry_run: bool, as_json: bool,
+    client: Client, files: tuple[Path, ...], seed: str | None, count: int, strength: float | None, batch: str | None,
+    priority: str | None, *, replan: bool, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Queue again what made a file.
 
     \b
         safelight rerun 0001_a-red-fox_s7.png
         safelight rerun 0001_a-red-fox_s7.png --seed +1 -n 4
+        safelight rerun 0001_a-red-fox_s7.png --strength 0.5 --seed +1
 
     FILE is a picture, a clip or the record (.json) beside it. The same job gets a new id; run as its plan says, the
-    same machine makes the same file. Prints one job id a line on stdout.
+    same machine makes the same file. With --strength the picture is what the new job starts from: a variation of it.
+    Prints one job id a line on stdout.
     """
     from safelight import embedded
     from safelight.errors import InvalidJob
@@ -187,7 +193,10 @@ def rerun(
     for file in files:
         try:
             inside = embedded.read(file.expanduser())
-            specs = _again(client, file, inside, seed, count, {"batch": batch, "priority": priority}, replan=replan)
+            changes: dict[str, object] = {"batch": batch, "priority": priority, "strength": strength}
+            if strength is not None:
+                changes["image"] = _kept_picture(client, file.expanduser(), inside, dry_run=dry_run)
+            specs = _again(client, file, inside, seed, count, changes, replan=replan)
             submissions[specs[0].id.rsplit("-", 1)[0]] = specs
         except InvalidJob as error:
             faults += error.faults
@@ -197,7 +206,7 @@ def rerun(
 
 
 def _again(
-    client: Client, file: Path, inside: Embedded, seed: str | None, count: int, changes: dict[str, str | None],
+    client: Client, file: Path, inside: Embedded, seed: str | None, count: int, changes: dict[str, object],
     *, replan: bool,
 ) -> list[JobSpec]:  # fmt: skip
     """Return the jobs that a file asks for; it may come from anywhere, so that it is checked like a prompt file.
@@ -215,7 +224,7 @@ def _again(
     specs = []
     for index in range(1, count + 1):
         written = {**_written(client, inside.spec, plan), **given, "seed": first + index - 1}
-        checked = _checked(client, file, written)
+        checked = _checked(client, file, written, here=changes.get("image"))
         axes = {**inside.spec.axes, "seed": checked.seed} if "seed" in inside.spec.axes else inside.spec.axes
         own = {
             "id": ledger.job_id(submission, index),
@@ -226,6 +235,24 @@ def _again(
         }
         specs.append(checked.model_copy(update=own))
     return specs
+
+
+def _kept_picture(client: Client, file: Path, inside: Embedded, *, dry_run: bool) -> str:
+    """Return the digest of the picture that a variation starts from, kept among the inputs unless nothing is queued.
+
+    Raises:
+        InvalidJob: it is no picture, or a damaged one.
+    """
+    from tempfile import TemporaryDirectory
+
+    from safelight import inputs
+    from safelight.errors import Fault, InvalidJob
+
+    if inside.spec.kind != "image" or file.suffix.lower() == ".json":
+        problem = "a variation starts from a picture, and this is none"
+        raise InvalidJob([Fault(str(file), problem, "Name a picture that FLUX made, or leave --strength out.")])
+    with TemporaryDirectory() as nowhere:
+        return inputs.store(file.resolve(), Path(nowhere) if dry_run else client.config.paths.inputs)
 
 
 def _first_seed(was: int, written: str | None) -> int:
@@ -241,6 +268,7 @@ def _written(client: Client, spec: JobSpec, plan: Plan | None) -> dict[str, Any]
     known = client.models[spec.model].defaults.model_dump() if spec.model in client.models else {}
     values = {name: getattr(spec, name) for name in FIELDS}
     written = {name: value for name, value in values.items() if value is not None and known.get(name) != value}
+    written = {name: value for name, value in written.items() if value != ()}
     written.pop("not_before", None)
     return {**written, **{name: how for name, how in _as_planned(plan).items() if written.get(name) == "auto"}}
 
@@ -259,7 +287,12 @@ def _as_planned(plan: Plan | None) -> dict[str, str]:
     }
 
 
-def _checked(client: Client, file: Path, written: dict[str, Any]) -> JobSpec:
+def _checked(client: Client, file: Path, written: dict[str, Any], here: object) -> JobSpec:
+    """Return the job that is asked for. `here` is the digest of a picture that was just seen.
+
+    Raises:
+        InvalidJob: a value is not legal, or a file of its inputs is gone.
+    """
     from safelight import jobspec
     from safelight.errors import Fault, InvalidJob
 
@@ -271,9 +304,38 @@ def _checked(client: Client, file: Path, written: dict[str, Any]) -> JobSpec:
         raise InvalidJob(found)
     gone = [
         Fault(str(file), f"its {name} is not in {client.config.paths.inputs}", "Submit it anew, with the picture.")
-        for name, digest in (("image", found.image), ("last_image", found.last_image))
-        if digest is not None and not (_DIGEST.fullmatch(digest) and (client.config.paths.inputs / digest).is_file())
+        for name, digest in (
+            ("image", found.image),
+            ("last_image", found.last_image),
+            ("controlnet image", found.controlnet.image if found.controlnet else None),
+        )
+        if digest is not None
+        and digest != here
+        and not (_DIGEST.fullmatch(digest) and (client.config.paths.inputs / digest).is_file())
     ]
+    loras = []
+    for lora in found.loras:
+        try:
+            loras.append(_still_there(client, lora))
+        except InvalidJob as error:
+            gone += [Fault(str(file), f"{fault.where}: {fault.problem}", fault.remedy) for fault in error.faults]
     if gone:
         raise InvalidJob(gone)
-    return found
+    return found.model_copy(update={"loras": tuple(loras)})
+
+
+def _still_there(client: Client, lora: Lora) -> Lora:
+    """Return a LoRA that is what it was when the file was made, or that nobody here can look at.
+
+    Raises:
+        InvalidJob: it is gone, or another file now.
+    """
+    from safelight import lorafiles
+
+    paths = client.config.paths
+    if not client.is_on_workers_host or not lorafiles.may_look(paths.models):
+        return lora
+    if not lora.sha256:
+        return lorafiles.find(lora, paths.models)
+    lorafiles.file_of(lora, paths.models, paths.inputs)
+    return lora

@@ -1,7 +1,8 @@
 """FLUX.1 schnell and dev: prompts to embeddings, embeddings to latents, latents to one picture.
 
 Components and their helpers are diffusers' own; the loop over transformer and scheduler is ours and gives the same
-bits as FluxPipeline. Knows no file, no queue, and nothing of where a picture goes.
+bits as FluxPipeline, FluxImg2ImgPipeline and FluxControlNetPipeline. Knows no file, no queue,
+and nothing of where a picture goes.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline, calculate_shift, retrieve_timesteps
+from diffusers.pipelines.flux.pipeline_flux_img2img import FluxImg2ImgPipeline
 from PIL.Image import Image
 
 from safelight.errors import SafelightError
 from safelight.jobspec import JobSpec
 from safelight.plan import Plan
+from safelightd.caching import caching
 from safelightd.checkpoint import NOWHERE, Checkpoint
 from safelightd.loading import Loader
 from safelightd.pipelines import (
     NOTHING_KNOWN,
     Frame,
     dtype_of,
+    flux_controlnet,
     frames_of,
     noise_source,
     refuse_broken,
@@ -33,6 +37,7 @@ from safelightd.pipelines import (
     stop_inside,
     values,
 )
+from safelightd.pipelines.flux_controlnet import tile
 from safelightd.preview import Values
 from safelightd.progress import Watch
 
@@ -104,19 +109,23 @@ def denoise(
     image: Image | None = None,
     last_image: Image | None = None,
     checkpoint: Checkpoint = NOWHERE,  # noqa: ARG001 - a picture takes less than what lies between two
+    control_image: Image | None = None,
 ) -> torch.Tensor:
-    """Return packed latents (1, (H/16)(W/16), 64) on the CPU; the transformer is gone when this returns."""
+    """Return packed latents (1, (H/16)(W/16), 64) on the CPU; transformer and ControlNet are gone when this returns."""
     refuse_other_images(spec, image=image, last_image=last_image)
-    device = torch.device(plan.device)
+    device, dtype = torch.device(plan.device), dtype_of(plan)
     scheduler = loader.scheduler()
-    latents: torch.Tensor
-    with loader.component("transformer", device) as transformer:
+    timesteps = _timesteps(scheduler, spec, device)
+    noise = noise_source(spec)
+    condition = flux_controlnet.condition(spec, plan, loader, watch, control_image, noise)
+    latents, image_ids = _start(spec, plan, loader, watch, scheduler, timesteps, image, noise)
+    skipped = spec.num_inference_steps - len(timesteps)
+    with (
+        flux_controlnet.leading(spec, loader, condition, device, watch) as lead,
+        loader.component("transformer", device) as transformer,
+        caching(transformer, spec.cache, dtype, watch.forwarded) as context,
+    ):
         stop_between_blocks(transformer, watch)
-        dtype = dtype_of(plan)
-        latents, image_ids = _pipeline(transformer=transformer).prepare_latents(
-            1, transformer.config.in_channels // 4, spec.height, spec.width, dtype, device, noise_source(spec)
-        )
-        timesteps = _timesteps(scheduler, spec.num_inference_steps, latents.shape[1], device)
         constant = {
             "guidance": _guidance(spec, transformer, device),
             "txt_ids": torch.zeros(embeddings.prompt_embeds.shape[1], 3, device=device, dtype=dtype),
@@ -127,11 +136,14 @@ def denoise(
         watch.loaded()
         for i, t in enumerate(timesteps):
             timestep = t.expand(1).to(dtype) / 1000
-            velocity = transformer(latents, timestep=timestep, **prompt, return_dict=False)[0]
+            led = lead(i, len(timesteps), latents, timestep, prompt)
+            with context(0):
+                velocity = transformer(latents, timestep=timestep, **prompt, **led, return_dict=False)[0]
             if is_guided(spec):
-                away = transformer(latents, timestep=timestep, **negative, **constant, return_dict=False)[0]
+                with context(1):
+                    away = transformer(latents, timestep=timestep, **negative, **constant, **led, return_dict=False)[0]
                 velocity = away + spec.true_cfg_scale * (velocity - away)
-            watch.show(functools.partial(_without_noise, spec, latents, velocity, scheduler.sigmas[i]))
+            watch.show(functools.partial(_without_noise, spec, latents, velocity, scheduler.sigmas[skipped + i]))
             latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
             watch.step(i + 1, len(timesteps))
     return latents.cpu()
@@ -155,13 +167,6 @@ def decode(spec: JobSpec, plan: Plan, loader: Loader, latents: torch.Tensor, wat
         pictures = vae.decode(scaled.to(plan.device), return_dict=False)[0]
         watch.step(1, 1)
         yield from frames_of(pictures)
-
-
-def tile(vae: Any, side: int) -> None:
-    """Make the VAE work in tiles of so many pixels; with diffusers' own, of 1024, nothing changes at 1024x1024."""
-    vae.enable_tiling()
-    vae.tile_sample_min_size = side
-    vae.tile_latent_min_size = side // 8
 
 
 def _pipeline(**components: Any) -> FluxPipeline:
@@ -203,9 +208,43 @@ def _guidance(spec: JobSpec, transformer: Any, device: torch.device) -> torch.Te
     return torch.full([1], spec.guidance_scale, device=device, dtype=torch.float32)
 
 
-def _timesteps(scheduler: Any, steps: int, tokens: int, device: torch.device) -> torch.Tensor:
-    """Set the scheduler to its start and return its timesteps, shifted by the picture's size where it does that."""
-    config = scheduler.config
+def _start(
+    spec: JobSpec, plan: Plan, loader: Loader, watch: Watch, scheduler: Any, timesteps: torch.Tensor,
+    image: Image | None, noise: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return packed latents to start from, and the places of their tokens: noise, or a picture with noise over it.
+
+    The VAE is gone when this returns.
+    """
+    device, dtype, channels = (
+        torch.device(plan.device),
+        dtype_of(plan),
+        loader.config("transformer")["in_channels"] // 4,
+    )
+    latents: torch.Tensor
+    if image is None:
+        latents, places = _pipeline().prepare_latents(1, channels, spec.height, spec.width, dtype, device, noise)
+        return latents, places
+    with loader.component("vae", device) as vae:
+        stop_inside(vae, watch)
+        if plan.vae_tiling:
+            tile(vae, plan.vae_tile_pixels)
+        names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")
+        pipe = FluxImg2ImgPipeline(scheduler=scheduler, vae=vae, **dict.fromkeys(names))
+        pixels = pipe.image_processor.preprocess(image, height=spec.height, width=spec.width)
+        latents, places = pipe.prepare_latents(
+            pixels, timesteps[:1], 1, channels, spec.height, spec.width, vae.dtype, device, noise
+        )
+    return latents.to(dtype), places.to(dtype)
+
+
+def _timesteps(scheduler: Any, spec: JobSpec, device: torch.device) -> torch.Tensor:
+    """Set the scheduler to its start and return its timesteps, shifted by the picture's size where it does that.
+
+    The first ones are left out where a picture is started from: as many as its strength spares.
+    """
+    config, steps = scheduler.config, spec.num_inference_steps
+    tokens = (spec.height // (2 * VAE_SCALE_FACTOR)) * (spec.width // (2 * VAE_SCALE_FACTOR))
     shift = calculate_shift(
         tokens,
         config.get("base_image_seq_len", 256),
@@ -215,6 +254,6 @@ def _timesteps(scheduler: Any, steps: int, tokens: int, device: torch.device) ->
     )
     sigmas = None if config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
     timesteps, _ = retrieve_timesteps(scheduler, steps, device, sigmas=sigmas, mu=shift)
-    scheduler.set_begin_index(0)
+    scheduler.set_begin_index(steps - spec.steps_run)
     assert isinstance(timesteps, torch.Tensor)
-    return timesteps
+    return timesteps[steps - spec.steps_run :]

@@ -21,6 +21,7 @@ from PIL.Image import Image
 from safelight.errors import SafelightError
 from safelight.jobspec import JobSpec
 from safelight.plan import Plan
+from safelightd.caching import Context, caching
 from safelightd.checkpoint import NOWHERE, Checkpoint, Saved
 from safelightd.loading import Loader
 from safelightd.pipelines import (
@@ -111,6 +112,7 @@ def denoise(
     image: Image | None = None,
     last_image: Image | None = None,
     checkpoint: Checkpoint = NOWHERE,
+    control_image: Image | None = None,  # noqa: ARG001 - no ControlNet of Wan is known here
 ) -> torch.Tensor:
     """Return latents (1, C, T, h, w), float32, on the CPU; every transformer is gone when this returns.
 
@@ -136,7 +138,11 @@ def denoise(
 
     try:
         for expert, steps in itertools.groupby(range(done, len(experts)), experts.__getitem__):
-            with loader.component(expert, device, None if start.mask is None else wan_modulation.share) as transformer:
+            by_frame = None if start.mask is None else wan_modulation.share
+            with (
+                loader.component(expert, device, by_frame) as transformer,
+                caching(transformer, spec.cache, dtype_of(plan), watch.forwarded) as context,
+            ):
                 stop_between_blocks(transformer, watch)
                 prompts = _prompts(embeddings, device, dtype_of(plan))
                 guidance_scale = _guidance_scale(spec, expert)
@@ -144,7 +150,7 @@ def denoise(
                 for i in steps:
                     t = scheduler.timesteps[i]
                     seen = _seen(latents, start).to(dtype_of(plan))
-                    velocity = _velocity(transformer, seen, _timestep(t, start), prompts, guidance_scale)
+                    velocity = _velocity(transformer, seen, _timestep(t, start), prompts, guidance_scale, context)
                     clean = functools.partial(_without_noise, latents, velocity, scheduler.sigmas[i], _shown(start))
                     watch.show(clean)
                     latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
@@ -277,10 +283,15 @@ def _prompts(embeddings: Embeddings, device: torch.device, dtype: torch.dtype) -
 
 
 def _velocity(
-    transformer: Any, seen: torch.Tensor, timestep: torch.Tensor, prompts: list[torch.Tensor], guidance_scale: float
-) -> torch.Tensor:
+    transformer: Any, seen: torch.Tensor, timestep: torch.Tensor, prompts: list[torch.Tensor], guidance_scale: float,
+    context: Context,
+) -> torch.Tensor:  # fmt: skip
     """Return what the transformer predicts, guided away from the negative prompt where there is one."""
-    wanted, *unwanted = [transformer(seen, timestep, prompt, return_dict=False)[0] for prompt in prompts]
+    made = []
+    for i, prompt in enumerate(prompts):
+        with context(i):
+            made.append(transformer(seen, timestep, prompt, return_dict=False)[0])
+    wanted, *unwanted = made
     guided: torch.Tensor = unwanted[0] + guidance_scale * (wanted - unwanted[0]) if unwanted else wanted
     return guided
 

@@ -11,6 +11,7 @@ import errno
 import os
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +35,36 @@ def build(key: str, folder: Path) -> None:
         NotATinyModel: no tiny model has this key, or `folder` holds something else.
         DamagedDemoModel: a file of a demo model is not the one that was shipped.
     """
-    if is_built(folder):
-        if key in demo_models.KEYS:
-            demo_models.check(key, folder)
+    if key in demo_models.KEYS:
+        _build(folder, "model_index.json", lambda unfinished: demo_models.copy(key, unfinished))
+        demo_models.check(key, folder)
+    else:
+        _build(folder, "model_index.json", lambda unfinished: _save(_pipeline(key), unfinished))
+
+
+def build_controlnet(folder: Path) -> None:
+    """Put the tiny ControlNet of the tiny dev at `folder`, as `build` does.
+
+    Raises:
+        NotATinyModel: `folder` holds something else.
+    """
+    _build(folder, "config.json", lambda unfinished: _save(_controlnet(), unfinished))
+
+
+def _save(model: Any, folder: Path) -> None:
+    model.save_pretrained(folder, safe_serialization=True)
+
+
+def _build(folder: Path, index: str, fill: Callable[[Path], None]) -> None:
+    if (folder / index).is_file():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     unfinished.mkdir()
     try:
-        if key in demo_models.KEYS:
-            demo_models.copy(key, unfinished)
-            demo_models.check(key, unfinished)
-        else:
-            _pipeline(key).save_pretrained(unfinished, safe_serialization=True)
+        fill(unfinished)
         durable.sync_filesystem(unfinished)
-        _put_in_place(unfinished, folder)
+        _put_in_place(unfinished, folder, index)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     durable.sync_folder(folder.parent)
@@ -59,16 +75,25 @@ def is_built(folder: Path) -> bool:
     return (folder / "model_index.json").is_file()
 
 
-def _put_in_place(unfinished: Path, folder: Path) -> None:
+def _put_in_place(unfinished: Path, folder: Path, index: str) -> None:
     try:
         unfinished.rename(folder)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
-        if not is_built(folder):
+        if not (folder / index).is_file():
             raise NotATinyModel(
                 f"{folder}: something that is no model is in the way of a tiny one. Move it away."
             ) from error
+
+
+def _controlnet() -> Any:
+    import torch
+
+    from safelightd.tiny import flux
+
+    with torch.random.fork_rng(devices=[]):
+        return flux.controlnet()
 
 
 def _pipeline(key: str) -> Any:

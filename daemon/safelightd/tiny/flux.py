@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -53,6 +54,22 @@ def _transformer(*, guidance_embeds: bool) -> FluxTransformer2DModel:
         guidance_embeds=guidance_embeds,
         axes_dims_rope=(8, 12, 12),
     )
+
+
+def controlnet() -> FluxControlNetModel:
+    """Return a ControlNet for the tiny dev; all its layers say something, where a new one's last are zero."""
+    net = FluxControlNetModel(
+        in_channels=WIDTH,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
+    )
+    return fill(net, "tiny/controlnet")
 
 
 def _clip() -> CLIPTextModel:

@@ -1,7 +1,7 @@
 """Scenes of one or two shapes, and the captions that ask for them: random, in batches, as whole numbers.
 
-A caption is a row of word numbers; each word is one token of both tokenizers (bench/shapes/tokens.py), so that a batch
-is tokenized by looking words up. Knows no pixel.
+A caption is a row of word numbers; each word is one token of both tokenizers (bench/drawings/tokens.py), so that a
+batch is tokenized by looking words up. Knows no pixel.
 """
 
 from __future__ import annotations

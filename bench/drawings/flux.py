@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from bench.shapes.tokens import CLIP_TOKENS_MAX, clip_tokenizer, rounded_up, t5_tokenizer
+from bench.drawings.tokens import CLIP_TOKENS_MAX, clip_tokenizer, rounded_up, t5_tokenizer
 
 WIDTH = 128
 LATENT_SIDE = 16

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from bench.shapes.fitting import Batch, Fit
-from bench.shapes.training import Training
-from bench.shapes.world import CELLS, COLOURS, DIRECTIONS, MOTIONS, NUMBER, SHAPE_COLOURS, SHAPES, SIZES, Scenes
+from bench.drawings.fitting import Batch, Fit
+from bench.drawings.training import Training
+from bench.drawings.world import CELLS, COLOURS, DIRECTIONS, MOTIONS, NUMBER, SHAPE_COLOURS, SHAPES, SIZES, Scenes
 
 QUESTIONS = {
     "colour": SHAPE_COLOURS,

@@ -1,6 +1,6 @@
 """Reads scenes back out of pictures and clips: colours, shapes, sizes, places, motions. Numpy alone; it learns nothing.
 
-On true drawings it reads everything right (tests/bench/test_shapes.py). What is not a clear shape of one colour, as
+On true drawings it reads everything right (tests/integration/test_drawings.py). What is not a clear shape of one colour, as
 large as a shape can be, is "no shape", so that noise does not pass for one.
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.shapes.drawing import CLIP_HALF_SIZES, ONE_HALF_SIZES, SIDE, STAR_INNER, TWO_HALF_SIZES
-from bench.shapes.world import CELLS, COLOURS, DIRECTIONS, MOTIONS, SHAPES, STILL, Scene
+from bench.drawings.drawing import CLIP_HALF_SIZES, ONE_HALF_SIZES, SIDE, STAR_INNER, TWO_HALF_SIZES
+from bench.drawings.world import CELLS, COLOURS, DIRECTIONS, MOTIONS, SHAPES, STILL, Scene
 
 Picture = NDArray[np.uint8]
 """(SIDE, SIDE, 3)."""
@@ -178,7 +178,7 @@ _SUNK = (0.0, 0.0, 1 / 3, _OUTER * (1 - math.cos(_TENTH)) / 2)
 
 
 def _drawn(thing: Thing, window: tuple[slice, slice]) -> Mask:
-    """Return a part of the picture: the shape as bench/shapes/drawing.py draws it, without soft edges."""
+    """Return a part of the picture: the shape as bench/drawings/drawing.py draws it, without soft edges."""
     grid = np.arange(SIDE) + 0.5 - SIDE / 2
     across = (grid[None, window[1]] - thing.x) / thing.half_size
     down = (grid[window[0], None] - thing.y) / thing.half_size

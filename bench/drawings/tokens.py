@@ -1,17 +1,18 @@
-"""Tokenizers for the words of bench/shapes/world.py: one token a word in CLIP's, and in T5's."""
+"""Tokenizers for the words of bench/drawings/world.py: one token a word in CLIP's, and in T5's."""
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
+from tokenizers import normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import CLIPTokenizer, T5TokenizerFast
 
-from bench.shapes.world import CAPTION_WORDS, MARKS, PIECES, WORDS, packed
+from bench.drawings.world import CAPTION_WORDS, MARKS, PIECES, WORDS, packed
 
 CLIP_TOKENS_MAX = 77
 T5_TOKENS = 32
@@ -23,15 +24,9 @@ MULTIPLE = 64
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """Return a byte-pair tokenizer whose merges were learned until every word is one token."""
+    """Return a byte-pair tokenizer whose merges make every word one token."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = BpeTrainer(
-        vocab_size=10_000, min_frequency=1, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
-    )
-    learner.train_from_iterator([" ".join(WORDS)] * 2, trainer)
-    merges = _merges(learner)
+    merges = _merges(WORDS)
     pieces = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges)]
     vocab = {piece: place for place, piece in enumerate(dict.fromkeys(pieces))}
     for special in ("<|startoftext|>", "<|endoftext|>"):
@@ -39,10 +34,28 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_TOKENS_MAX)
 
 
-def _merges(learner: Tokenizer) -> list[tuple[str, str]]:
-    import json
+def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the pairs to join, the most frequent first (Sennrich et al. 2016), until each word is whole.
 
-    return [(first, second) for first, second in json.loads(learner.to_str())["model"]["merges"]]
+    Of pairs that are as frequent the first in the alphabet: the trainer of `tokenizers` takes any of them.
+    """
+    split = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
+    merges: list[tuple[str, str]] = []
+    while pairs := Counter(pair for parts in split for pair in itertools.pairwise(parts)):
+        most = max(pairs.values())
+        merges.append(min(pair for pair, count in pairs.items() if count == most))
+        split = [_joined(parts, merges[-1]) for parts in split]
+    return merges
+
+
+def _joined(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    joined: list[str] = []
+    for part in parts:
+        if joined and (joined[-1], part) == pair:
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return joined
 
 
 def t5_tokenizer() -> T5TokenizerFast:
@@ -72,9 +85,9 @@ class TokenTables:
     clip_end: int
 
     @classmethod
-    def of(cls, device: str, clip: CLIPTokenizer | None = None) -> TokenTables:
+    def of(cls, device: str) -> TokenTables:
         """Return the tables, read off the tokenizers themselves."""
-        clip, t5 = clip or clip_tokenizer(), t5_tokenizer()
+        clip, t5 = clip_tokenizer(), t5_tokenizer()
         t5_row, clip_row = [0], [0]
         for piece in PIECES[1:]:
             # A mark has no space before it: it is read after a word.

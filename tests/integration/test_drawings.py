@@ -6,11 +6,11 @@ import re
 
 import numpy as np
 import torch
-from bench.shapes import analyser
-from bench.shapes.drawing import clips, pictures, placed
-from bench.shapes.tokens import TokenTables, clip_tokenizer, t5_tokenizer
-from bench.shapes.training import accuracy, as_bytes, clip_verdict, verdict
-from bench.shapes.world import COLOURS, SHAPES, World, held_out, texts
+from bench.drawings import analyser
+from bench.drawings.drawing import clips, pictures, placed
+from bench.drawings.tokens import TokenTables, clip_tokenizer, t5_tokenizer
+from bench.drawings.training import accuracy, as_bytes, clip_verdict, verdict
+from bench.drawings.world import COLOURS, SHAPES, World, held_out, texts
 
 from safelight import models
 

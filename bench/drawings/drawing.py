@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.shapes.world import CELLS, COLOURS, DIRECTIONS, Scenes
+from bench.drawings.world import CELLS, COLOURS, DIRECTIONS, Scenes
 
 SIDE = 128
 """Pixels of a picture's side; every length below is of that grid."""

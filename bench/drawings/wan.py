@@ -15,7 +15,7 @@ from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepSchedu
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from bench.shapes.tokens import rounded_up, t5_tokenizer
+from bench.drawings.tokens import rounded_up, t5_tokenizer
 
 WIDTH = 128
 LATENT_CHANNELS = 48

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.shapes import analyser
-from bench.shapes.fitting import Fit, save_state, saved_state, told, write_json
-from bench.shapes.tokens import TokenTables
-from bench.shapes.world import Scene, Scenes, World
+from bench.drawings import analyser
+from bench.drawings.fitting import Fit, save_state, saved_state, told, write_json
+from bench.drawings.tokens import TokenTables
+from bench.drawings.world import Scene, Scenes, World
 
 UNPROMPTED = 0.1
 """Share of captions that are left out, so that guidance has something to guide away from."""

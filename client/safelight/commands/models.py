@@ -1,0 +1,380 @@
+"""`models`: what there is, fetching it, registering what is on disk already, preparing, checking, forgetting."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from safelight.commands.client import Client, pass_client
+from safelight.commands.machine import become_daemon
+
+if TYPE_CHECKING:
+    from safelight.errors import SafelightError
+    from safelight.inventory import Standing
+    from safelight.models import ModelFacts
+    from safelight.registered import Registration
+
+PRECISIONS = (
+    "bf16",
+    "fp8-dynamic",
+    "fp8-weight-only",
+    "fp8-quanto",
+    "int8-dynamic",
+    "int8-weight-only",
+    "int8-bnb",
+    "nf4",
+)
+"""safelight.prepared.PRECISIONS, which is not imported for a command that only shows its help."""
+
+
+@click.group()
+def models() -> None:
+    """The models that jobs may name."""
+
+
+@models.command("list")
+@click.option("--json", "as_json", is_flag=True, help="An array of objects.")
+@pass_client
+def list_models(client: Client, *, as_json: bool) -> None:
+    """Show the models: what each serves, how it is stored, whether it is there, and what it lacks.
+
+    Models of your own are registered (`safelight models add`), or go into the settings file as [models.KEY]. Marked *
+    is what a job gets that names no model. STORED is what most of its transformer is held as on disk, and how large all
+    of it is; BF16 its size in memory unless it is held in less. HERE tells one that is whole from one that is being
+    pulled, or was until something stopped it, from one that lacks files, and from one whose disk has gone. PREPARED is
+    what `safelight models prepare` has stored; one made of other weights than are there now is not used.
+    """
+    from safelight import display, inventory
+    from safelight.models import folder
+
+    defaults = client.config.settings.defaults
+    default_keys = (defaults.image_model, defaults.video_model)
+    stored = _prepared(client)
+    standings = {facts.key: inventory.standing(facts, client.config.paths.models) for facts in client.models.values()}
+    rows = [
+        {
+            "key": facts.key,
+            "kind": facts.kind,
+            "serves": inventory.serves(facts),
+            "default": facts.key in default_keys,
+            "licence": facts.licence,
+            "bf16_bytes": 2 * sum(facts.components.values()),
+            "present": (at := standings[facts.key]).state in ("present", "built on first use"),
+            "here": at.state,
+            "missing": at.missing,
+            "stored": at.precision,
+            "stored_bytes": at.size_bytes,
+            "registered": at.registered,
+            "tiny": facts.tiny,
+            "folder": str(folder(facts, client.config.paths.models)),
+            "component_paths": facts.component_paths,
+            "repository": facts.repository,
+            "prepared": stored.get(facts.key, []),
+        }
+        for facts in client.models.values()
+    ]
+    for fault in client.models.faults:
+        click.echo(fault, err=True)
+    if as_json:
+        click.echo(json.dumps(rows, ensure_ascii=False, indent=2))
+        return
+    cells = [
+        [
+            f"{facts.key}{' *' if facts.key in default_keys else ''}",
+            ", ".join(inventory.serves(facts)),
+            _stored(standings[facts.key]),
+            "tiny" if facts.tiny else display.gib(2 * sum(facts.components.values())),
+            _here(standings[facts.key], facts),
+            _shown(stored.get(facts.key, [])),
+            facts.licence,
+            ", ".join([str(folder(facts, client.config.paths.models)), *facts.component_paths.values()]),
+        ]
+        for facts in client.models.values()
+    ]
+    display.columns(["MODEL", "SERVES", "STORED", "BF16", "HERE", "PREPARED", "LICENCE", "FOLDER"], cells)
+
+
+def _stored(standing: Standing) -> str:
+    from safelight import display
+
+    return f"{standing.precision}, {display.gib(standing.size_bytes)}" if standing.precision else "-"
+
+
+def _here(standing: Standing, facts: ModelFacts) -> str:
+    """Return how much of a model is there, in words, and what it lacks."""
+    from safelight import inventory
+
+    if standing.state == "missing" and (cache := inventory.in_hub_cache(facts, os.environ)):
+        return f"in the hub's cache: safelight models add {cache}"
+    if not standing.missing:
+        return standing.state
+    more = f" and {len(standing.missing) - 2} more" if len(standing.missing) > 2 else ""
+    word = {"incomplete": "incomplete: lacks", "damaged": "damaged:", "gone": "gone:"}.get(
+        standing.state, standing.state
+    )
+    return f"{word} {', '.join(standing.missing[:2])}{more}"
+
+
+def _prepared(client: Client) -> dict[str, list[dict[str, object]]]:
+    """Return what is prepared, by model: {precision, component, bytes, current}."""
+    from safelight import prepared
+
+    found: dict[str, list[dict[str, object]]] = {}
+    for manifest, current in prepared.manifests(client.config.paths.models, client.models):
+        row = {
+            "precision": manifest.precision,
+            "component": manifest.component,
+            "bytes": manifest.size_bytes,
+            "current": current,
+        }
+        found.setdefault(manifest.key, []).append(row)
+    return found
+
+
+def _shown(stored: list[dict[str, object]]) -> str:
+    words = (
+        f"{row['precision']} {row['component']}{'' if row['current'] else ' (of other weights)'}" for row in stored
+    )
+    return ", ".join(words) or "-"
+
+
+@models.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--as", "key", metavar="KEY", help="What jobs call it; else what it is, or the file's name.")
+@click.option("--like", metavar="KEY", help="The model whose facts it has; else the one of its size.")
+@click.option(
+    "--with",
+    "folder",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Where text encoders, VAE, tokenizers and scheduler come from; else from what it is like.",
+)
+@click.option("--component", "components", metavar="NAME=PATH", multiple=True, help="A further transformer.")
+@click.option("--digests", is_flag=True, help="Read all of it now, and write its digests down.")
+@pass_client
+@click.pass_context
+def add(
+    ctx: click.Context,
+    client: Client,
+    path: Path,
+    *,
+    key: str | None,
+    like: str | None,
+    folder: Path | None,
+    components: tuple[str, ...],
+    digests: bool,
+) -> None:
+    """Register weights that are on disk already.
+
+    They are read where they lie: nothing is copied or changed. PATH is a folder in the layout of diffusers; the hub's
+    cache, or one model of it; or a transformer alone: a folder, a .safetensors file or a .gguf file of FLUX.1 or
+    Wan 2.2, by the names of diffusers or of its authors, also with 8-bit floats. A transformer alone takes the rest
+    from the model that it is like where that is there, or from --with, or `safelight models pull KEY` fetches it.
+    The A14B models have two: PATH is the high-noise one, --component transformer_2=PATH the other. A pickle is never
+    opened. Prints the key of each.
+
+    \b
+        safelight models add ~/.cache/huggingface/hub
+        safelight models add ~/ComfyUI/models/unet/flux1-dev-fp8.safetensors --as flux-dev-fp8
+        safelight models add ~/flux1-schnell-Q4_K_S.gguf --with ~/FLUX.1-schnell
+    """
+    from safelight import inventory, register, registered
+    from safelight.errors import Fault, InvalidJob
+
+    pairs = dict(each.partition("=")[::2] for each in components)
+    if bad := [name for name, place in pairs.items() if not name or not place]:
+        raise InvalidJob([Fault(f"--component {name}", "names no path", "Write NAME=PATH.") for name in bad])
+    places = {name: Path(place) for name, place in pairs.items()}
+    asked = register.Asked(path, key, like, folder, places)
+    found, others = register.registrations(asked, client.config, client.models)
+    try:
+        for registration in found:
+            registered.write(client.config.paths.models, registration)
+    except OSError as error:
+        raise _unwritable(client, error) from error
+    for line in others:
+        click.echo(line, err=True)
+    table = client.models.current()
+    for registration in found:
+        facts = table[registration.key]
+        standing = inventory.standing(facts, client.config.paths.models)
+        click.echo(f"{registration.key}: {_stored(standing)}, {_here(standing, facts)}", err=True)
+        click.echo(registration.key)
+    wrong = [line for registration in found if digests for line in _read(client, registration)]
+    ctx.exit(1 if wrong or not found else 0)
+
+
+def _unwritable(client: Client, error: OSError) -> SafelightError:
+    from safelight.errors import BadConfig
+
+    place = error.filename or client.config.paths.models
+    return BadConfig(f"{place}: {error.strerror}. Make {client.config.paths.models} writable for this user.")
+
+
+def _read(client: Client, registration: Registration) -> list[str]:
+    """Read a registered model, telling how far that is; return what is wrong, which was said."""
+    from safelight import display, registered
+
+    last = [time.monotonic()]
+    terminal = sys.stderr.isatty()
+
+    def tell(file: Path, done: int, of: int) -> None:
+        now = time.monotonic()
+        if now - last[0] < (0.5 if terminal else 30.0):
+            return
+        last[0] = now
+        line = f"{display.gib(done)} of {display.gib(of)}: {file.name}"
+        click.echo(f"\r\x1b[K{line[:100]}" if terminal else line, nl=not terminal, err=True)
+
+    new, wrong = registered.verify(client.config.paths.models, registration, tell)
+    if terminal:
+        click.echo("\r\x1b[K", nl=False, err=True)
+    first = f"; {new} files were read for the first time, and are known now" if new else ""
+    _told(wrong, f"{registration.key} is as it was{first}")
+    return wrong
+
+
+@models.command()
+@click.argument("key")
+@click.option("--yes", is_flag=True, help="Do not ask before files are removed.")
+@click.option(
+    "--delete",
+    "doomed",
+    metavar="PATH",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A registered file or folder that is removed, too; may be given several times.",
+)
+@pass_client
+@click.pass_context
+def rm(ctx: click.Context, client: Client, key: str, *, yes: bool, doomed: tuple[Path, ...]) -> None:
+    """Remove a model from safelight.
+
+    A registered one is forgotten: its own files stay, unless --delete names them. A pulled one is removed, after a
+    question or with --yes. What was prepared of either goes with it. Of a folder that you put below the models folder
+    by hand, nothing is touched.
+    """
+    from safelight import display, removal
+    from safelight.errors import Fault, InvalidJob
+
+    config = client.config
+    plan = removal.plan(key, config, client.models, [place.expanduser().absolute() for place in doomed])
+    for place in plan.doomed:
+        click.echo(f"{place}: {display.gib(removal.size_bytes(place))}", err=True)
+    if plan.doomed and not yes:
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            command = f"safelight models rm {key}"
+            raise InvalidJob(
+                [Fault(command, "asks before it removes, and there is no terminal to ask at", "Add --yes.")]
+            )
+        if not click.confirm("Remove this for good?", err=True):
+            ctx.exit(1)
+    try:
+        removal.carry_out(plan, config)
+    except OSError as error:
+        raise _unwritable(client, error) from error
+    click.echo(f"{key} is {'forgotten' if plan.registered else 'removed'}")
+
+
+@models.command()
+@click.argument("key")
+@click.option("--precision", required=True, type=click.Choice(PRECISIONS), help="How the weights are held.")
+@click.option(
+    "--component", "components", metavar="NAME", multiple=True, help="Which component; may be given several times."
+)
+@click.option("--force", is_flag=True, help="Make anew what is ready.")
+@click.pass_context
+def prepare(ctx: click.Context, key: str, *, precision: str, components: tuple[str, ...], force: bool) -> None:
+    """Store a model's weights in the precision they run in.
+
+    Jobs then load fewer bytes and quantise nothing. Without --component: the transformers; in bf16 every large
+    component that is not published in it. Runs on the GPU where [worker] device is cuda, needs little RAM, and may be
+    interrupted: what is not whole is never used, and the next run removes it. Prints KEY/PRECISION/COMPONENT of each
+    that is ready. Needs safelight[daemon].
+
+    \b
+        safelight models prepare flux-dev --precision fp8-dynamic
+        safelight models prepare flux-dev --precision nf4 --component text_encoder_2
+    """
+    client = ctx.find_object(Client)
+    assert client is not None
+    config = client.config  # the daemon's that this client would reach, which may be the system's
+    words = [key, "--precision", precision, "--models", str(config.paths.models)]
+    words += [word for name in components for word in ("--component", name)] + ["--force"] * force
+    become_daemon(ctx, "models prepare", "prepare", *words, settings=config.source if config.source.exists() else None)
+
+
+@models.command()
+@click.argument("key")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--force", is_flag=True, help="Read what is there, and fetch again what is damaged or has changed.")
+@click.pass_context
+def pull(ctx: click.Context, key: str, *, yes: bool, force: bool) -> None:
+    """Fetch a model from the hub.
+
+    Only the files that jobs load: safetensors, settings and vocabularies, never a pickle, nothing twice. Says the
+    size, the licence and the free disk, then asks; without a terminal to ask at it needs --yes. May be interrupted:
+    run it again and it goes on where it was. The model appears when every byte of it was read back and has the digest
+    that the hub lists, and not before. [models.KEY] revision pins a commit. For a gated model put your token into
+    HF_TOKEN, or where `hf auth login` puts it. HF_ENDPOINT names another hub. With --force a damaged model is away
+    until it is mended. Prints the folder. Needs safelight[daemon].
+
+    \b
+        safelight models pull flux-schnell
+        safelight models pull wan-ti2v-5b --yes
+    """
+    client = ctx.find_object(Client)
+    assert client is not None
+    config = client.config  # the daemon's that this client would reach, which may be the system's
+    words = ["--models", str(config.paths.models), *["--yes"] * yes, *["--force"] * force, "--", key]
+    become_daemon(ctx, "models pull", "pull", *words, settings=config.source if config.source.exists() else None)
+
+
+@models.command()
+@click.argument("key", required=False)
+@pass_client
+@click.pass_context
+def verify(ctx: click.Context, client: Client, key: str | None) -> None:
+    """Read what was pulled, registered or prepared and compare it with its digests.
+
+    All models, or one. A file of the hub's cache is compared with its name there. Any other registered file is read for
+    the first time then, and compared with that from then on; stopped, it goes on with the next file. Exit code 1 when a
+    file is damaged; the line says which, and what to do.
+    """
+    from safelight import prepared, pulled, registered
+    from safelight.errors import Fault, InvalidJob
+
+    if key is not None and key not in client.models:
+        known = f"Known: {', '.join(client.models.near(key))} (safelight models list)."
+        raise InvalidJob([Fault(key, "is not a model", known)])
+    found = faults = 0
+    for facts, folder in pulled.folders(client.config.paths.models, client.models):
+        if key in (None, facts.key):
+            found += 1
+            faults += _told(pulled.damage(facts.key, folder), f"{facts.key} is as it was pulled")
+    for registration in registered.read_all(client.config.paths.models)[0]:
+        if key in (None, registration.key):
+            found += 1
+            faults += len(_read(client, registration))
+    for folder in prepared.folders(client.config.paths.models):
+        if key in (None, folder.parts[-3]):
+            found += 1
+            faults += _told(prepared.damage(folder), f"{'/'.join(folder.parts[-3:])} is as it was written")
+    if not found:
+        click.echo(f"nothing{f' of {key}' if key else ''} is pulled, registered or prepared", err=True)
+    ctx.exit(1 if faults else 0)
+
+
+def _told(wrong: list[str], well: str) -> int:
+    """Say what is wrong with a folder, or that nothing is; return how many lines were wrong."""
+    from safelight import display
+
+    for line in wrong or [well]:
+        click.echo(display.line(line))
+    return len(wrong)

@@ -1,0 +1,117 @@
+"""What is there of each model: where, as what it is stored, how much of it, what it lacks, and what jobs it serves.
+
+Reads names, sizes and headers; reads no weight.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safelight import layout, models, prepared, pulled, registered, tensorfile
+from safelight.models import ModelFacts
+from safelight.tensorfile import SUFFIXES, Entry
+
+LARGE = "transformer"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How much of a model is there."""
+
+    state: str
+    """present, incomplete, damaged, gone, missing, or in words how much of it has arrived."""
+    missing: tuple[str, ...] = ()
+    """What it lacks, or what is wrong with it."""
+    precision: str = ""
+    """What most weights of its transformer are stored as."""
+    size_bytes: int = 0
+    """Of all its weights on disk."""
+    registered: bool = False
+
+
+def standing(facts: ModelFacts, models_folder: Path) -> Standing:
+    """Return how much of a model is there."""
+    if facts.tiny:
+        return Standing("built on first use")
+    own = registered.file_of(models_folder, facts.key).is_file()
+    folder = models.folder(facts, models_folder)
+    places = [Path(place).expanduser() for place in (facts.path, *facts.component_paths.values()) if place]
+    if gone := [str(place) for place in places if not place.exists()]:
+        return Standing("gone", tuple(gone), registered=own)
+    there = models.is_there(facts, models_folder)
+    if not there and not facts.component_paths:
+        return Standing(_arriving(folder) or "missing", registered=own)
+    headers, faults = _headers(facts, models_folder)
+    size = sum({entry.file: entry.file.stat().st_size for entries in headers.values() for entry in entries}.values())
+    precision = _precision(headers.get(LARGE, []))
+    if not there:
+        lacks = f"all but its {' and '.join(facts.component_paths)} (safelight models pull {facts.key} fetches it)"
+        return Standing(_arriving(folder) or "incomplete", (lacks,), precision, size, own)
+    if lacking := models.missing_files(facts, folder):
+        return Standing("incomplete", tuple(lacking), precision, size, own)
+    if faults:
+        return Standing("damaged", tuple(faults), precision, size, own)
+    if wrong := pulled.mismatch(folder):
+        return Standing("incomplete", (wrong,), precision, size, own)
+    return Standing("present", (), precision, size, own)
+
+
+def serves(facts: ModelFacts) -> tuple[str, ...]:
+    """Return what a job may ask of a model: what it makes, and of what."""
+    if facts.kind == "image":
+        return ("text-to-image",)
+    return {
+        "never": ("text-to-video",),
+        "optional": ("text-to-video", "image-to-video"),
+        "required": ("image-to-video",),
+    }[facts.image]
+
+
+def in_hub_cache(facts: ModelFacts, env: Mapping[str, str]) -> Path | None:
+    """Return where the hub's own cache has a model; None where it has not.
+
+    The places are those of huggingface_hub's constants.py (2.4).
+    """
+    base = env.get("HF_HOME") or os.path.join(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")  # noqa: PTH118 - text
+    cache = Path(env.get("HF_HUB_CACHE") or f"{base}/hub").expanduser()
+    found = cache / f"models--{facts.repository.replace('/', '--')}"
+    return found if facts.repository and (found / "snapshots").is_dir() else None
+
+
+def _arriving(folder: Path) -> str:
+    arrived = pulled.arrived(folder)
+    if arrived is None:
+        return ""
+    return f"{_gib(arrived.size_bytes)} of {_gib(arrived.of_bytes)} pulled"
+
+
+def _gib(size_bytes: float) -> str:
+    from safelight import display
+
+    return display.gib(size_bytes)
+
+
+def _headers(facts: ModelFacts, models_folder: Path) -> tuple[dict[str, list[Entry]], list[str]]:
+    """Return the tensors of each component that has weights, and what is wrong with the files."""
+    headers: dict[str, list[Entry]] = {}
+    faults = []
+    for component in facts.components:
+        place = prepared.component_folder(facts, models_folder, component)
+        try:
+            files = [place] if place.is_file() else sorted(file for file in place.glob("*") if file.suffix in SUFFIXES)
+            headers[component] = [entry for file in files if file.exists() for entry in tensorfile.entries(file)]
+        except tensorfile.UnreadableWeights as error:
+            faults.append(str(error))
+        except OSError as error:
+            faults.append(f"{place}: {error.strerror}")
+    return headers, faults
+
+
+def _precision(entries: list[Entry]) -> str:
+    try:
+        return layout.recognise(entries, entries[0].file).precision if entries else ""
+    except layout.OtherModel:
+        return layout.precision(entries)

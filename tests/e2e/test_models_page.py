@@ -1,0 +1,135 @@
+"""What docs/models.md tells people to type gives a picture: from an empty disk, a cache, and a single file.
+
+The real keys, with the sizes of tiny models; the hub is one on localhost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from safelightd import tiny
+from tests import other_layouts as layouts
+from tests.conftest import Installation
+from tests.e2e.test_chaos import Daemon
+from tests.e2e.test_readme import SETTINGS, block, shell
+from tests.e2e.test_readme import env as _env
+from tests.hub_server import COMMIT, Hub, files_of, serving
+
+PAGE = "docs/models.md"
+
+TINY = "tiny-flux-schnell"
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def row() -> str:
+    """Return settings by which flux-schnell has the size of the tiny model, whose own row it is."""
+    shipped = (REPOSITORY / "config/models.toml").read_text(encoding="utf-8")
+    lines = shipped[shipped.index(f"[{TINY}]") : shipped.index("[tiny-flux-dev]")].splitlines()
+    own = [line for line in lines if not line.startswith(("like =", "tiny =", "repository ="))]
+    return "\n".join(own).replace(f"[{TINY}", "[models.flux-schnell")
+
+
+env = _env
+
+
+@pytest.fixture
+def published(tiny_models_folder: Path) -> Path:
+    tiny.build(TINY, tiny_models_folder / TINY)
+    return tiny_models_folder / TINY
+
+
+@pytest.fixture
+def hub(published: Path) -> Iterator[Hub]:
+    with serving(Hub(files=files_of(published), repository="black-forest-labs/FLUX.1-schnell")) as server:
+        yield server
+
+
+@pytest.fixture
+def person(installation: Installation, env: dict[str, str], hub: Hub) -> dict[str, str]:
+    """The environment of a person with an empty models folder, whose hub is the one on localhost."""
+    models = installation.root / "models"
+    (installation.root / "safelight.toml").write_text(SETTINGS.format(models=models) + row())
+    return {name: value for name, value in env.items() if not name.startswith("HF_")} | {"HF_ENDPOINT": hub.url}
+
+
+def run(installation: Installation, person: dict[str, str], *headings: str) -> str:
+    """Run the commands below headings beside a daemon and return what they said."""
+    root = installation.root
+    (root / "safelight/inbox").mkdir(parents=True)
+    daemon = Daemon(installation, person)
+    try:
+        shell("until safelight status; do :; done", person, root)
+        return "".join(shell(block(heading, PAGE), person, root) for heading in headings)
+    finally:
+        assert daemon.stop() == 0
+
+
+def pictures(installation: Installation) -> list[str]:
+    return [file.name for file in (installation.root / "pictures").rglob("*.png")]
+
+
+def test_from_an_empty_disk(installation: Installation, person: dict[str, str]) -> None:
+    first = block("From an empty disk", PAGE)
+    second = (REPOSITORY / PAGE).read_text().split("```sh\n")[2].split("```")[0]
+    root = installation.root
+    (root / "safelight/inbox").mkdir(parents=True)
+    daemon = Daemon(installation, person)
+    try:
+        shell("until safelight status; do :; done", person, root)
+        said = shell(first + second, person, root)
+    finally:
+        assert daemon.stop() == 0
+
+    assert "flux-schnell is as it was pulled" in said
+    assert pictures(installation) == ["0001_a-red-fox-in-the-snow_s7.png"]
+
+
+def test_from_an_existing_cache(installation: Installation, person: dict[str, str], published: Path, hub: Hub) -> None:
+    repository = installation.root / ".cache/huggingface/hub/models--black-forest-labs--FLUX.1-schnell"
+    for name, content in files_of(published).items():
+        blob = repository / "blobs" / hashlib.sha256(content).hexdigest()
+        link = repository / "snapshots" / COMMIT / name
+        for place in (blob, link):
+            place.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(content)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(COMMIT)
+
+    said = run(installation, person, "From an existing cache")
+
+    assert said.startswith("flux-schnell\n")
+    assert "flux-schnell is as it was\n" in said
+    assert pictures(installation) == ["0001_a-red-fox-in-the-snow_s7.png"]
+    assert hub.asked == []
+    assert not list((installation.root / "models").rglob("*.safetensors"))
+
+
+def test_from_a_single_file(installation: Installation, person: dict[str, str], published: Path, hub: Hub) -> None:
+    folder, unet = installation.root / "models", installation.root / "ComfyUI/models/unet"
+    unet.mkdir(parents=True)
+    authors = layouts.flux_of_authors(layouts.published(published / "transformer"))
+    eight = layouts.prefixed(layouts.scaled(authors, "scale_weight"))
+    layouts.save(eight, unet / "flux1-schnell-fp8.safetensors")
+
+    said = run(installation, person, "From a single file")
+
+    assert said.startswith("fox\n")
+    assert "fp8_e4m3 scaled" in said
+    assert pictures(installation) == ["0001_a-red-fox-in-the-snow_s7.png"]
+    assert not [path for path in hub.paths("cdn") if "/transformer/" in path]
+    assert (folder / "fox/transformer").is_dir()
+    assert [file.name for file in (folder / "fox/transformer").iterdir()] == ["config.json"]
+    (receipt,) = (installation.root / "state/safelight/receipts").glob("*.json")
+    assert json.loads(receipt.read_bytes())["stored"] == {"transformer": "fp8_e4m3 scaled", "text_encoder_2": "fp32"}
+    shutil.rmtree(folder / "fox")
+    rows = json.loads(shell("safelight models list --json", person, installation.root))
+    assert next(row["here"] for row in rows if row["key"] == "fox") == "incomplete"

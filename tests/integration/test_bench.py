@@ -1,0 +1,55 @@
+"""What the benches ask of a GPU for minutes is legal at full size: their tiny forms shrink it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from bench import cases, fullsize, gpu_cache, shapes, video, video_a14b
+
+from safelight import caches, models
+
+TABLE = models.load()
+CASES = [
+    (key, size)
+    for key in ("flux-schnell", "flux-dev", "wan-ti2v-5b", "wan-t2v-a14b")
+    for sizes in (cases.SIZES, cases.LEARNED_AT)
+    for size in cases._of(sizes, key)
+]
+CASES += [("wan-ti2v-5b", "x".join(map(str, video.SIZE))), ("wan-t2v-a14b", "x".join(map(str, video_a14b.SIZE)))]
+CASES += [("wan-t2v-a14b", size) for sizes in video_a14b.FITS.values() for size in sizes]
+
+
+@pytest.mark.parametrize(("key", "size"), [*dict.fromkeys(CASES)])
+def test_every_size_of_a_bench_is_one_that_its_model_takes(key: str, size: str) -> None:
+    width, height, *frames = map(int, size.split("x"))
+    more: dict[str, Any] = {"num_frames": frames[0]} if frames else {}
+    spec = fullsize.spec_of(TABLE[key], tiny=False, width=width, height=height, num_inference_steps=2, **more)
+
+    assert (spec.width, spec.height) == (width, height)
+
+
+@pytest.mark.parametrize("key", ["flux-schnell", "wan-ti2v-5b", "wan-t2v-a14b", "wan-i2v-a14b"])
+def test_every_model_of_a_bench_has_its_true_size(key: str) -> None:
+    facts = TABLE[key]
+    for name in shapes.components(facts):
+        module = fullsize.on_meta(shapes.CLASSES[facts.family][name], shapes.config(facts, name, fullsize.FULL))
+
+        assert sum(parameter.numel() for parameter in module.parameters()) == facts.components[name]
+
+
+def test_every_cache_of_a_bench_is_one() -> None:
+    for name in gpu_cache.CACHES:
+        assert name == gpu_cache.NONE or caches.read(name).kind
+    for key, job in gpu_cache.JOBS.items():
+        fullsize.spec_of(TABLE[key], tiny=False, **job)
+
+
+def test_bars_are_judged_on_what_was_measured() -> None:
+    ours = {"step_s": 1.9, "clip_s": 100.0, "decode_and_mp4_s": 8.0}
+    step, clip, decode = video._bars(ours, {"step_s": 2.8}, {"decode_s": 19.7}, steps=50)
+
+    assert (step["ok"], clip["ok"], decode["ok"]) == (True, True, False)
+    assert [bar["bar"] for bar in video._bars(ours, {"error": "out of memory"}, steps=50)] == [clip["bar"]]
+    assert video._bars({"error": "out of memory"}, {"step_s": 2.8}, {"decode_s": 19.7}, steps=50) == []
+    assert video._bars(steps=50) == []
