@@ -7,11 +7,11 @@
     python -m bench.accuracy --list                              # the plans
 
 Held-out prompts are combinations that training never saw (bench/drawings/world.py); the same prompts and seeds go
-through every plan. Stock pipelines run them, many at a time, with modules as the daemon's loader holds and moves them; that the
-daemon's own loop gives the bits of the stock one is tested elsewhere. Prints a JSON object for each plan: the share of
-prompts with each attribute right, the difference from float32 in prompts that are right (with its standard error) and
-in grey levels, and the largest difference from the first plan of the same precision: 0 where moving weights changes
-nothing. Exits 1 where a bar is missed. These are figures of a toy.
+through every plan. Stock pipelines run them, many at a time, with modules as the daemon's loader holds and moves them;
+that the daemon's own loop gives the bits of the stock one is tested elsewhere. Prints a JSON object for each plan: the
+share of prompts with each attribute right, the difference from float32 in prompts that are right (with its standard
+error) and in grey levels, and the largest difference from the first plan of the same precision: 0 where moving weights
+changes nothing. Exits 1 where a bar is missed. These are figures of a toy.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reads scenes back out of pictures and clips: colours, shapes, sizes, places, motions. Numpy alone; it learns nothing.
 
-On true drawings it reads everything right (tests/integration/test_drawings.py). What is not a clear shape of one colour, as
-large as a shape can be, is "no shape", so that noise does not pass for one.
+On true drawings it reads everything right (tests/integration/test_drawings.py). What is not a clear shape of one
+colour is "no shape", so that noise does not pass for one.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from tokenizers import normalizers, pre_tokenizers
+from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import CLIPTokenizer, T5TokenizerFast
 
@@ -59,14 +59,10 @@ def _joined(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def t5_tokenizer() -> T5TokenizerFast:
-    """Return a tokenizer of whole words; any other word is the unknown token. Capitals are read as small letters."""
+    """Return a tokenizer of whole words in small letters; any other word is the unknown token."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0)]
     words = [("▁", -3.0), *((f"▁{word}", -2.0) for word in WORDS), *((mark, -2.0) for mark in MARKS)]
-    tokenizer = T5TokenizerFast(vocab=[*special, *words], extra_ids=0, model_max_length=512)
-    backend = tokenizer.backend_tokenizer
-    others = [backend.normalizer] if backend.normalizer is not None else []
-    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *others])
-    return tokenizer
+    return T5TokenizerFast(vocab=[*special, *words], extra_ids=0, model_max_length=512)
 
 
 def rounded_up(size: int) -> int:

@@ -329,7 +329,7 @@ def _check_prompt(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> 
         if unknown := facts.unknown_words(text):
             said = ", ".join(map(shown, unknown[:UNKNOWN_WORDS_SHOWN]))
             words = ", ".join(facts.vocabulary.split())
-            faults.add(f"{facts.key} does not know {said} of {name}", f"Its words: {words}.")
+            faults.add(f"{facts.key} does not know {said} of {name}", f"Its words, in small letters: {words}.")
 
 
 def _check_rest(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> None:

@@ -185,7 +185,7 @@ class ModelFacts(BaseModel):
     def unknown_words(self, text: str) -> list[str]:
         """Return the words of a prompt that are not in the vocabulary, each once, in their order."""
         known = set(self.vocabulary.split())
-        words = _WORD.findall(text.lower()) if known else []
+        words = _WORD.findall(text) if known else []
         return [word for word in dict.fromkeys(words) if word not in known]
 
     def tokens(self, width: int, height: int, num_frames: int | None) -> int:
