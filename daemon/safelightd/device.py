@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
 from pathlib import Path
@@ -94,6 +95,9 @@ def release() -> None:
     if torch.cuda.is_available():
         torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001 - torch's own cuda graphs call it so; there is no other name
     loading.give_back()
+    # What is alive between two jobs stays. Compiled code is hundreds of thousands of objects, and the collection after
+    # each component would walk through them: 0.22 s instead of 0.14 after one small function (2 cores, torch 2.13).
+    gc.freeze()
     _libc.malloc_trim(0)
 
 
