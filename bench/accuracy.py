@@ -38,6 +38,7 @@ from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline
 from PIL import Image
 
 from bench.drawings.drawing import clips
+from bench.drawings.flux import LATENT_CHANNELS, LATENT_SIDE, patches
 from bench.drawings.training import accuracy, as_bytes, clip_verdict, verdict
 from bench.drawings.world import Scene, World, texts
 from bench.techniques import Technique, techniques
@@ -193,7 +194,7 @@ def _rendered(
             common = {"prompt": prompts, "generator": _generators(first, len(prompts)), **size, **steps}
             common["max_sequence_length"] = facts.max_sequence_length
             if facts.family == "flux":
-                made = pipe(guidance_scale=0.0, **common).images
+                made = pipe(guidance_scale=0.0, latents=_noise(first, len(prompts)), **common).images
             else:
                 guidance = facts.defaults.guidance_scale
                 made = pipe(guidance_scale=guidance, num_frames=facts.defaults.num_frames, **common).frames
@@ -234,6 +235,13 @@ def _from_pictures(
         "first_frame_psnr_db": round(float(np.mean(decibels)), 2), "first_frame_psnr_db_min": round(min(decibels), 2),
         **accuracy(some.scenes, _verdicts(facts, some, shown, readers)),
     }  # fmt: skip
+
+
+def _noise(first: int, count: int) -> torch.Tensor:
+    """Return the noise of pictures in float32, packed as FLUX packs it: left to itself a plan draws it in its own type,
+    and pictures of other noise cannot be compared."""
+    shape = (1, LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE)
+    return patches(torch.cat([torch.randn(shape, generator=each) for each in _generators(first, count)]))
 
 
 def _generators(first: int, count: int) -> list[torch.Generator]:
