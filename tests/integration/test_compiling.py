@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from safelightd import compiling
+from safelightd import compiling, device
 from safelightd.loading import Loader, model_folder
 from tests.integration.rendering import MODELS, Run, spec_for
 
@@ -77,3 +78,11 @@ def test_a_view_becomes_what_it_would_have_been_by_itself_in_the_same_memory() -
 @pytest.mark.parametrize("value", [None, 3, "x", torch.arange(6).view(2, 3).t()])
 def test_what_is_not_contiguous_or_no_tensor_stays_as_it_is(value: object) -> None:
     assert compiling._plain(value) is value
+
+
+def test_what_is_alive_between_two_jobs_is_not_walked_through_after_each_component() -> None:
+    left_by_a_compiler = [[place] for place in range(50_000)]
+
+    device.release()
+
+    assert len(gc.get_objects()) < len(left_by_a_compiler) // 2
