@@ -234,39 +234,22 @@ def train(arguments: argparse.Namespace, readers: Pool) -> None:
         told(f"{type(module).__name__}: {sum(parameter.numel() for parameter in module.parameters()):,} parameters")
     if arguments.begin:
         it.demo.take(arguments.begin)
-    vae = it.vae_fit()
-    vae.restore(it.state)
-    if not vae.is_done:
-        vae.run(it.vae_batch, it.until)
-        it.keep(vae)
-    vae.use_average()
+    vae = it.go_on(it.vae_fit(), lambda: it.vae_batch)
     it.measure_vae()
     read, captions = it.read_fit()
-    read.restore(it.state)
-    if not read.is_done:
-        read.run(captions, it.until)
-        it.keep(vae, read)
-    read.use_average()
+    it.go_on(read, lambda: captions, vae)
     for encoder in (it.demo.text_encoder, it.demo.text_encoder_2):
         encoder.requires_grad_(requires_grad=False)
-    draw = it.draw_fit("draw", arguments.draw_s, 1.2e-3)
-    draw.restore(it.state)
     if arguments.compile:
         transformer = it.demo.transformer
         for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
             block.compile(dynamic=False)
-    if vae.is_done and not draw.is_done and it.goes_on:
-        draw.run(it.batches(it.drawings(), at_steps=0.15), it.until)
-        it.keep(vae, read, draw)
-    draw.use_average()
+    drawing = it.draw_fit("draw", arguments.draw_s, 1.2e-3)
+    draw = it.go_on(drawing, lambda: it.batches(it.drawings(), at_steps=0.15), vae, read)
     it.measure("drawn")
     it.measure("drawn, guided, many steps", steps=TEACHER_STEPS, scale=TEACHER_SCALE)
-    straight = it.draw_fit("straight", arguments.straight_s, 6e-4)
-    straight.restore(it.state)
-    if draw.is_done and not straight.is_done and it.goes_on:
-        straight.run(it.batches(it.straightened(), at_steps=0.7), it.until)
-        it.keep(vae, read, draw, straight)
-    straight.use_average()
+    straightening = it.draw_fit("straight", arguments.straight_s, 6e-4)
+    straight = it.go_on(straightening, lambda: it.batches(it.straightened(), at_steps=0.7), vae, read, draw)
     if straight.steps:
         it.measure("straight, four steps")
         it.measure("straight, eight steps", steps=8)

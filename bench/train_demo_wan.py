@@ -197,29 +197,15 @@ def train(arguments: argparse.Namespace, readers: Pool) -> None:
         told(f"{type(module).__name__}: {sum(parameter.numel() for parameter in module.parameters()):,} parameters")
     if arguments.begin:
         it.demo.take(arguments.begin)
-    vae = it.vae_fit()
-    vae.restore(it.state)
-    if not vae.is_done:
-        vae.run(it.vae_batch, it.until)
-        it.keep(vae)
-    vae.use_average()
+    vae = it.go_on(it.vae_fit(), lambda: it.vae_batch)
     it.measure_vae()
     read, captions = it.read_fit()
-    read.restore(it.state)
-    if not read.is_done:
-        read.run(captions, it.until)
-        it.keep(vae, read)
-    read.use_average()
+    it.go_on(read, lambda: captions, vae)
     it.demo.text_encoder.requires_grad_(requires_grad=False)
-    draw = it.draw_fit()
-    draw.restore(it.state)
     if arguments.compile:
         for block in it.demo.transformer.blocks:
             block.compile(dynamic=False)
-    if vae.is_done and not draw.is_done and it.goes_on:
-        draw.run(it.batches(it.drawings()), it.until)
-        it.keep(vae, read, draw)
-    draw.use_average()
+    draw = it.go_on(it.draw_fit(), lambda: it.batches(it.drawings()), vae, read)
     it.measure()
     it.demo.save(arguments.to / "demo-wan")
     it.tell(vae, read, draw)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.drawings import analyser
-from bench.drawings.fitting import Fit, save_state, saved_state, told, write_json
+from bench.drawings.fitting import Batch, Fit, save_state, saved_state, told, write_json
 from bench.drawings.tokens import TokenTables
 from bench.drawings.world import Scene, Scenes, World
 
@@ -75,6 +75,18 @@ class Training:
         """Return what the analyser says of pictures (B, 3, H, W) or clips (B, 3, T, H, W), -1 to 1."""
         read = clip_verdict if self.clip else verdict
         return self.readers.starmap(read, zip(scenes.each(), as_bytes(decoded), strict=True), chunksize=SEEN_AT_ONCE)
+
+    def go_on(self, fit: Fit, batches: Callable[[], Callable[[], Batch]], *before: Fit) -> Fit:
+        """Go on with a fit where the ones before it are done and there is time; its average is in place afterwards.
+
+        `batches` makes what gives its batches, and is asked for only where they are needed.
+        """
+        fit.restore(self.state)
+        if not fit.is_done and all(each.is_done for each in before) and self.goes_on:
+            fit.run(batches(), self.until)
+            self.keep(*before, fit)
+        fit.use_average()
+        return fit
 
     def keep(self, *fits: Fit) -> None:
         """Write what another run goes on from."""

@@ -65,6 +65,8 @@ CAPTION_WORDS = 24
 """Of the longest caption."""
 
 HELD_OUT_ONE_IN = 10
+TWO_SHARE = 0.65
+"""Of pictures with two shapes."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,6 @@ class Scenes:
 
     def __getitem__(self, places: Tensor | slice) -> Scenes:
         return Scenes(*(getattr(self, field.name)[places] for field in fields(self)))
-
-    def to(self, device: str) -> Scenes:
-        return Scenes(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def each(self) -> list[Scene]:
         """Return them one by one."""
@@ -128,9 +127,8 @@ Which = Literal["training", "held out", "all"]
 class World:
     """Draws scenes and captions from one stream of random numbers, on one device."""
 
-    def __init__(self, device: str, seed: int, *, two_share: float = 0.65) -> None:
+    def __init__(self, device: str, seed: int) -> None:
         self.device = device
-        self._two_share = two_share
         self._stream = torch.Generator(device).manual_seed(seed)
         self._sizes = self._table(SIZES, 1)
         self._positions = self._table(POSITIONS, 5)
@@ -161,7 +159,7 @@ class World:
         plain = [list(COLOURS).index(name) for name in PLAIN]
         liking[:, plain] += 0.5
         liking.scatter_(1, colour, -1.0)  # no shape is drawn on its own colour
-        two = self._uniform(count) < (0.0 if clip else self._two_share)
+        two = self._uniform(count) < (0.0 if clip else TWO_SHARE)
         return Scenes(
             count=1 + two.long(),
             shape=self._whole(len(SHAPES), count, 2),

@@ -141,6 +141,16 @@ class Run:
         return [(told["i"], told["n"]) for told in self.sent if told["type"] == "step" and told["phase"] == phase]
 
 
+def parameters_of(model: str, folder: Path) -> dict[str, int]:
+    """Return how many parameters each component has that the table of facts names."""
+    loader = Loader(folder, plan_for(model))
+    built = {}
+    for name in MODELS[model].components:
+        with loader.component(name, "cpu") as module:
+            built[name] = sum(parameter.numel() for parameter in module.parameters())
+    return built
+
+
 def plan_for(model: str, **changes: Any) -> Plan:
     """The plan of a machine without a GPU."""
     return Plan(
