@@ -356,10 +356,12 @@ def _pinned_copy(
     """Return pinned memory with the blocks in it; `there` is some of the right size."""
     memory = there or PinnedMemory(sum(sizes), order.device)
     try:
-        for block, own in zip(blocks, memory.bytes.split(list(sizes)), strict=True):
-            _fill(block, block.views(own), reader, order)
-        if order.device.type == "cuda":
-            torch.cuda.synchronize()  # what was quantised on the GPU has arrived
+        try:
+            for block, own in zip(blocks, memory.bytes.split(list(sizes)), strict=True):
+                _fill(block, block.views(own), reader, order)
+        finally:
+            if order.device.type == "cuda":
+                torch.cuda.synchronize()  # what was quantised or changed on the GPU has arrived
     except BaseException:
         memory.close()
         raise

@@ -44,7 +44,8 @@ def fuse(weight: torch.Tensor, changes: Sequence[Change], device: torch.device) 
 
     Args:
         weight: contiguous, of any floating dtype, on any device.
-        device: computes; a weight in pinned RAM passes through the GPU, and gets the bits of one that lies there.
+        device: computes; a weight in pinned RAM passes through the GPU, and gets the bits of one that lies there. It
+            has them when the current stream has come so far: what is read next need not wait for the GPU.
     """
     rows = weight.view(weight.shape[0], -1)
     factors = [
@@ -52,16 +53,17 @@ def fuse(weight: torch.Tensor, changes: Sequence[Change], device: torch.device) 
          _there(change.down, device))
         for change in changes
     ]  # fmt: skip
+    is_queued = weight.is_pinned()
     step = max(AT_ONCE // rows.shape[1], 1)
     for begin in range(0, rows.shape[0], step):
         part = rows[begin : begin + step]
-        total = part.to(device, torch.float32)
+        total = part.to(device, torch.float32, non_blocking=True)  # else the CPU widens it, and twice the bytes pass
         for scale, up, down in factors:
             piece = up[begin : begin + step]
             total = total + scale * piece if down is None else torch.addmm(total, piece, down, alpha=scale)
-        part.copy_(total.to(weight.dtype))
+        part.copy_(total.to(weight.dtype), non_blocking=is_queued)
 
 
 def _there(factor: torch.Tensor, device: torch.device) -> torch.Tensor:
     # Copied also on the CPU: in a file's bytes they lie anywhere, and BLAS rounds by where they lie.
-    return factor.to(device, torch.float32, copy=True).contiguous()
+    return factor.to(device, torch.float32, copy=True, non_blocking=True).contiguous()
