@@ -62,12 +62,13 @@ def test_after_one_job_its_like_are_predicted_right() -> None:
     assert again.seconds == pytest.approx(3.0 * (first.seconds or 0), rel=0.01)
 
 
-def test_further_jobs_correct_half_of_what_is_left() -> None:
+@pytest.mark.parametrize(("slower", "known"), [(2.0, 2.2), (4.0, 3.4)], ids=["faster", "slower"])
+def test_a_further_job_corrects_the_more_where_it_was_faster(slower: float, known: float) -> None:
     learned = calibration.learned(NOTHING_LEARNED, receipt(plan(), slower=3.0))
     name = work_key(plan(), "decode")
-    after = calibration.learned(learned, receipt(plan(learned), slower=2.0))
+    after = calibration.learned(learned, receipt(plan(learned), slower=slower))
 
-    assert (learned.work[name], after.work[name]) == (pytest.approx(3.0), pytest.approx(2.5))
+    assert (learned.work[name], after.work[name]) == (pytest.approx(3.0), pytest.approx(known))
 
 
 def test_more_memory_than_predicted_is_predicted_the_next_time_and_less_is_not_relied_on() -> None:
