@@ -46,10 +46,29 @@ def test_every_cache_of_a_bench_is_one() -> None:
 
 
 def test_bars_are_judged_on_what_was_measured() -> None:
-    ours = {"step_s": 1.9, "clip_s": 100.0, "decode_and_mp4_s": 8.0}
-    step, clip, decode = video._bars(ours, {"step_s": 2.8}, {"decode_s": 19.7}, steps=50)
+    ours = {"steps": 50, "step_s": 1.9, "clip_s": 100.0, "decode_and_mp4_s": 8.0}
+    decode, step, clip = video._bars(ours, {"step_s": 2.8, "decode_s": 19.7})
 
     assert (step["ok"], clip["ok"], decode["ok"]) == (True, True, False)
-    assert [bar["bar"] for bar in video._bars(ours, {"error": "out of memory"}, steps=50)] == [clip["bar"]]
-    assert video._bars({"error": "out of memory"}, {"step_s": 2.8}, {"decode_s": 19.7}, steps=50) == []
-    assert video._bars(steps=50) == []
+    assert video._bars(ours, {}) == [clip]
+    assert video._bars({}, {"step_s": 2.8, "decode_s": 19.7}) == []
+
+
+def test_a_clip_of_fewer_steps_is_reckoned_up_to_a_whole_one() -> None:
+    ours = {"steps": 4, "step_s": 2.0, "first_step_s": 30.0, "clip_s": 44.0, "decode_and_mp4_s": 8.0}
+    (clip,) = video._bars(ours, {})
+
+    assert (clip["seconds"][0], clip["of_steps"]) == (108.0, 4)
+
+
+def test_an_expert_that_is_all_on_the_gpu_is_what_the_largest_clip_on_16_gb_is_judged_by() -> None:
+    resident = {"part": "resident", "name": "bf16, resident", "step_s": 7.0}
+    case = {
+        "part": "cases", "name": "wan-t2v-a14b 832x480x81 on 16 GB", "step_ms": [9000.0, 8400.0],
+        "phases": {"denoise": {"swap_seconds": 11.0}},
+    }  # fmt: skip
+    step, swap = video_a14b.step_bars([resident, case])
+
+    assert (step["measured"], step["ok"]) == (1.2, False)
+    assert (swap["measured"], swap["ok"]) == (11.0, False)
+    assert len(video_a14b.step_bars([case])) == 1

@@ -36,6 +36,7 @@ from safelightd.pipelines import (
     stop_inside,
     values,
     wan_modulation,
+    wan_vae,
 )
 from safelightd.preview import Values
 from safelightd.progress import Cancelled, Watch
@@ -179,6 +180,7 @@ def decode(
     with loader.component("vae", plan.device) as vae:
         stop_inside(vae, watch)
         _refuse_broken_parts(vae)
+        wan_vae.lighten(vae)
         watch.loaded()
         scaled = _as_the_vae_wrote_them(latents.to(plan.device, vae.dtype), vae)
         if plan.vae_tiling:
