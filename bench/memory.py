@@ -108,11 +108,11 @@ def _in_this_process(
     with place(device, folders, arguments.folder / "compiled") as at:
         at.attention = arguments.attention
         if "cases" in arguments.part:
-            for cap in arguments.cap:  # each learned and run before the next: a limit leaves whole cards out
-                for key in keys:
-                    yield from learn(at, key, cap, shrink, budget)
-                for key in keys:
-                    yield from run_cases(at, key, cap, arguments.sizes, shrink, budget)
+            every = [(key, cap) for key in keys for cap in arguments.cap]
+            for key, cap in every:
+                yield from learn(at, key, cap, shrink, budget)
+            for key, cap in every:
+                yield from run_cases(at, key, cap, arguments.sizes, shrink, budget)
         if "prepare" in arguments.part and not budget.is_spent():
             yield from run_prepare(at.config, keys[0], "bf16" if device == "cpu" else PREPARED)
         if "speed" in arguments.part and 16 in arguments.cap and not budget.is_spent():
