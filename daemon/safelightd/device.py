@@ -15,7 +15,6 @@ import torch
 
 from safelight import footprint
 from safelight.errors import NoUsableGpu
-from safelightd import loading
 from safelightd.probe import Own
 
 _libc = ctypes.CDLL(None)
@@ -92,6 +91,8 @@ def release() -> None:
 
     cuBLAS keeps its workspace allocated for the life of the process unless told: 42 MiB (H100, torch 2.11, 2026-11-22).
     """
+    from safelightd import loading  # brings diffusers along, two seconds: the probe's process has no use for it
+
     if torch.cuda.is_available():
         torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001 - torch's own cuda graphs call it so; there is no other name
     loading.give_back()

@@ -189,3 +189,10 @@ def test_reading_the_machine_imports_no_torch() -> None:
     program = "import sys, safelightd.probe; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
+
+
+def test_proving_the_gpu_through_torch_imports_no_diffusers() -> None:
+    """It would take two seconds longer, at every start of a worker and after every engine that died."""
+    program = "import sys, safelightd.device; sys.exit('diffusers' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
