@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from jeepney import DBusAddress, HeaderFields, MessageType, new_error, new_method_return, new_signal
@@ -70,6 +70,7 @@ class Login1:
     def __init__(self, address: str, *, denied: tuple[str, ...] = (), delay_max_s: float = 5.0) -> None:
         self._denied = denied
         self._delay_max_s = delay_max_s
+        self._address = address
         self._held: list[tuple[str, int]] = []
         self._handing_out = threading.Lock()  # until its own copy is closed, an inhibitor is held by us as well
         self._bus = open_dbus_connection(address, enable_fds=True)
@@ -80,7 +81,13 @@ class Login1:
         self._thread.start()
 
     def held(self) -> list[str]:
-        """Return "what:mode" of each inhibitor that somebody has open: the other end of its pipe."""
+        """Return "what:mode" of each inhibitor that somebody has open: the other end of its pipe.
+
+        The bus closes its own copy of what it passes on before it answers the next who asks it anything; a bus that is
+        gone has none.
+        """
+        with suppress(OSError), stranger(self._address) as bus:
+            bus.send_and_get_reply(message_bus.GetId())
         with self._handing_out:
             return sorted(name for name, ours in self._held if not _closed(ours))
 
