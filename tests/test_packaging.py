@@ -47,6 +47,12 @@ def client_only(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin"
 
 
+@pytest.fixture
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home folder with a short path, which the queue server's socket in it needs."""
+    return tmp_path_factory.mktemp("home")
+
+
 def _closure(name: str) -> set[str]:
     """Return what a plain install of a distribution brings, without itself."""
     found: set[str] = set()
@@ -102,8 +108,8 @@ def test_the_wheel_carries_nothing_else(wheel: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [("--help",), ("--version",), ("models", "list"), ("add", "--help")])
-def test_a_client_without_the_daemon_works(client_only: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
-    done = run(client_only / "safelight", *words, home=tmp_path)
+def test_a_client_without_the_daemon_works(client_only: Path, home: Path, words: tuple[str, ...]) -> None:
+    done = run(client_only / "safelight", *words, home=home)
 
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout
@@ -119,9 +125,9 @@ def test_a_client_without_the_daemon_works(client_only: Path, tmp_path: Path, wo
     ],
 )
 def test_a_client_without_the_daemon_says_how_to_get_it(
-    client_only: Path, tmp_path: Path, program: str, words: tuple[str, ...]
+    client_only: Path, home: Path, program: str, words: tuple[str, ...]
 ) -> None:
-    done = run(client_only / program, *words, home=tmp_path)
+    done = run(client_only / program, *words, home=home)
 
     assert done.returncode == 3
     assert "safelight[daemon]" in done.stderr
