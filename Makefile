@@ -7,6 +7,8 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 pyth
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
+# Tests at a time: half again as many as there are cores, since half of what they take is waiting for other processes.
+WORKERS = $(shell echo $$(( ($$(nproc) * 3 + 1) / 2 )))
 
 .PHONY: demo test bench docs clean
 
@@ -18,7 +20,7 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest --no-fold-skipped
+	$(BIN)/pytest --no-fold-skipped --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 
 # JSON on stdout, from every script that needs no GPU; ends with the first whose bar is missed. The gpu_ and train_ ones
 # are run by hand on a machine that has one. docs/numbers.md holds what was measured, on what and when.
