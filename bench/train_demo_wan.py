@@ -21,7 +21,7 @@ from multiprocessing.pool import Pool
 import torch
 from torch import Tensor
 
-from bench.drawings import training, wan
+from bench.drawings import training, wan, whole_clips
 from bench.drawings.drawing import clips
 from bench.drawings.fitting import Batch, Fit, even_sigmas, shifted, some_sigmas, told
 from bench.drawings.reading import read_fit
@@ -67,8 +67,8 @@ class WanTraining(Training):
 
         def loss(batch: Batch) -> Tensor:
             with self.autocast():
-                mean, logvar = wan.encoded(vae, batch["clips"])
-                again = wan.decoded(vae, mean + (0.5 * logvar).exp() * batch["noise"])
+                mean, logvar = whole_clips.encoded(vae, batch["clips"])
+                again = whole_clips.decoded(vae, mean + (0.5 * logvar).exp() * batch["noise"])
             off = again.float() - batch["clips"]
             spread = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1 - logvar.float()).mean()
             return off.abs().mean() + 0.5 * (off**2).mean() + 1e-4 * spread
@@ -88,7 +88,7 @@ class WanTraining(Training):
         scenes = self.scenes[: min(self.arguments.measured, 256)]
         drawn = clips(scenes, FRAMES, self.same_stream())
         with self.autocast():
-            latents = torch.cat([wan.encoded(vae, part)[0] for part in drawn.split(16)]).float()
+            latents = torch.cat([whole_clips.encoded(vae, part)[0] for part in drawn.split(16)]).float()
             again = torch.cat([vae.decode(part).sample for part in latents.split(16)]).float()
         mean, deviation = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
         vae.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist())
@@ -125,7 +125,7 @@ class WanTraining(Training):
         clean, captions = [], []
         for scenes in (self.scenes[i : i + 64] for i in range(0, len(self.scenes), 64)):
             with self.autocast():
-                latents, _ = wan.encoded(self.demo.vae, clips(scenes, FRAMES, self.stream))
+                latents, _ = whole_clips.encoded(self.demo.vae, clips(scenes, FRAMES, self.stream))
             clean.append(self.scaled(latents.float()).half())
             captions.append(self.some_captions(scenes))
         told(f"{len(self.scenes)} clips are drawn")
@@ -178,7 +178,7 @@ class WanTraining(Training):
         noise = torch.randn(shape, generator=stream, device=self.device)
         pictures = clips(scenes, FRAMES, stream)[:, :, :1]
         with self.autocast():
-            first = torch.cat([wan.encoded(self.demo.vae, part)[0] for part in pictures.split(64)]).float()
+            first = torch.cat([whole_clips.encoded(self.demo.vae, part)[0] for part in pictures.split(64)]).float()
         mean, deviation = self._statistics()
         for name, given in (("from text", None), ("from a picture", self.scaled(first))):
             made = self.sampled(noise, captions, given) * deviation + mean

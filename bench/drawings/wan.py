@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
@@ -79,25 +79,6 @@ def scheduler() -> UniPCMultistepScheduler:
     return UniPCMultistepScheduler(
         num_train_timesteps=1000, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT
     )
-
-
-def encoded(vae: Any, clips: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and logarithm of the variance, (B, 48, T, 8, 8), of clips (B, 3, 4T - 3, 128, 128)."""
-    posterior = vae.encode(clips).latent_dist
-    return posterior.mean, posterior.logvar
-
-
-def decoded(vae: Any, latents: Tensor) -> Tensor:
-    """Return clips as AutoencoderKLWan decodes them, without its clamp, through which no gradient comes back."""
-    vae.clear_cache()
-    unmixed = vae.post_quant_conv(latents)
-    parts = [
-        vae.decoder(unmixed[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=[0], first_chunk=i == 0)
-        for i in range(unmixed.shape[2])
-    ]
-    vae.clear_cache()
-    clips: Tensor = unpatchify(torch.cat(parts, 2), patch_size=vae.config.patch_size)
-    return clips
 
 
 def _vae() -> AutoencoderKLWan:
