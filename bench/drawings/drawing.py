@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 
 from bench.drawings.world import CELLS, COLOURS, DIRECTIONS, Scenes
 
@@ -17,7 +18,7 @@ SIDE = 128
 ONE_HALF_SIZES = (14.0, 24.0, 36.0)
 """Half of a shape's side, small to large, where it is alone."""
 TWO_HALF_SIZES = (14.0, 20.0, 27.0)
-CLIP_HALF_SIZES = (20.0, 27.0, 36.0)
+CLIP_HALF_SIZES = (26.0, 32.0, 40.0)
 """Larger: the VAE of a clip packs 16x16 pixels of four frames into 48 numbers."""
 OFF_CENTRE = 36.0
 """Of a shape on the left."""
@@ -29,7 +30,7 @@ SIZE_JITTER = 0.06
 
 PATH = 48.0
 """How far a shape moves in a clip."""
-GROWTH = 1.8
+GROWTH = 1.6
 """Largest side over the smallest, of a shape that grows or shrinks."""
 
 STAR_INNER = 0.42
@@ -130,6 +131,19 @@ def parts_of_clips(scenes: Scenes, num_frames: int, seen: int, side: int, stream
         corner = (centre + _either_way(stream, len(scenes), 2) * side / 2).clamp(-(SIDE - side) / 2, (SIDE - side) / 2)
         frames = [Placed(where.centre - corner.round()[:, None], where.half_size) for where in frames]
     return _filmed(scenes, frames, side)
+
+
+NEAR = 4
+"""Pixels beside a shape that are near it."""
+
+
+def near_shapes(scenes: Scenes, drawn: Tensor) -> Tensor:
+    """Return (B, 1, T, H, W), 1 where drawn clips (B, 3, T, H, W) show a shape or are near one, 0 elsewhere."""
+    rgb = _table(tuple(COLOURS.values()), scenes.count.device) / 127.5 - 1
+    background = rgb[scenes.background][:, :, None, None, None]
+    shown = ((drawn - background).abs().amax(1) > 0.05).float()
+    wide = max_pool2d(shown, (2 * NEAR + 1, 1), 1, (NEAR, 0))
+    return max_pool2d(wide, (1, 2 * NEAR + 1), 1, (0, NEAR))[:, None]
 
 
 def _filmed(scenes: Scenes, frames: list[Placed], side: int) -> Tensor:

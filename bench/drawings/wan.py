@@ -57,13 +57,6 @@ class DemoWan:
         embeds: Tensor = self.text_encoder(tokens, mask).last_hidden_state * mask[..., None]
         return embeds
 
-    def velocity(self, noisy: Tensor, sigma: Tensor, embeds: Tensor) -> Tensor:
-        """Return what the transformer predicts of (B, 48, T, 8, 8) at a noise level for each frame (B, T)."""
-        tokens = (LATENT_SIDE // 2) ** 2
-        timestep = (1000 * sigma).repeat_interleave(tokens, dim=1)
-        velocity: Tensor = self.transformer(noisy, timestep, embeds, return_dict=False)[0]
-        return velocity
-
     def save(self, folder: Path) -> None:
         """Write a WanPipeline in bfloat16."""
         vae, text_encoder, transformer = (

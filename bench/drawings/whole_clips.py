@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import _dynamo as dynamo
 from torch.nn.functional import conv2d, linear, pad, scaled_dot_product_attention, silu
 
 TAPS = 3
@@ -68,10 +69,18 @@ def _framed_activation(x: Tensor, gamma: Tensor) -> Tensor:
 _framing: Callable[[Tensor, Tensor], Tensor] = _framed_activation
 
 
-def compile_activations() -> None:
-    """Have what lies between the convolutions compiled: as it is, each of its steps goes through memory."""
+def activate(*, compiled: bool) -> None:
+    """Have what lies between the convolutions compiled, or not: as it is, each of its steps goes through memory.
+
+    Every shape is compiled anew, so only what is done thousands of times is worth it.
+    """
     global _framing
-    _framing = torch.compile(_framed_activation, dynamic=False)
+    dynamo.config.recompile_limit = SHAPES_MAX
+    _framing = torch.compile(_framed_activation, dynamic=False) if compiled else _framed_activation
+
+
+SHAPES_MAX = 100
+"""That activations have in one process, of two sizes of clips: torch's own limit is eight, after which nothing is."""
 
 
 def _activated(x: Tensor, norm: Any) -> Tensor:
@@ -88,7 +97,8 @@ def _pictures(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int
     """Return a 2-D convolution of each frame of (B, T, H, W, C)."""
     pictures = x.flatten(0, 1).permute(0, 3, 1, 2)
     weight = weight.contiguous(memory_format=torch.channels_last)
-    return conv2d(pictures, weight, bias, stride, padding).permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+    drawn = conv2d(pictures, weight, bias, stride, padding).permute(0, 2, 3, 1)
+    return drawn.view(*x.shape[:2], *drawn.shape[1:])
 
 
 def _linear(x: Tensor, conv: Any) -> Tensor:

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import torch
-from bench.drawings import analyser, whole_clips
+from bench.drawings import analyser, framewise, whole_clips
 from bench.drawings.drawing import clips, parts_of_clips, pictures, placed
 from bench.drawings.tokens import TokenTables, clip_tokenizer, t5_tokenizer
 from bench.drawings.training import accuracy, as_bytes, clip_verdict, verdict
@@ -132,3 +132,19 @@ def test_parts_of_clips_are_drawn_as_the_clips_are() -> None:
     for part, clip in zip(parts, whole, strict=True):
         tiles = clip[:, middle].unfold(1, 96, 1).unfold(2, 96, 1).flatten(1, 2)
         assert (tiles - part[:, 4][:, None]).abs().flatten(2).amax((0, 2)).min() < 0.02
+
+
+def test_the_transformer_with_a_noise_level_a_frame_is_the_one_with_one_a_token() -> None:
+    torch.manual_seed(27)
+    transformer = DemoWan.new("cpu").transformer
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+    noisy, sigma, embeds = torch.randn(2, 48, 5, 8, 8), torch.rand(2, 5), torch.randn(2, 32, 128)
+    own = transformer(noisy, (1000 * sigma).repeat_interleave(16, dim=1), embeds, return_dict=False)[0]
+
+    velocity = framewise.velocity(transformer, noisy, sigma, embeds, framewise.block_applied)
+
+    torch.testing.assert_close(velocity, own, rtol=1e-3, atol=1e-4)
+    parameters = list(transformer.parameters())
+    by_own, by_frames = (torch.autograd.grad((made**2).mean(), parameters) for made in (own, velocity))
+    for expected, actual in zip(by_own, by_frames, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item() + 1e-6)
