@@ -38,6 +38,8 @@ NEAR_SHAPES = 3.0
 """How much more a pixel of a shape or beside it counts to the VAE than one of the background, added to 1."""
 STEPS, SCALE = 20, 3.0
 DRAWN_AT_ONCE = 128
+FIRST_FRAME = 2.0
+"""How much the first latent frame counts: all of one picture, where the others have what four of them change."""
 FROM_A_PICTURE = 0.4
 """Share of clips whose first latent frame is given."""
 TINY = {
@@ -180,6 +182,7 @@ class WanTraining(Training):
                 velocity = self.velocity(batch["noisy"], batch["sigma"], batch["embeds"], self.block)
             # Where the picture is given there is nothing to learn.
             free = (batch["sigma"] > 0).float()[:, None, :, None, None]
+            free[:, :, 0] *= FIRST_FRAME
             off = (velocity.float() - batch["velocity"]) ** 2 * free
             return off.mean() / free.mean()
 

@@ -46,8 +46,9 @@ class DemoWan:
         return [self.vae, self.text_encoder, self.transformer]
 
     def take(self, folder: Path) -> None:
-        """Begin with the VAE and the transformer of a saved pipeline; the text encoders learn to read anew."""
-        for name, kind in (("vae", AutoencoderKLWan), ("transformer", WanTransformer3DModel)):
+        """Begin with the modules of a saved pipeline."""
+        kinds = (("vae", AutoencoderKLWan), ("text_encoder", UMT5EncoderModel), ("transformer", WanTransformer3DModel))
+        for name, kind in kinds:
             stored = kind.from_pretrained(folder, subfolder=name, dtype=torch.float32, local_files_only=True)
             getattr(self, name).load_state_dict(stored.state_dict())
 
