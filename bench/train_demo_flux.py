@@ -25,7 +25,7 @@ from bench.drawings import flux, training
 from bench.drawings.drawing import pictures, placed
 from bench.drawings.fitting import Batch, Fit, even_sigmas, some_sigmas, told
 from bench.drawings.flux import DemoFlux, patches, unpatched
-from bench.drawings.reading import read_fit
+from bench.drawings.reading import Reading, measure_reading, reading
 from bench.drawings.training import Training, accuracy, psnr_db
 from bench.drawings.world import COLOURS, NUMBER, SHAPE_COLOURS, Scenes, World
 
@@ -67,14 +67,14 @@ class FluxTraining(Training):
     def drawn(self, scenes: Scenes) -> Tensor:
         return pictures(scenes, placed(scenes, self.stream))
 
-    def read_fit(self) -> tuple[Fit, Callable[[], Batch]]:
+    def reading(self) -> Reading:
         def embed(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
             embeds = self.demo.text_encoder_2(batch["t5"])[0]
             told = embeds[:, : batch["words"].shape[1]]
             return told, embeds.mean(1), self.demo.text_encoder(batch["clip"]).pooler_output
 
         encoders = [self.demo.text_encoder, self.demo.text_encoder_2]
-        return read_fit(self, self.arguments.read_s, encoders, embed, flux.WIDTH)
+        return reading(self, self.arguments.read_s, encoders, embed, flux.WIDTH)
 
     def vae_fit(self) -> Fit:
         vae = self.demo.vae
@@ -236,8 +236,9 @@ def train(arguments: argparse.Namespace, readers: Pool) -> None:
         it.demo.take(arguments.begin)
     vae = it.go_on(it.vae_fit(), lambda: it.vae_batch)
     it.measure_vae()
-    read, captions = it.read_fit()
-    it.go_on(read, lambda: captions, vae)
+    taught = it.reading()
+    read = it.go_on(taught.fit, lambda: taught.batches, vae)
+    measure_reading(it, taught)
     for encoder in (it.demo.text_encoder, it.demo.text_encoder_2):
         encoder.requires_grad_(requires_grad=False)
     if arguments.compile:

@@ -1,4 +1,4 @@
-"""Train demo-wan from nothing: the video VAE, the text encoder, then the transformer with it, from text and pictures.
+"""Train demo-wan from nothing: the video VAE, the text encoder, then the transformer with it.
 
     python -m bench.train_demo_wan --to FOLDER                   # a quarter of an hour on an H100
     python -m bench.train_demo_wan --to FOLDER --limit-s 500     # so far today; the same command again goes on
@@ -14,28 +14,52 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.pool import Pool
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.exc import InductorError
 
-from bench.drawings import training, wan
-from bench.drawings.drawing import clips
+from bench.drawings import framewise, training, wan, whole_clips
+from bench.drawings.drawing import SIDE, clips, near_shapes, parts_of_clips
 from bench.drawings.fitting import Batch, Fit, even_sigmas, shifted, some_sigmas, told
-from bench.drawings.reading import read_fit
+from bench.drawings.reading import Reading, measure_reading, reading
 from bench.drawings.training import Training, accuracy, psnr_db
 from bench.drawings.wan import DemoWan
-from bench.drawings.world import World
+from bench.drawings.world import CAPTION_WORDS, World
 
 FRAMES = 17
-VAE_FRAMES = 9
-"""One frame, four that follow a first, and four that follow four: all that the VAE ever sees."""
+NEAR_SHAPES = 3.0
+"""How much more a pixel of a shape or beside it counts to the VAE than one of the background, added to 1."""
 STEPS, SCALE = 20, 3.0
+DRAWN_AT_ONCE = 128
+FIRST_FRAME = 2.0
+"""How much the first latent frame counts: all of one picture, where the others have what four of them change."""
 FROM_A_PICTURE = 0.4
 """Share of clips whose first latent frame is given."""
-TINY = {"vae_s": 20, "read_s": 4, "draw_s": 8, "vae_batch": 1, "batch": 4, "pool": 16, "measured": 2}
+TINY = {
+    "vae_s": 4, "vae_whole_s": 4, "read_s": 4, "draw_s": 4, "vae_batch": 1, "vae_whole_batch": 1, "batch": 4,
+    "pool": 8, "measured": 2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the VAE learns from: so many frames of a clip, and a square of them."""
+
+    frames: int
+    side: int
+
+
+CROP = Part(9, 64)
+"""One frame, four that follow a first, and four that follow four: all that the VAE ever does, an eighth of a clip."""
+WHOLE = Part(FRAMES, SIDE)
+"""Where borders are, and how far it is to them."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +69,15 @@ class Latents:
     clean: Tensor
     """(N, 48, T, 8, 8), float16, of mean 0 and deviation 1 in each channel."""
     captions: Tensor
-    """(N, variants, words)."""
+    """(N, variants, T5_TOKENS, WIDTH), float16: the text encoder stands still."""
+    nothing: Tensor
+    """(1, T5_TOKENS, WIDTH): of no caption."""
+
+
+class Switch(Protocol):
+    """Has something compiled, or not."""
+
+    def __call__(self, *, compiled: bool) -> None: ...
 
 
 class WanTraining(Training):
@@ -54,32 +86,69 @@ class WanTraining(Training):
     def __init__(self, arguments: argparse.Namespace, readers: Pool) -> None:
         super().__init__(arguments, readers, clip=True)
         self.demo = DemoWan.new(self.device)
+        self.block: framewise.Block = framewise.block_applied
+        self.vae_fits: list[Fit] = []
 
-    def read_fit(self) -> tuple[Fit, Callable[[], Batch]]:
+    def compiled_if_it_can_be(self, fit: Fit, batch: Batch, switch: Switch) -> None:
+        """Compile what a fit goes through where the compiler copes with it: without, it is only slower."""
+        switch(compiled=True)
+        try:
+            fit.gradients(batch)
+        except (TorchDynamoException, InductorError) as error:
+            told(f"{fit.name} goes on without being compiled: {str(error).strip().splitlines()[0]}")
+            switch(compiled=False)
+        else:
+            told(f"{fit.name} is compiled")
+
+    def reading(self) -> Reading:
         def embed(batch: Batch) -> tuple[Tensor, Tensor, None]:
             embeds = self.demo.embeds(batch["t5"])
             return embeds[:, : batch["words"].shape[1]], embeds.mean(1), None
 
-        return read_fit(self, self.arguments.read_s, [self.demo.text_encoder], embed, wan.WIDTH)
+        return reading(self, self.arguments.read_s, [self.demo.text_encoder], embed, wan.WIDTH)
 
-    def vae_fit(self) -> Fit:
+    def vae_fit(self, name: str, seconds: float, lr: float) -> Fit:
         vae = self.demo.vae
 
         def loss(batch: Batch) -> Tensor:
             with self.autocast():
-                mean, logvar = wan.encoded(vae, batch["clips"])
-                again = wan.decoded(vae, mean + (0.5 * logvar).exp() * batch["noise"])
+                mean, logvar = whole_clips.encoded(vae, batch["clips"])
+                again = whole_clips.decoded(vae, mean + (0.5 * logvar).exp() * batch["noise"])
             off = again.float() - batch["clips"]
+            # Most of a clip is its background; what is asked for is in the rest.
+            weight = 1 + NEAR_SHAPES * batch["near"]
             spread = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1 - logvar.float()).mean()
-            return off.abs().mean() + 0.5 * (off**2).mean() + 1e-4 * spread
+            return ((off.abs() + 0.5 * off**2) * weight).mean() / weight.mean() + 1e-4 * spread
 
-        return Fit("vae", list(vae.parameters()), loss, lr=1.2e-3, seconds=self.arguments.vae_s, ema_decay=0.998)
+        return Fit(name, list(vae.parameters()), loss, lr=lr, seconds=seconds, ema_decay=0.998)
 
-    def vae_batch(self) -> Batch:
-        scenes = self.scenes[self.whole(len(self.scenes), self.arguments.vae_batch)]
-        drawn = clips(scenes, VAE_FRAMES, self.stream)
-        shape = (len(drawn), wan.LATENT_CHANNELS, (VAE_FRAMES - 1) // wan.FRAMES_PER_LATENT + 1)
-        return {"clips": drawn, "noise": self.normal(*shape, wan.LATENT_SIDE, wan.LATENT_SIDE)}
+    def train_vae(self) -> None:
+        """Go through both parts: many squares of clips, then whole ones."""
+        arguments = self.arguments
+        for name, seconds, lr, part, count in (
+            ("vae", arguments.vae_s, 6e-4, CROP, arguments.vae_batch),
+            ("vae whole", arguments.vae_whole_s, 3e-4, WHOLE, arguments.vae_whole_batch),
+        ):
+            fit = self.vae_fit(name, seconds, lr)
+            batches = self.vae_batches(part, count)
+
+            def ready(fit: Fit = fit, batches: Callable[[], Batch] = batches) -> Callable[[], Batch]:
+                if arguments.compile_vae:
+                    self.compiled_if_it_can_be(fit, batches(), whole_clips.activate)
+                return batches
+
+            self.vae_fits.append(self.go_on(fit, ready, *self.vae_fits))
+        whole_clips.activate(compiled=False)
+
+    def vae_batches(self, part: Part, count: int) -> Callable[[], Batch]:
+        shape = (count, wan.LATENT_CHANNELS, (part.frames - 1) // wan.FRAMES_PER_LATENT + 1, *[part.side // 16] * 2)
+
+        def batch() -> Batch:
+            scenes = self.scenes[self.whole(len(self.scenes), count)]
+            drawn = parts_of_clips(scenes, FRAMES, part.frames, part.side, self.stream)
+            return {"clips": drawn, "near": near_shapes(scenes, drawn), "noise": self.normal(*shape)}
+
+        return batch
 
     @torch.no_grad()
     def measure_vae(self) -> None:
@@ -88,7 +157,7 @@ class WanTraining(Training):
         scenes = self.scenes[: min(self.arguments.measured, 256)]
         drawn = clips(scenes, FRAMES, self.same_stream())
         with self.autocast():
-            latents = torch.cat([wan.encoded(vae, part)[0] for part in drawn.split(16)]).float()
+            latents = torch.cat([whole_clips.encoded(vae, part)[0] for part in drawn.split(16)]).float()
             again = torch.cat([vae.decode(part).sample for part in latents.split(16)]).float()
         mean, deviation = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
         vae.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist())
@@ -110,33 +179,63 @@ class WanTraining(Training):
     def draw_fit(self) -> Fit:
         def loss(batch: Batch) -> Tensor:
             with self.autocast():
-                velocity = self.demo.velocity(batch["noisy"], batch["sigma"], self.demo.embeds(batch["tokens"]))
+                velocity = self.velocity(batch["noisy"], batch["sigma"], batch["embeds"], self.block)
             # Where the picture is given there is nothing to learn.
             free = (batch["sigma"] > 0).float()[:, None, :, None, None]
+            free[:, :, 0] *= FIRST_FRAME
             off = (velocity.float() - batch["velocity"]) ** 2 * free
             return off.mean() / free.mean()
 
         parameters = list(self.demo.transformer.parameters())
         return Fit("draw", parameters, loss, lr=1.2e-3, seconds=self.arguments.draw_s, ema_decay=0.9985)
 
+    def velocity(self, noisy: Tensor, sigma: Tensor, embeds: Tensor, block: framewise.Block) -> Tensor:
+        return framewise.velocity(self.demo.transformer, noisy, sigma, embeds, block)
+
+    def train_transformer(self, read: Fit) -> Fit:
+        fit = self.draw_fit()
+
+        def switch(*, compiled: bool) -> None:
+            as_it_is = framewise.block_applied
+            self.block = torch.compile(as_it_is, dynamic=False) if compiled else as_it_is
+
+        def ready() -> Callable[[], Batch]:
+            batches = self.batches(self.drawings())
+            if self.arguments.compile:
+                self.compiled_if_it_can_be(fit, batches(), switch)
+            return batches
+
+        return self.go_on(fit, ready, *self.vae_fits, read)
+
     @torch.no_grad()
     def drawings(self) -> Latents:
         """Return latents of many clips, with captions."""
-        clean, captions = [], []
-        for scenes in (self.scenes[i : i + 64] for i in range(0, len(self.scenes), 64)):
+        clean: list[Tensor] = []
+        captions: list[Tensor] = []
+        until = time.monotonic() + self.arguments.pool_s
+        for scenes in (self.scenes[i : i + DRAWN_AT_ONCE] for i in range(0, len(self.scenes), DRAWN_AT_ONCE)):
+            if clean and time.monotonic() > until:
+                break
             with self.autocast():
-                latents, _ = wan.encoded(self.demo.vae, clips(scenes, FRAMES, self.stream))
+                latents, _ = whole_clips.encoded(self.demo.vae, clips(scenes, FRAMES, self.stream))
+                said = [
+                    self.demo.embeds(self.tables.for_t5(way)) for way in self.some_captions(scenes).long().unbind(1)
+                ]
             clean.append(self.scaled(latents.float()).half())
-            captions.append(self.some_captions(scenes))
-        told(f"{len(self.scenes)} clips are drawn")
-        return Latents(torch.cat(clean), torch.cat(captions))
+            captions.append(torch.stack(said, 1).half())
+        captionless = torch.zeros(1, CAPTION_WORDS, dtype=torch.long, device=self.device)
+        with self.autocast():
+            nothing = self.demo.embeds(self.tables.for_t5(captionless))
+        told(f"{sum(map(len, clean))} clips are drawn")
+        return Latents(torch.cat(clean), torch.cat(captions), nothing.float())
 
     def batches(self, latents: Latents) -> Callable[[], Batch]:
         def batch() -> Batch:
             count = self.arguments.batch
             place = self.whole(len(latents.clean), count)
             clean = latents.clean[place].float()
-            caption = latents.captions[place, self.whole(latents.captions.shape[1], count)].long()
+            embeds = latents.captions[place, self.whole(latents.captions.shape[1], count)].float()
+            unprompted = (self.uniform(count) < training.UNPROMPTED)[:, None, None]
             noise = self.normal(*clean.shape)
             sigma = shifted(some_sigmas(count, self.stream), wan.FLOW_SHIFT)[:, None].repeat(1, clean.shape[2])
             given = self.uniform(count) < FROM_A_PICTURE
@@ -144,7 +243,7 @@ class WanTraining(Training):
             level = sigma[:, None, :, None, None]
             return {
                 "noisy": (1 - level) * clean + level * noise, "velocity": noise - clean, "sigma": sigma,
-                "tokens": self.tables.for_t5(self.sometimes_unprompted(caption)),
+                "embeds": torch.where(unprompted, latents.nothing, embeds),
             }  # fmt: skip
 
         return batch
@@ -162,7 +261,8 @@ class WanTraining(Training):
                 if first is not None:
                     latents = torch.cat([first, latents[:, :, 1:]], 2)
                     sigma[:, 0] = 0.0
-                wanted, away = self.demo.velocity(torch.cat([latents] * 2), sigma, embeds).float().chunk(2)
+                velocity = self.velocity(torch.cat([latents] * 2), sigma, embeds, framewise.block_applied)
+                wanted, away = velocity.float().chunk(2)
                 latents = latents + (following - level) * (away + SCALE * (wanted - away))
         return latents if first is None else torch.cat([first, latents[:, :, 1:]], 2)
 
@@ -178,7 +278,7 @@ class WanTraining(Training):
         noise = torch.randn(shape, generator=stream, device=self.device)
         pictures = clips(scenes, FRAMES, stream)[:, :, :1]
         with self.autocast():
-            first = torch.cat([wan.encoded(self.demo.vae, part)[0] for part in pictures.split(64)]).float()
+            first = torch.cat([whole_clips.encoded(self.demo.vae, part)[0] for part in pictures.split(64)]).float()
         mean, deviation = self._statistics()
         for name, given in (("from text", None), ("from a picture", self.scaled(first))):
             made = self.sampled(noise, captions, given) * deviation + mean
@@ -197,28 +297,31 @@ def train(arguments: argparse.Namespace, readers: Pool) -> None:
         told(f"{type(module).__name__}: {sum(parameter.numel() for parameter in module.parameters()):,} parameters")
     if arguments.begin:
         it.demo.take(arguments.begin)
-    vae = it.go_on(it.vae_fit(), lambda: it.vae_batch)
+    it.train_vae()
     it.measure_vae()
-    read, captions = it.read_fit()
-    it.go_on(read, lambda: captions, vae)
+    taught = it.reading()
+    read = it.go_on(taught.fit, lambda: taught.batches, *it.vae_fits)
+    measure_reading(it, taught)
     it.demo.text_encoder.requires_grad_(requires_grad=False)
-    if arguments.compile:
-        for block in it.demo.transformer.blocks:
-            block.compile(dynamic=False)
-    draw = it.go_on(it.draw_fit(), lambda: it.batches(it.drawings()), vae, read)
-    it.measure()
+    draw = it.train_transformer(read)
+    if draw.steps:
+        it.measure()
     it.demo.save(arguments.to / "demo-wan")
-    it.tell(vae, read, draw)
+    it.tell(*it.vae_fits, read, draw)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vae-s", type=float, default=420.0)
-    parser.add_argument("--read-s", type=float, default=20.0)
-    parser.add_argument("--draw-s", type=float, default=420.0)
-    parser.add_argument("--vae-batch", type=int, default=16)
+    parser.add_argument("--vae-s", type=float, default=270.0, help="of the VAE with squares of clips")
+    parser.add_argument("--vae-whole-s", type=float, default=130.0, help="of the VAE with whole clips")
+    parser.add_argument("--read-s", type=float, default=25.0)
+    parser.add_argument("--draw-s", type=float, default=370.0)
+    parser.add_argument("--vae-batch", type=int, default=32)
+    parser.add_argument("--vae-whole-batch", type=int, default=8)
+    parser.add_argument("--compile-vae", action="store_true", help="compile what lies between its convolutions")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--pool", type=int, default=60_000, help="clips that are drawn and encoded beforehand")
+    parser.add_argument("--pool-s", type=float, default=60.0, help="at most for that; there are fewer clips then")
     return training.run(train, parser, TINY)
 
 

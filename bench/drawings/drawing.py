@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 
 from bench.drawings.world import CELLS, COLOURS, DIRECTIONS, Scenes
 
@@ -17,7 +18,7 @@ SIDE = 128
 ONE_HALF_SIZES = (14.0, 24.0, 36.0)
 """Half of a shape's side, small to large, where it is alone."""
 TWO_HALF_SIZES = (14.0, 20.0, 27.0)
-CLIP_HALF_SIZES = (20.0, 27.0, 36.0)
+CLIP_HALF_SIZES = (26.0, 32.0, 40.0)
 """Larger: the VAE of a clip packs 16x16 pixels of four frames into 48 numbers."""
 OFF_CENTRE = 36.0
 """Of a shape on the left."""
@@ -29,7 +30,7 @@ SIZE_JITTER = 0.06
 
 PATH = 48.0
 """How far a shape moves in a clip."""
-GROWTH = 1.8
+GROWTH = 1.6
 """Largest side over the smallest, of a shape that grows or shrinks."""
 
 STAR_INNER = 0.42
@@ -88,10 +89,10 @@ def path(scenes: Scenes, num_frames: int, stream: torch.Generator) -> list[Place
     return frames
 
 
-def pictures(scenes: Scenes, where: Placed, *, outline: bool = False) -> Tensor:
-    """Return (B, 3, SIDE, SIDE), -1 to 1. An `outline` leaves the inside as the background is."""
+def pictures(scenes: Scenes, where: Placed, *, outline: bool = False, side: int = SIDE) -> Tensor:
+    """Return (B, 3, side, side), -1 to 1: the middle of it. An `outline` leaves the inside as the background is."""
     device = scenes.count.device
-    grid = torch.arange(SIDE, device=device) + 0.5 - SIDE / 2
+    grid = torch.arange(side, device=device) + 0.5 - side / 2
     x = grid[None, None, None, :] - where.centre[..., 0, None, None]
     y = grid[None, None, :, None] - where.centre[..., 1, None, None]
     half = where.half_size[..., None, None]
@@ -104,7 +105,7 @@ def pictures(scenes: Scenes, where: Placed, *, outline: bool = False) -> Tensor:
     cover = (depth + 0.5).clamp(0, 1)
     cover = cover * (torch.arange(2, device=device) < scenes.count[:, None])[..., None, None]
     rgb = _table(tuple(COLOURS.values()), device) / 127.5 - 1
-    picture = rgb[scenes.background][:, :, None, None].expand(-1, 3, SIDE, SIDE)
+    picture = rgb[scenes.background][:, :, None, None].expand(-1, 3, side, side)
     for i in range(2):
         picture = picture + (rgb[scenes.colour[:, i]][:, :, None, None] - picture) * cover[:, i : i + 1]
     return picture
@@ -116,7 +117,44 @@ OUTLINE = 5.0
 
 def clips(scenes: Scenes, num_frames: int, stream: torch.Generator) -> Tensor:
     """Return (B, 3, num_frames, SIDE, SIDE), -1 to 1."""
-    return torch.stack([pictures(scenes, where) for where in path(scenes, num_frames, stream)], 2)
+    return _filmed(scenes, path(scenes, num_frames, stream), SIDE)
+
+
+def parts_of_clips(scenes: Scenes, num_frames: int, seen: int, side: int, stream: torch.Generator) -> Tensor:
+    """Return (B, 3, seen, side, side), -1 to 1: some frames of a clip, and of them a square with some of the shape."""
+    frames = path(scenes, num_frames, stream)
+    # One start for all of a batch: where it is must not come back from the device.
+    start = int(torch.randint(num_frames - seen + 1, ()))
+    frames = frames[start : start + seen]
+    if side < SIDE:
+        centre = frames[seen // 2].centre[:, 0]
+        corner = (centre + _either_way(stream, len(scenes), 2) * side / 2).clamp(-(SIDE - side) / 2, (SIDE - side) / 2)
+        frames = [Placed(where.centre - corner.round()[:, None], where.half_size) for where in frames]
+    return _filmed(scenes, frames, side)
+
+
+NEAR = 4
+"""Pixels beside a shape that are near it."""
+
+
+def near_shapes(scenes: Scenes, drawn: Tensor) -> Tensor:
+    """Return (B, 1, T, H, W), 1 where drawn clips (B, 3, T, H, W) show a shape or are near one, 0 elsewhere."""
+    rgb = _table(tuple(COLOURS.values()), scenes.count.device) / 127.5 - 1
+    background = rgb[scenes.background][:, :, None, None, None]
+    shown = ((drawn - background).abs().amax(1) > 0.05).float()
+    wide = max_pool2d(shown, (2 * NEAR + 1, 1), 1, (NEAR, 0))
+    return max_pool2d(wide, (1, 2 * NEAR + 1), 1, (0, NEAR))[:, None]
+
+
+def _filmed(scenes: Scenes, frames: list[Placed], side: int) -> Tensor:
+    """Return (B, 3, frames, side, side), drawn at once: a frame alone is too little for a GPU."""
+    again = torch.arange(len(scenes), device=scenes.count.device).repeat_interleave(len(frames))
+    where = Placed(
+        torch.stack([frame.centre for frame in frames], 1).flatten(0, 1),
+        torch.stack([frame.half_size for frame in frames], 1).flatten(0, 1),
+    )
+    drawn: Tensor = pictures(scenes[again], where, side=side).unflatten(0, (len(scenes), len(frames)))
+    return drawn.movedim(1, 2)
 
 
 def _circle(x: Tensor, y: Tensor, half: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class Fit:
         began, before, spoke = time.monotonic(), self.spent_s, time.monotonic()
         lately: list[Tensor] = []
         while True:
-            if self.steps % LOOKED_EVERY_STEPS == 0:
+            if not self._cuda or self.steps % LOOKED_EVERY_STEPS == 0:
                 self._wait()
                 now = time.monotonic()
                 self.spent_s = before + now - began
@@ -88,12 +88,16 @@ class Fit:
         spent = min(self.spent_s / self.seconds, 1.0)
         return min(1.0, (self.steps + 1) / WARM_UP_STEPS) * min(1.0, (1 - spent) / (1 - HELD_SHARE)) + 1e-4
 
-    def _step(self, batch: Batch) -> Tensor:
+    def gradients(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Return the loss of a batch and what it says to each parameter; nothing changes."""
         loss = self._loss(batch)
-        gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        return loss.detach(), torch.autograd.grad(loss, self._parameters, allow_unused=True)
+
+    def _step(self, batch: Batch) -> Tensor:
+        loss, gradients = self.gradients(batch)
         pairs = [(i, gradient) for i, gradient in enumerate(gradients) if gradient is not None]
         self._adam([i for i, _ in pairs], [gradient for _, gradient in pairs])
-        return loss.detach()
+        return loss
 
     @torch.no_grad()
     def _adam(self, places: list[int], gradients: list[Tensor]) -> None:
@@ -160,11 +164,12 @@ class Fit:
             return
         spent_s, steps, count = tensors[f"{self.name}.spent"].tolist()
         self.spent_s, self.steps = spent_s, int(steps)
-        self._count.fill_(count)
         for i, average in enumerate(self._average):
             average.copy_(tensors[f"{self.name}.average.{i}"])
-        if self.is_done:
+        if f"{self.name}.weight.0" not in tensors:  # it was done: with a larger budget it goes on from the average
+            self.use_average()
             return
+        self._count.fill_(count)
         for kind, parts in self._parts().items():
             for i, part in enumerate(parts):
                 part.copy_(tensors[f"{self.name}.{kind}.{i}"])

@@ -9,14 +9,26 @@ that answer are thrown away.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from bench.drawings.fitting import Batch, Fit
+from bench.drawings.fitting import Batch, Fit, told
 from bench.drawings.training import Training
-from bench.drawings.world import CELLS, COLOURS, DIRECTIONS, MOTIONS, NUMBER, SHAPE_COLOURS, SHAPES, SIZES, Scenes
+from bench.drawings.world import (
+    CELLS,
+    COLOURS,
+    DIRECTIONS,
+    MOTIONS,
+    NUMBER,
+    SHAPE_COLOURS,
+    SHAPES,
+    SIZES,
+    Scenes,
+    World,
+)
 
 QUESTIONS = {
     "colour": SHAPE_COLOURS,
@@ -55,10 +67,18 @@ def answers(scenes: Scenes) -> Tensor:
 Embed = Callable[[Batch], tuple[Tensor, Tensor, Tensor | None]]
 
 
-def read_fit(
-    it: Training, seconds: float, modules: list[nn.Module], embed: Embed, width: int
-) -> tuple[Fit, Callable[[], Batch]]:  # fmt: skip
-    """Return what teaches text encoders to read, and its batches.
+@dataclass(frozen=True)
+class Reading:
+    """What teaches text encoders to read."""
+
+    fit: Fit
+    batches: Callable[[], Batch]
+    measured: Callable[[int], dict[str, float]]
+    """Return, of so many held-out captions, the share of answers that are right, by question, in percent."""
+
+
+def reading(it: Training, seconds: float, modules: list[nn.Module], embed: Embed, width: int) -> Reading:
+    """Return what teaches text encoders to read.
 
     Args:
         embed: of a batch (`t5`, `clip`, `words`), the embeddings of each word (B, words, width), one of all of them
@@ -89,13 +109,43 @@ def read_fit(
 
     parameters = [parameter for module in (*modules, heads) for parameter in module.parameters()]
     fit = Fit("read", parameters, loss, lr=2e-3, seconds=seconds, ema_decay=0.995)
-    return fit, lambda: read_batch(it, BATCH if it.device == "cuda" else 8)
+
+    @torch.no_grad()
+    def measured(count: int) -> dict[str, float]:
+        world = World(it.device, 4322)
+        batch = _questions(it, world, world.scenes(count, "held out", clip=it.clip))
+        with it.autocast():
+            words, whole, _ = embed(batch)
+            said, background = heads.words(words), heads.background(whole)
+        owner = batch["owner"]
+        right = batch["answers"].gather(1, (owner - 1).clamp(min=0)[..., None].expand(-1, -1, len(QUESTIONS)))
+        found = {"background": percent(background.argmax(-1) == batch["background"])}
+        for i, (name, answer) in enumerate(zip(QUESTIONS, said.split(list(QUESTIONS.values()), -1), strict=True)):
+            asked = (owner > 0) & (right[..., i] >= 0)
+            found[name] = percent((answer.argmax(-1) == right[..., i])[asked])
+        return found
+
+    return Reading(fit, lambda: read_batch(it, BATCH if it.device == "cuda" else 8), measured)
+
+
+def measure_reading(it: Training, reading: Reading) -> None:
+    """Say what text encoders tell of held-out captions, where they learned at all."""
+    if reading.fit.steps:
+        it.found["reading"] = reading.measured(it.arguments.measured)
+        told(f"the text encoders tell, of held-out captions: {it.found['reading']}")
+
+
+def percent(right: Tensor) -> float:
+    return round(100 * right.float().mean().item(), 1)
 
 
 def read_batch(it: Training, count: int) -> Batch:
-    """Return captions with the right answers."""
-    scenes = it.scenes[it.whole(len(it.scenes), count)]
-    captions, owner = it.world.captions_of(scenes, clip=it.clip)
+    """Return captions of training with the right answers."""
+    return _questions(it, it.world, it.scenes[it.whole(len(it.scenes), count)])
+
+
+def _questions(it: Training, world: World, scenes: Scenes) -> Batch:
+    captions, owner = world.captions_of(scenes, clip=it.clip)
     right = answers(scenes)
     # What a caption leaves open has no answer.
     ordered = ~(captions == NUMBER["and"]).any(1)

@@ -143,7 +143,7 @@ def run(
 ) -> int:
     """Read the command line and train; `tiny` is what it says instead for a try on the CPU."""
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--begin", type=Path, metavar="FOLDER", help="with VAE and transformer of this pipeline")
+    parser.add_argument("--begin", type=Path, metavar="FOLDER", help="with the modules of this pipeline")
     parser.add_argument("--limit-s", type=float, default=float("inf"), help="of this run; the same command goes on")
     parser.add_argument("--measured", type=int, default=1000, help="held-out prompts to say what it came to")
     parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks first")

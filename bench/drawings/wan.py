@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
@@ -46,8 +46,9 @@ class DemoWan:
         return [self.vae, self.text_encoder, self.transformer]
 
     def take(self, folder: Path) -> None:
-        """Begin with the VAE and the transformer of a saved pipeline; the text encoders learn to read anew."""
-        for name, kind in (("vae", AutoencoderKLWan), ("transformer", WanTransformer3DModel)):
+        """Begin with the modules of a saved pipeline."""
+        kinds = (("vae", AutoencoderKLWan), ("text_encoder", UMT5EncoderModel), ("transformer", WanTransformer3DModel))
+        for name, kind in kinds:
             stored = kind.from_pretrained(folder, subfolder=name, dtype=torch.float32, local_files_only=True)
             getattr(self, name).load_state_dict(stored.state_dict())
 
@@ -56,13 +57,6 @@ class DemoWan:
         mask = (tokens > 0).long()
         embeds: Tensor = self.text_encoder(tokens, mask).last_hidden_state * mask[..., None]
         return embeds
-
-    def velocity(self, noisy: Tensor, sigma: Tensor, embeds: Tensor) -> Tensor:
-        """Return what the transformer predicts of (B, 48, T, 8, 8) at a noise level for each frame (B, T)."""
-        tokens = (LATENT_SIDE // 2) ** 2
-        timestep = (1000 * sigma).repeat_interleave(tokens, dim=1)
-        velocity: Tensor = self.transformer(noisy, timestep, embeds, return_dict=False)[0]
-        return velocity
 
     def save(self, folder: Path) -> None:
         """Write a WanPipeline in bfloat16."""
@@ -79,25 +73,6 @@ def scheduler() -> UniPCMultistepScheduler:
     return UniPCMultistepScheduler(
         num_train_timesteps=1000, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT
     )
-
-
-def encoded(vae: Any, clips: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and logarithm of the variance, (B, 48, T, 8, 8), of clips (B, 3, 4T - 3, 128, 128)."""
-    posterior = vae.encode(clips).latent_dist
-    return posterior.mean, posterior.logvar
-
-
-def decoded(vae: Any, latents: Tensor) -> Tensor:
-    """Return clips as AutoencoderKLWan decodes them, without its clamp, through which no gradient comes back."""
-    vae.clear_cache()
-    unmixed = vae.post_quant_conv(latents)
-    parts = [
-        vae.decoder(unmixed[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=[0], first_chunk=i == 0)
-        for i in range(unmixed.shape[2])
-    ]
-    vae.clear_cache()
-    clips: Tensor = unpatchify(torch.cat(parts, 2), patch_size=vae.config.patch_size)
-    return clips
 
 
 def _vae() -> AutoencoderKLWan:

@@ -6,10 +6,11 @@ import re
 
 import numpy as np
 import torch
-from bench.drawings import analyser
-from bench.drawings.drawing import clips, pictures, placed
+from bench.drawings import analyser, framewise, whole_clips
+from bench.drawings.drawing import clips, parts_of_clips, pictures, placed
 from bench.drawings.tokens import TokenTables, clip_tokenizer, t5_tokenizer
 from bench.drawings.training import accuracy, as_bytes, clip_verdict, verdict
+from bench.drawings.wan import DemoWan
 from bench.drawings.world import COLOURS, SHAPES, World, held_out, texts
 
 from safelight import models
@@ -93,3 +94,57 @@ def test_each_word_is_told_which_shape_it_belongs_to() -> None:
         for i in range(scene.count):
             own = [word for word, of in zip(words, belongs, strict=False) if of == i + 1]
             assert own[-2:] == [list(COLOURS)[scene.colour[i]], SHAPES[scene.shape[i]]]
+
+
+def test_whole_clips_come_to_what_the_video_vae_itself_makes_of_them() -> None:
+    torch.manual_seed(23)
+    vae = DemoWan.new("cpu").vae
+    seen = torch.rand(1, 3, 9, 32, 32) * 2 - 1
+    own = vae.encode(seen).latent_dist
+    own_again = vae.decode(own.mean).sample
+
+    mean, logvar = whole_clips.encoded(vae, seen)
+    again = whole_clips.decoded(vae, mean).clamp(-1, 1)
+
+    torch.testing.assert_close(mean, own.mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logvar, own.logvar, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again, own_again, rtol=1e-4, atol=1e-5)
+    parameters = list(vae.parameters())
+    by_own = torch.autograd.grad((own_again**2).sum() + own.logvar.sum(), parameters, allow_unused=True)
+    by_whole = torch.autograd.grad((again**2).sum() + logvar.sum(), parameters, allow_unused=True)
+    for expected, actual in zip(by_own, by_whole, strict=True):
+        assert expected is not None
+        assert actual is not None
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item() + 1e-6)
+
+
+def test_parts_of_clips_are_drawn_as_the_clips_are() -> None:
+    scenes = World("cpu", 24).scenes(3, clip=True)
+    whole = clips(scenes, 17, torch.Generator().manual_seed(25))
+
+    all_of_it = parts_of_clips(scenes, 17, 17, 128, torch.Generator().manual_seed(25))
+    torch.manual_seed(26)
+    middle = int(torch.randint(9, ())) + 4
+    torch.manual_seed(26)
+    parts = parts_of_clips(scenes, 17, 9, 96, torch.Generator().manual_seed(25))
+
+    assert torch.equal(all_of_it, whole)
+    for part, clip in zip(parts, whole, strict=True):
+        tiles = clip[:, middle].unfold(1, 96, 1).unfold(2, 96, 1).flatten(1, 2)
+        assert (tiles - part[:, 4][:, None]).abs().flatten(2).amax((0, 2)).min() < 0.02
+
+
+def test_the_transformer_with_a_noise_level_a_frame_is_the_one_with_one_a_token() -> None:
+    torch.manual_seed(27)
+    transformer = DemoWan.new("cpu").transformer
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+    noisy, sigma, embeds = torch.randn(2, 48, 5, 8, 8), torch.rand(2, 5), torch.randn(2, 32, 128)
+    own = transformer(noisy, (1000 * sigma).repeat_interleave(16, dim=1), embeds, return_dict=False)[0]
+
+    velocity = framewise.velocity(transformer, noisy, sigma, embeds, framewise.block_applied)
+
+    torch.testing.assert_close(velocity, own, rtol=1e-3, atol=1e-4)
+    parameters = list(transformer.parameters())
+    by_own, by_frames = (torch.autograd.grad((made**2).mean(), parameters) for made in (own, velocity))
+    for expected, actual in zip(by_own, by_frames, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item() + 1e-6)
