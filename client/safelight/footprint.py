@@ -17,6 +17,10 @@ MIB = 2**20
 CONTEXT_BYTES = int(0.78 * GIB)
 """CUDA context, cuBLAS, cuDNN and loaded kernels, outside of what torch allocates: 801,964,032 bytes after a job."""
 
+LATER_BYTES = {"flux": 0, "wan": 160 * MIB}
+"""What more an engine keeps outside of torch after its first job: UniPC's corrector loads cuSOLVER, and Wan's VAE more
+of cuDNN. 0.13 GiB in the second of two clips (H100, torch 2.11.0+cu130, 2026-11-26)."""
+
 ACTIVATION_BYTES = {"flux": 36.0, "wan": 30.0}
 """Of one forward above the weights, a token and channel: 106 kB a token of FLUX, whose channels are 3072; 11.5 GiB in
 all for Wan 5B at 1280x704x121 (27,280 tokens of 3072) with one timestep for all tokens."""
@@ -35,9 +39,11 @@ ENCODE_BYTES = 48 * MIB
 ENCODE_BYTES_PER_TOKEN = 420_000
 """Peak of a text encoder's forward above its weights: T5's took 0.19 GiB at 512 tokens."""
 
-DECODE_BYTES_PER_PIXEL = {"flux": 3_180, "wan": 11_950}
+DECODE_BYTES_PER_PIXEL = {"flux": 3_180, "wan": 14_400}
 """Of a whole bf16 decode above the VAE: FLUX reserves 2.95 GiB at 1024x1024, 4.33 GiB at 1536x1024 and once in six
-4.80; Wan 2.2 11.32 GiB at 1280x704x121, which gives its frames away as they come and takes the same for fewer."""
+4.80; Wan 2.2 11.5 GiB at 1280x704x121 and 11.8 in an engine's second job, where convolutions make their own borders
+(`safelightd.pipelines.wan_vae`; 9.6 as diffusers does it): it gives its frames away as they come, and takes the same
+for fewer. H100, torch 2.11.0+cu130, 2026-11-26."""
 
 TILED_BYTES_PER_PIXEL_AND_FRAME = 7
 """The clip that the VAE joins of tiles before it gives any: 4.2 GiB in all at 1280x704x121."""
@@ -174,6 +180,11 @@ def spread(of: Sequence[int], wanted_bytes: int) -> tuple[int, ...]:
             return tuple(chosen)
         aim += max(total // (4 * len(of)), 1)
     return tuple(range(len(of)))
+
+
+def outside_bytes(facts: ModelFacts) -> int:
+    """Return what an engine holds of the GPU besides what torch allocates, in any phase of any of its jobs."""
+    return CONTEXT_BYTES + LATER_BYTES[facts.family]
 
 
 def activation_bytes_per_token(facts: ModelFacts) -> int:

@@ -114,7 +114,7 @@ def encode_rungs(spec: JobSpec, facts: ModelFacts, machine: Machine, dtype: Dtyp
             "prepared": (large,) if is_prepared else (),
         }
         working = footprint.ENCODE_BYTES + spec.max_sequence_length * footprint.ENCODE_BYTES_PER_TOKEN
-        base = footprint.CONTEXT_BYTES + rest + working + footprint.SLACK_BYTES
+        base = footprint.outside_bytes(facts) + rest + working + footprint.SLACK_BYTES
         name = f"text encoder {precision}"
         if spec.text_encoder_device != "cpu":
             seconds = 2 * pace.SETUP_SECONDS + reading + quantising
@@ -179,7 +179,7 @@ def _denoise(
     if spec.loras and not facts.tiny:
         working = max(working, footprint.FUSING_BYTES)  # while loading, when nothing is kept
     beside = footprint.controlnet_bytes(spec, facts, seen, dtype)
-    base = footprint.CONTEXT_BYTES + rest + working + beside + footprint.SLACK_BYTES
+    base = footprint.outside_bytes(facts) + rest + working + beside + footprint.SLACK_BYTES
     forwards = a_step * spec.steps_run
     rate = pace.flops_per_second(machine)
     efficiency = pace.COMPILED_EFFICIENCY if way.compiled else pace.EFFICIENCY
@@ -306,7 +306,7 @@ def decode_rungs(spec: JobSpec, facts: ModelFacts, machine: Machine, dtype: Dtyp
     host = footprint.HOST_BYTES["cuda"] + held + 12 * frames
     seconds = frames / pace.decode_pixels_per_second(facts, machine)
     seconds += pace.VAE_SECONDS + frames * pace.WRITE_SECONDS_PER_PIXEL
-    base = footprint.CONTEXT_BYTES + weights + footprint.SLACK_BYTES
+    base = footprint.outside_bytes(facts) + weights + footprint.SLACK_BYTES
     for tile in footprint.tiles(spec, facts):
         device = base + footprint.decode_bytes(spec, facts, tile, width)
         yield decode_rung(tile, device, host, seconds)

@@ -1,7 +1,7 @@
 """`safelight demo`: prompt files become pictures and clips before your eyes, through the whole daemon.
 
-Real server, inbox, worker, engine and diffusers components; only the models are small. The pictures are demo-flux's,
-which draws shapes as it is told; the clips are a random model's, which show noise.
+Real server, inbox, worker, engine and diffusers components; only the models are small: demo-flux draws shapes and
+demo-wan moves them, as they are told.
 Everything lives in one folder that can be deleted; nothing of an installation is touched.
 """
 
@@ -38,7 +38,7 @@ models = "models"
 device = "cpu"
 [defaults]
 image_model = "demo-flux"
-video_model = "tiny-wan-ti2v"
+video_model = "demo-wan"
 [policy]
 min_free_disk_gib = 0
 """
@@ -52,8 +52,9 @@ PROMPTS = {
     '--prompt "a large green triangle above a small orange circle" --n_iter 2\n',
     "portrait.md": "---\nnum_inference_steps: 8\ntrue_cfg_scale: 2\n"
     "negative_prompt: a red circle\n---\na circle on a gray background\n",
-    "clips.yaml": "defaults:\n  kind: video\n  num_frames: 9\njobs:\n  - prompt: waves rolling in\n"
-    "  - prompt: clouds over a city\n    model: tiny-wan-t2v-a14b\n",
+    "clips.yaml": "defaults:\n  kind: video\njobs:\n"
+    "  - prompt: a large green square moving right on a black background\n"
+    "  - prompt: a pink circle growing on a gray background\n",
     "high/first.txt": "# the folder says that it is rendered first\na big purple square in the middle\n",
 }
 SHEET = "contact-sheet.png"
@@ -97,16 +98,18 @@ def prepare(folder: Path) -> Config:
 
 def drop(config: Config, console: Console) -> None:
     """Do what a person does in the evening: put prompt files, and a picture beside its text, into the inbox."""
-    from PIL import Image
+    from PIL import Image, ImageDraw
 
     inbox = config.paths.inbox
     for name, text in PROMPTS.items():
         (inbox / name).parent.mkdir(parents=True, exist_ok=True)
         (inbox / name).write_text(text, encoding="utf-8")
         console.print(f"  inbox/{name}")
-    Image.linear_gradient("L").resize((96, 64)).convert("RGB").save(inbox / "sunset.png")
-    (inbox / "sunset.txt").write_text("the sun goes down\n", encoding="utf-8")
-    console.print("  inbox/sunset.png + sunset.txt (animate this picture)")
+    picture = Image.new("RGB", (128, 128), "white")
+    ImageDraw.Draw(picture).regular_polygon((76, 76, 38), 3, fill=(220, 40, 40))
+    picture.save(inbox / "triangle.png")
+    (inbox / "triangle.txt").write_text("a red triangle moving left on a white background\n", encoding="utf-8")
+    console.print("  inbox/triangle.png + triangle.txt (animate this picture)")
 
 
 class _Show:

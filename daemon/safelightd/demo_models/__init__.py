@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safelight.errors import SafelightError
 
-KEYS = ("demo-flux",)
+KEYS = ("demo-flux", "demo-wan")
 DIGESTS = "SHA256SUMS"
 _PLACE = Path(__file__).parent
 
