@@ -93,7 +93,9 @@ def test_the_wheel_carries_everything_that_is_not_python(wheel: Path) -> None:
     units = {f"safelight/shipped/{path.relative_to(CHECKOUT)}" for path in (CHECKOUT / "systemd").rglob("*.*")}
     scripts = {f"safelight/lua/{path.name}" for path in (CHECKOUT / "client/safelight/lua").glob("*.lua")}
     demo = {f"safelightd/demo_models/{path.relative_to(DEMO)}" for path in DEMO.rglob("*.*") if path.suffix != ".pyc"}
-    expected = shipped | units | scripts | demo | {"safelightd/py.typed"}
+    loras = {f"safelight/shipped/loras/{path.name}" for path in (CHECKOUT / "config/loras").iterdir()}
+    assert "safelight/shipped/loras/outlines.safetensors" in loras
+    expected = shipped | units | scripts | demo | loras | {"safelightd/py.typed"}
     assert "safelightd/demo_models/demo-flux/transformer/diffusion_pytorch_model.safetensors" in names
     assert len(units) >= 11
     assert scripts

@@ -101,7 +101,8 @@ def pictures(scenes: Scenes, where: Placed, *, outline: bool = False, side: int 
     depth = torch.where(shape == 2, _triangle(x, y, half), depth)
     depth = torch.where(shape == 3, _star(x, y, half), depth)
     if outline:
-        depth = torch.minimum(depth, OUTLINE - depth)
+        line = (_table(OUTLINE_SHARES, device)[shape] * half).clamp(max=OUTLINE)
+        depth = torch.minimum(depth, line - depth)
     cover = (depth + 0.5).clamp(0, 1)
     cover = cover * (torch.arange(2, device=device) < scenes.count[:, None])[..., None, None]
     rgb = _table(tuple(COLOURS.values()), device) / 127.5 - 1
@@ -111,8 +112,10 @@ def pictures(scenes: Scenes, where: Placed, *, outline: bool = False, side: int 
     return picture
 
 
-OUTLINE = 5.0
+OUTLINE = 6.0
 """How thick a line is that an outline is drawn with."""
+OUTLINE_SHARES = (0.4, 0.4, 0.3, 0.2)
+"""How thick it is at most, by shape, of half the shape's side: so that small ones, and stars, are not full of it."""
 
 
 def clips(scenes: Scenes, num_frames: int, stream: torch.Generator) -> Tensor:

@@ -39,12 +39,14 @@ class Fit:
     """Fits parameters to a loss, for `seconds` in all, over as many runs as that takes."""
 
     def __init__(
-        self, name: str, parameters: Sequence[nn.Parameter], loss: Loss, *, lr: float, seconds: float, ema_decay: float
-    ) -> None:
+        self, name: str, parameters: Sequence[nn.Parameter], loss: Loss, *, lr: float, seconds: float, ema_decay: float,
+        warm_up_steps: int = WARM_UP_STEPS,
+    ) -> None:  # fmt: skip
         self.name, self.seconds = name, seconds
         self.spent_s, self.steps = 0.0, 0
         self._parameters: list[Any] = list(parameters)
         self._loss, self._lr, self._ema_decay = loss, lr, ema_decay
+        self._warm_up_steps = warm_up_steps
         self._cuda = self._parameters[0].is_cuda
         self._average = [parameter.detach().clone() for parameter in self._parameters]
         self._moments = [[torch.zeros_like(parameter) for parameter in self._parameters] for _ in range(2)]
@@ -86,7 +88,7 @@ class Fit:
     def _share(self) -> float:
         """Return the learning rate now, of the full one."""
         spent = min(self.spent_s / self.seconds, 1.0)
-        return min(1.0, (self.steps + 1) / WARM_UP_STEPS) * min(1.0, (1 - spent) / (1 - HELD_SHARE)) + 1e-4
+        return min(1.0, (self.steps + 1) / self._warm_up_steps) * min(1.0, (1 - spent) / (1 - HELD_SHARE)) + 1e-4
 
     def gradients(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor | None]]:
         """Return the loss of a batch and what it says to each parameter; nothing changes."""
@@ -159,7 +161,7 @@ class Fit:
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from a state; without one of this name, from the start."""
+        """Go on from a state; without one of this name, from the start; from what it came to where it was done."""
         if f"{self.name}.spent" not in tensors:
             return
         spent_s, steps, count = tensors[f"{self.name}.spent"].tolist()

@@ -12,15 +12,17 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 from bench.drawings.tokens import CLIP_TOKENS_MAX, clip_tokenizer, rounded_up, t5_tokenizer
+from safelightd import demo_models
 
 WIDTH = 128
 LATENT_SIDE = 16
 LATENT_CHANNELS = 16
 PATCHES = (LATENT_SIDE // 2) ** 2
 PATCH_CHANNELS = 4 * LATENT_CHANNELS
+SHIPPED = Path(demo_models.__file__).parent / "demo-flux"
 
 
 @dataclass
@@ -41,6 +43,24 @@ class DemoFlux:
         made = cls(_vae(), _clip(clip), _t5(t5), _transformer(), clip, t5)
         for module in made.modules():
             module.to(device)
+        return made
+
+    @classmethod
+    def shipped(cls, device: str) -> DemoFlux:
+        """Return demo-flux as it comes with the program."""
+
+        def stored(kind: Any, name: str) -> Any:
+            return kind.from_pretrained(SHIPPED, subfolder=name, dtype=torch.float32, local_files_only=True)
+
+        made = cls(
+            stored(AutoencoderKL, "vae"), stored(CLIPTextModel, "text_encoder"),
+            stored(T5EncoderModel, "text_encoder_2"), stored(FluxTransformer2DModel, "transformer"),
+            # Its own: a number need not mean the same word there as in a tokenizer that is made today.
+            CLIPTokenizer.from_pretrained(SHIPPED, subfolder="tokenizer", local_files_only=True),
+            T5TokenizerFast.from_pretrained(SHIPPED, subfolder="tokenizer_2", local_files_only=True),
+        )  # fmt: skip
+        for module in made.modules():
+            module.to(device).requires_grad_(requires_grad=False)
         return made
 
     def modules(self) -> list[nn.Module]:

@@ -81,9 +81,9 @@ class TokenTables:
     clip_end: int
 
     @classmethod
-    def of(cls, device: str) -> TokenTables:
-        """Return the tables, read off the tokenizers themselves."""
-        clip, t5 = clip_tokenizer(), t5_tokenizer()
+    def of(cls, device: str, clip: CLIPTokenizer | None = None, t5: T5TokenizerFast | None = None) -> TokenTables:
+        """Return the tables, read off the tokenizers themselves: those above, where no others are given."""
+        clip, t5 = clip or clip_tokenizer(), t5 or t5_tokenizer()
         t5_row, clip_row = [0], [0]
         for piece in PIECES[1:]:
             # A mark has no space before it: it is read after a word.

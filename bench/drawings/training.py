@@ -32,7 +32,7 @@ class Training:
 
     def __init__(self, arguments: argparse.Namespace, readers: Pool, *, clip: bool) -> None:
         self.arguments, self.readers, self.clip = arguments, readers, clip
-        self.device = "cpu" if arguments.tiny else "cuda"
+        self.device = str(arguments.device)
         self.until = time.monotonic() + arguments.limit_s
         torch.manual_seed(arguments.seed)
         self.world = World(self.device, arguments.seed + 1)
@@ -139,8 +139,9 @@ def psnr_db(one: Tensor, other: Tensor) -> float:
 
 
 def run(
-    train: Callable[[argparse.Namespace, Pool], None], parser: argparse.ArgumentParser, tiny: Mapping[str, float]
-) -> int:
+    train: Callable[[argparse.Namespace, Pool], None], parser: argparse.ArgumentParser, tiny: Mapping[str, float],
+    *, needs_card: bool = True,
+) -> int:  # fmt: skip
     """Read the command line and train; `tiny` is what it says instead for a try on the CPU."""
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--begin", type=Path, metavar="FOLDER", help="with the modules of this pipeline")
@@ -152,13 +153,14 @@ def run(
     arguments = parser.parse_args()
     if arguments.tiny:
         vars(arguments).update(tiny)
-    elif not torch.cuda.is_available():
+    arguments.device = "cuda" if torch.cuda.is_available() and not arguments.tiny else "cpu"
+    if needs_card and arguments.device == "cpu" and not arguments.tiny:
         print("There is no CUDA device here. Train on a machine that has one, or try --tiny.", file=sys.stderr)
         return 5
     arguments.to.mkdir(parents=True, exist_ok=True)
     # Forked before anything is on the GPU, which a forked process could not use; they only look at pictures.
     with get_context("fork").Pool() as readers:
-        if not arguments.tiny:
+        if arguments.device == "cuda":
             # Its backward pass reads past its memory for heads of 32: torch 2.11.0+cu130, H100, 2026-11-22.
             torch.backends.cuda.enable_cudnn_sdp(enabled=False)
             torch.backends.cudnn.benchmark = True

@@ -346,7 +346,7 @@ def known_keys() -> list[str]:
 def shipped(name: str) -> Path:
     """Return the path of a file or folder that comes with safelight: from the wheel, or from the checkout.
 
-    `models.toml`, `safelight.toml`, `samples`, `systemd`.
+    `loras`, `models.toml`, `safelight.toml`, `samples`, `systemd`.
     """
     in_wheel = Path(__file__).parent / "shipped" / name
     if in_wheel.exists():

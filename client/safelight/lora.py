@@ -28,7 +28,8 @@ class Lora(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: str = ""
-    """Of a file in the folder `loras` of the models folder, without .safetensors; may lie in folders below it."""
+    """Of a file in the folder `loras` of the models folder, or of one that comes with safelight; without .safetensors.
+    May lie in folders below it."""
     path: str = ""
     """Or as the job called a file of its own, of which state/inputs has a copy."""
     scale: float = 1.0

@@ -1,4 +1,5 @@
-"""LoRA files: found by name in the folder `loras` of the models folder, or copied from beside a job; known by sha256.
+"""LoRA files: found by name in the folder `loras` of the models folder or among those that come with safelight, or
+copied from beside a job; known by sha256.
 
 Only safetensors: other formats are pickles, and a pickle can run any program. What is in a file is not looked at here,
 but that it is whole.
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from safelight import durable
+from safelight.config import shipped
 from safelight.errors import Fault, InvalidJob
 from safelight.lora import SUFFIX, Lora
 
@@ -29,6 +31,9 @@ HEADER_BYTES_MAX = 100_000_000
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 
 PIECE_BYTES = 1 << 20
+
+DIGESTS = "SHA256SUMS"
+"""Beside the LoRAs that come with safelight: what each must be."""
 
 _digests: dict[tuple[Path, int, int, int], str] = {}
 """By path, inode, size and time of change: a night of jobs names the same few files, and a digest takes a second a
@@ -60,6 +65,23 @@ def names(models_folder: Path) -> dict[str, Path]:
     return found
 
 
+def shipped_names() -> dict[str, Path]:
+    """Return the LoRAs that come with safelight, by name; a file of yours that has such a name goes before it."""
+    return {file.stem: file for file in sorted(shipped("loras").glob(f"*{SUFFIX}"))}
+
+
+def check_shipped(file: Path, label: str) -> None:
+    """Compare a LoRA that comes with safelight with the digest beside it.
+
+    Raises:
+        InvalidJob: it is not what was shipped.
+    """
+    lines = (file.parent / DIGESTS).read_text(encoding="utf-8").splitlines()
+    digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    if digests.get(file.name) != _digest(file):
+        raise _refused(label, f"{file} is not as shipped", "Install safelight again.")
+
+
 def find(lora: Lora, models_folder: Path) -> Lora:
     """Return a LoRA that is named, with the digest and size of its file.
 
@@ -69,6 +91,8 @@ def find(lora: Lora, models_folder: Path) -> Lora:
         InvalidJob: there is none, there are several, or the file is damaged.
     """
     path, name = _named(lora, models_folder)
+    if path == shipped_names().get(name):
+        check_shipped(path, lora.label)
     return lora.model_copy(update={"name": name, **_known(path, lora.label)})
 
 
@@ -99,12 +123,16 @@ def _named(lora: Lora, models_folder: Path) -> tuple[Path, str]:
         raise _refused(lora.label, f"there are several in {folder(models_folder)}", f"Use {' or '.join(alike)}.")
     if alike:
         return there[alike[0]], alike[0]
+    own = shipped_names()
+    if lora.name in own:
+        return own[lora.name], lora.name
     top = folder(models_folder)
     for suffix in PICKLES:
         if (top / f"{lora.name}{suffix}").is_file() or lora.name.lower().endswith(suffix):
             raise _pickled(lora.label)
     short = {name.rpartition("/")[2]: name for name in there}
     near = difflib.get_close_matches(lora.name, [*there, *short], n=3, cutoff=0.4)
+    near += difflib.get_close_matches(lora.name, own)
     said = list(dict.fromkeys(short.get(name, name) for name in near)) or sorted(there)[:5]
     remedy = f"Did you mean {' or '.join(said)}?" if near else f"There are {', '.join(said) or 'none'}."
     raise _refused(lora.label, f"no {lora.name}{SUFFIX} in {top}", remedy)

@@ -43,13 +43,14 @@ video_model = "demo-wan"
 min_free_disk_gib = 0
 """
 
-JOBS = 9
+JOBS = 10
 """What the files below come to."""
 
 PROMPTS = {
     "night.txt": "# one job a line\na red circle left of a blue square on a white background\n"
     "a {yellow|pink} star on a black background\n"
-    '--prompt "a large green triangle above a small orange circle" --n_iter 2\n',
+    '--prompt "a large green triangle above a small orange circle" --n_iter 2\n'
+    "a large blue star <lora:outlines>\n",
     "portrait.md": "---\nnum_inference_steps: 8\ntrue_cfg_scale: 2\n"
     "negative_prompt: a red circle\n---\na circle on a gray background\n",
     "clips.yaml": "defaults:\n  kind: video\njobs:\n"
@@ -171,8 +172,9 @@ def _contact_sheet(config: Config, file: Path, since: str) -> Path:
     entries = []
     for job in sorted(job for job in ledger.ended() if job > since):
         receipt = ledger.receipt(job)
-        for output in receipt.outputs if receipt else ():
-            picture = config.paths.outbox / (output.poster or output).path
-            entries.append(Entry(picture, receipt.spec.prompt if receipt else ""))
+        if receipt is None:
+            continue
+        asked = " ".join([receipt.spec.prompt, *(lora.tag for lora in receipt.spec.loras)])
+        entries += [Entry(config.paths.outbox / (output.poster or output).path, asked) for output in receipt.outputs]
     contact_sheet.write(file, entries)
     return file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,7 @@ def test_a_name_is_found_with_digest_and_size_in_folders_and_behind_links(tmp_pa
     [
         ("stile", "Did you mean style?"),
         ("GRAIN", "There are grain, style"),
+        ("outline", "or outlines?"),
         ("old", "it is pickled, and a pickle can run any program"),
         ("both", "Use a/both or b/both."),
         ("cut", "it is cut"),
@@ -203,6 +205,37 @@ def test_a_name_that_cannot_be_used_says_why(name: str, says: str, tmp_path: Pat
         lorafiles.find(Lora(name=name), tmp_path)
 
     assert says in str(caught.value)
+
+
+def test_the_lora_that_comes_with_safelight_is_known_by_name_where_there_is_no_folder(tmp_path: Path) -> None:
+    found = lorafiles.find(Lora(name="outlines", scale=0.5), tmp_path)
+
+    file = lorafiles.file_of(found, tmp_path, tmp_path)
+    assert (found.name, found.scale, found.size_bytes) == ("outlines", 0.5, file.stat().st_size)
+    assert found.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["", "mine/"])
+def test_a_file_of_ones_own_goes_before_the_one_that_comes_with_safelight(place: str, tmp_path: Path) -> None:
+    own = safetensors(tmp_path / f"loras/{place}outlines.safetensors")
+
+    found = lorafiles.find(Lora(name="outlines"), tmp_path)
+
+    assert found.name == f"{place}outlines"
+    assert lorafiles.file_of(found, tmp_path, tmp_path) == own
+
+
+def test_a_shipped_lora_that_was_damaged_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (shipped,) = lorafiles.shipped_names().values()
+    copy = tmp_path / shipped.name
+    shutil.copy(shipped.with_name(lorafiles.DIGESTS), tmp_path)
+    shutil.copy(shipped, copy)
+    lorafiles.check_shipped(copy, "outlines")
+    copy.write_bytes(copy.read_bytes()[:-1] + b"\x55")
+
+    with pytest.raises(InvalidJob, match=r"outlines\.safetensors is not as shipped"):
+        lorafiles.check_shipped(copy, "outlines")
 
 
 def test_a_file_that_changes_after_its_submission_is_refused(tmp_path: Path) -> None:

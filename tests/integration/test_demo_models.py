@@ -11,11 +11,15 @@ import pytest
 from bench.drawings import analyser
 from bench.drawings.training import verdict
 from bench.drawings.world import COLOURS, SHAPES, Scene, World, texts
+from PIL import Image
 
 from safelight import jobspec
 from safelightd import demo_models, tiny
 from safelightd.loading import Loader, model_folder
+from tests.conftest import Installation
+from tests.daemon.test_worker import specs_of
 from tests.integration.rendering import MODELS, Run, parameters_of, plan_for, spec_for
+from tests.integration.warm_engine import engine
 
 BYTES_MAX = 12_000_000
 RED_CIRCLE = "a red circle on a white background"
@@ -26,8 +30,10 @@ def key(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def drawn(tiny_models_folder: Path, prompt: str, plan: dict[str, Any] | None = None, **fields: Any) -> Any:
-    run = Run(spec_for("demo-flux", prompt=prompt, **fields), tiny_models_folder, plan or {})
+def drawn(
+    tiny_models_folder: Path, prompt: str, plan: dict[str, Any] | None = None, *, picture: Any = None, **fields: Any
+) -> Any:
+    run = Run(spec_for("demo-flux", prompt=prompt, **fields), tiny_models_folder, plan or {}, image=picture)
     return np.asarray(run.frames()[0])
 
 
@@ -130,6 +136,50 @@ def test_held_out_prompts_are_drawn_right(tiny_models_folder: Path) -> None:
 )
 def test_another_plan_draws_the_same_things(plan: dict[str, Any], tiny_models_folder: Path) -> None:
     assert right(tiny_models_folder, 12, plan) >= 10
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"offload": "leaf"},
+        {"offload": "partial", "streamed": {"transformer": (0, 2, 4, 6)}},
+        {"offload": "partial", "streamed": {"transformer": tuple(range(9))}, "streamed_from": "file"},
+    ],
+    ids=["leaf", "half of it streamed", "all of it streamed from the file"],
+)
+def test_a_plan_that_moves_weights_draws_the_very_same_picture(plan: dict[str, Any], tiny_models_folder: Path) -> None:
+    resident, moved = (drawn(tiny_models_folder, RED_CIRCLE, each, seed=5) for each in (None, plan))
+
+    assert things(resident) == {("red", "circle")}
+    assert np.array_equal(resident, moved)
+
+
+def test_a_warm_engine_draws_each_prompt_as_it_is_told_and_again_from_what_it_keeps_of_it(
+    installation: Installation,
+) -> None:
+    prompts = [RED_CIRCLE, "a blue star on a white background"]
+    run = engine(installation)
+
+    shown = [run(spec) for spec in specs_of(installation, prompts * 2, model="demo-flux", seed=9)]
+
+    assert [things(picture) for picture in shown] == [{("red", "circle")}, {("blue", "star")}] * 2
+    assert np.array_equal(shown[0], shown[2])
+    assert np.array_equal(shown[1], shown[3])
+
+
+def test_a_little_strength_keeps_the_picture_and_much_of_it_follows_the_prompt(tiny_models_folder: Path) -> None:
+    start = drawn(tiny_models_folder, "a large green square on a white background", seed=1)
+
+    kept, changed = (
+        drawn(
+            tiny_models_folder, "a large red circle on a black background", seed=2, image="0" * 64,
+            strength=strength, picture=Image.fromarray(start),
+        )
+        for strength in (0.25, 1.0)
+    )  # fmt: skip
+
+    assert things(kept) == {("green", "square")}
+    assert things(changed) == {("red", "circle")}
 
 
 def test_the_seed_decides_where_the_prompt_does_not(tiny_models_folder: Path) -> None:

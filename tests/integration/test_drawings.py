@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import numpy as np
+import pytest
 import torch
 from bench.drawings import analyser, framewise, whole_clips
 from bench.drawings.drawing import clips, parts_of_clips, pictures, placed
@@ -23,6 +24,20 @@ def test_the_analyser_reads_every_true_picture_right() -> None:
     answers = [verdict(scene, picture) for scene, picture in zip(scenes.each(), drawn, strict=True)]
 
     assert set(accuracy(scenes.each(), answers).values()) == {100.0}
+
+
+@pytest.mark.parametrize("outline", [False, True], ids=["filled", "outlined"])
+def test_the_analyser_tells_outlines_from_filled_shapes(outline: bool) -> None:
+    scenes = World("cpu", 23).scenes(400)
+    drawn = as_bytes(pictures(scenes, placed(scenes, torch.Generator().manual_seed(24)), outline=outline))
+
+    found = [analyser.read(picture) for picture in drawn]
+    answers = [analyser.verdict(*each, outline=outline) for each in zip(scenes.each(), found, strict=True)]
+    others = [analyser.verdict(*each, outline=not outline) for each in zip(scenes.each(), found, strict=True)]
+
+    assert {thing.is_outline for each in found for thing in each.things} == {outline}
+    assert set(accuracy(scenes.each(), answers).values()) == {100.0}
+    assert accuracy(scenes.each(), others)["shape"] == 0.0
 
 
 def test_the_analyser_reads_every_true_clip_right() -> None:
