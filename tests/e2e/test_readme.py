@@ -76,7 +76,7 @@ def test_the_readmes_evening_and_morning_do_what_it_says(installation: Installat
     assert "flux-schnell" in listed
 
 
-def test_demo_shows_nine_verified_outputs_and_leaves_no_process(installation: Installation) -> None:
+def test_demo_shows_ten_verified_outputs_and_leaves_no_process(installation: Installation) -> None:
     folder = installation.root / "demo"
     command = [sys.executable, "-m", "safelight.cli", "demo", "--to", str(folder)]
     done = subprocess.run(command, env=installation.env, capture_output=True, text=True, timeout=200, check=False)
