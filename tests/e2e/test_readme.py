@@ -87,7 +87,7 @@ def test_demo_shows_ten_verified_outputs_and_leaves_no_process(installation: Ins
     with Image.open(sheet) as opened:
         assert opened.width > 4 * 192
     outputs = [file.suffix for file in (folder / "outbox").rglob("*") if file.suffix in (".png", ".mp4")]
-    assert sorted(outputs) == [".mp4"] * 3 + [".png"] * 6
+    assert sorted(outputs) == [".mp4"] * 3 + [".png"] * 7
     assert [each.info["cmdline"] for each in psutil.process_iter(["cmdline"]) if _mentions(each, folder)] == []
 
 
