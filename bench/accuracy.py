@@ -39,7 +39,7 @@ from PIL import Image
 
 from bench.drawings.drawing import clips
 from bench.drawings.flux import LATENT_CHANNELS, LATENT_SIDE, patches
-from bench.drawings.training import accuracy, as_bytes, clip_verdict, verdict
+from bench.drawings.training import accuracy, as_bytes, clip_verdict, decibels, verdict
 from bench.drawings.world import Scene, World, texts
 from bench.techniques import Technique, techniques
 from safelight import models
@@ -225,14 +225,10 @@ def _from_pictures(
             ).frames  # fmt: skip
             shown.append((made[0] * 255).round().astype(np.uint8))
     some = Asked(asked.scenes[:count], asked.prompts[:count], asked.pictures[:count])
-    off = [
-        np.mean((clip[0].astype(float) - np.asarray(picture).astype(float)) ** 2)
-        for clip, picture in zip(shown, some.pictures, strict=True)
-    ]
-    decibels = [10 * math.log10(255**2 / max(each, 1e-9)) for each in off]
+    kept = [decibels(clip[0], np.asarray(picture)) for clip, picture in zip(shown, some.pictures, strict=True)]
     return {
         "plan": "float32, from pictures", "prompts": count,
-        "first_frame_psnr_db": round(float(np.mean(decibels)), 2), "first_frame_psnr_db_min": round(min(decibels), 2),
+        "first_frame_psnr_db": round(float(np.mean(kept)), 2), "first_frame_psnr_db_min": round(min(kept), 2),
         **accuracy(some.scenes, _verdicts(facts, some, shown, readers)),
     }  # fmt: skip
 

@@ -33,7 +33,7 @@ from safelight import jobspec, models
 from safelight.jobspec import JobSpec
 from safelight.machine import GIB
 from safelight.models import ModelFacts
-from safelightd.loading import give_back
+from safelightd.device import give_back
 from safelightd.shards import Entry, Shard, split
 
 FULL: Mapping[str, Any] = MappingProxyType({})

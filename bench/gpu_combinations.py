@@ -27,7 +27,7 @@ import torch
 
 from bench.fullsize import on_meta, write
 from bench.shapes import FLUX_CONFIGS
-from safelightd.loading import give_back
+from safelightd.device import give_back
 
 FEW = {"num_layers": 1, "num_single_layers": 2}
 SMALL = {"attention_head_dim": 32, "num_attention_heads": 2, "axes_dims_rope": (8, 12, 12), "joint_attention_dim": 64}

@@ -37,7 +37,8 @@ from safelight.machine import GIB
 from safelight.models import ModelFacts
 from safelight.plan import Plan
 from safelightd import pipelines
-from safelightd.loading import Loader, give_back
+from safelightd.device import give_back
+from safelightd.loading import Loader
 from safelightd.progress import Cancelled, Watch
 
 RELATIVE_ERROR_MAX = 2e-2

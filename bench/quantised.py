@@ -25,7 +25,7 @@ from safelight.plan import Precision
 from safelight.prepared import Manifest, Source, StoredFile
 from safelightd import outline, precision, skeleton
 from safelightd.assembly import dtypes_kept
-from safelightd.loading import give_back
+from safelightd.device import give_back
 from safelightd.outline import Piece
 from safelightd.shards import Shard, split
 from safelightd.weights import Stored

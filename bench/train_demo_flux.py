@@ -12,7 +12,6 @@ what was done, and what held-out prompts came to. Budgets are seconds of trainin
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,14 +22,13 @@ from torch import Tensor
 
 from bench.drawings import flux, training
 from bench.drawings.drawing import pictures, placed
-from bench.drawings.fitting import Batch, Fit, even_sigmas, some_sigmas, told
-from bench.drawings.flux import DemoFlux, patches, unpatched
+from bench.drawings.fitting import Batch, Fit, told
+from bench.drawings.flux import DemoFlux
+from bench.drawings.flux_training import STEPS, FluxLearning
 from bench.drawings.reading import Reading, measure_reading, reading
-from bench.drawings.training import Training, accuracy, psnr_db
-from bench.drawings.world import COLOURS, NUMBER, SHAPE_COLOURS, Scenes, World
+from bench.drawings.training import accuracy, psnr_db
+from bench.drawings.world import COLOURS, NUMBER, SHAPE_COLOURS, Scenes
 
-STEPS = 4
-"""Of a picture, as schnell's."""
 TEACHER_STEPS, TEACHER_SCALE = 16, 2.0
 TINY = {
     "vae_s": 6,
@@ -57,7 +55,7 @@ class Latents:
     """What each came from, where that is known."""
 
 
-class FluxTraining(Training):
+class FluxTraining(FluxLearning):
     """The parts of the training, in the order in which `train` goes through them."""
 
     def __init__(self, arguments: argparse.Namespace, readers: Pool) -> None:
@@ -110,12 +108,8 @@ class FluxTraining(Training):
         told(f"the VAE's round trip: {self.found['vae']}")
 
     def draw_fit(self, name: str, seconds: float, lr: float) -> Fit:
-        def loss(batch: Batch) -> Tensor:
-            with self.autocast():
-                velocity = self.demo.velocity(batch["noisy"], batch["sigma"], batch["t5"], batch["clip"])
-            return ((velocity.float() - batch["velocity"]) ** 2).mean()
-
-        return Fit(name, list(self.demo.transformer.parameters()), loss, lr=lr, seconds=seconds, ema_decay=0.9985)
+        parameters = list(self.demo.transformer.parameters())
+        return Fit(name, parameters, self.velocity_loss, lr=lr, seconds=seconds, ema_decay=0.9985)
 
     @torch.no_grad()
     def drawings(self) -> Latents:
@@ -125,7 +119,7 @@ class FluxTraining(Training):
         for scenes in (self.scenes[i : i + 512] for i in range(0, len(self.scenes), 512)):
             with self.autocast():
                 latents = vae.encode(self.drawn(scenes)).latent_dist.mode().float()
-            clean.append(patches((latents - vae.config.shift_factor) * vae.config.scaling_factor).half())
+            clean.append(self.packed(latents))
             captions.append(self.some_captions(scenes))
         told(f"{len(self.scenes)} pictures are drawn")
         return Latents(torch.cat(clean), torch.cat(captions))
@@ -142,13 +136,7 @@ class FluxTraining(Training):
                 noise, caption = self.normal(*clean.shape), self.sometimes_unprompted(caption)
             else:
                 noise = latents.noise[place].float()
-            stepped = 1 - self.whole(STEPS, count) / STEPS
-            sigma = torch.where(self.uniform(count) < at_steps, stepped, some_sigmas(count, self.stream))
-            level = sigma[:, None, None]
-            return {
-                "noisy": (1 - level) * clean + level * noise, "velocity": noise - clean, "sigma": sigma,
-                "t5": self.tables.for_t5(caption), "clip": self.tables.for_clip(caption),
-            }  # fmt: skip
+            return self.noisy(clean, noise, caption, at_steps)
 
         return batch
 
@@ -178,43 +166,11 @@ class FluxTraining(Training):
         self.found["teacher"] = {"pictures": seen, "kept": kept}
         return Latents(torch.cat(clean), torch.cat(captions), torch.cat(noises))
 
-    @torch.no_grad()
-    def sampled(self, noise: Tensor, captions: Tensor, steps: int, scale: Tensor | None = None) -> Tensor:
-        """Return packed latents after so many steps, guided by `scale` (B,) where it is given."""
-        with self.autocast():
-            t5, clip = self.tables.for_t5(captions), self.tables.for_clip(captions)
-            if scale is not None:
-                nothing = torch.zeros_like(captions)
-                t5 = torch.cat([t5, self.tables.for_t5(nothing)])
-                clip = torch.cat([clip, self.tables.for_clip(nothing)])
-            embeds, pooled = self.demo.text_encoder_2(t5)[0], self.demo.text_encoder(clip).pooler_output
-            latents = noise
-            levels = even_sigmas(steps)
-            for level, following in itertools.pairwise(levels):
-                times = 1 if scale is None else 2
-                sigma = torch.full((times * len(noise),), level, device=self.device)
-                velocity = self.demo.velocity_of(torch.cat([latents] * times), sigma, embeds, pooled).float()
-                if scale is not None:
-                    wanted, away = velocity.chunk(2)
-                    velocity = away + scale[:, None, None] * (wanted - away)
-                latents = latents + (following - level) * velocity
-        return latents
-
-    @torch.no_grad()
-    def decoded(self, latents: Tensor) -> Tensor:
-        vae = self.demo.vae
-        scaled = unpatched(latents.float()) / vae.config.scaling_factor + vae.config.shift_factor
-        with self.autocast():
-            return torch.cat([vae.decode(part).sample for part in scaled.split(128)]).float()
-
     def measure(self, name: str, *, steps: int = STEPS, scale: float | None = None) -> None:
         """Say what held-out prompts come to; the same prompts and noise each time."""
-        count = self.arguments.measured
-        world = World(self.device, 4321)
-        scenes = world.scenes(count, "held out")
-        noise = torch.randn(count, flux.PATCHES, flux.PATCH_CHANNELS, generator=self.same_stream(), device=self.device)
-        scales = None if scale is None else torch.full((count,), scale, device=self.device)
-        made = self.sampled(noise, world.captions(scenes, plain=True), steps, scales)
+        scenes, captions, noise = self.asked()
+        scales = None if scale is None else torch.full((len(scenes),), scale, device=self.device)
+        made = self.sampled(noise, captions, steps, scales)
         self.found[name] = accuracy(scenes.each(), self.verdicts(scenes, self.decoded(made)))
         told(f"{name}: {self.found[name]}")
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,15 +30,16 @@ from torch import Tensor, nn
 
 from bench.drawings import analyser, flux, training
 from bench.drawings.drawing import Placed, pictures, placed
-from bench.drawings.fitting import Batch, Fit, even_sigmas, save_state, saved_state, some_sigmas, told
-from bench.drawings.flux import DemoFlux, patches, unpatched
+from bench.drawings.fitting import Batch, Fit, save_state, saved_state, told
+from bench.drawings.flux import DemoFlux
+from bench.drawings.flux_training import STEPS, FluxLearning
 from bench.drawings.tokens import TokenTables
-from bench.drawings.training import SEEN_AT_ONCE, Training, accuracy, as_bytes, psnr_db
-from bench.drawings.world import Scene, Scenes, World, joined
+from bench.drawings.training import SEEN_AT_ONCE, accuracy, as_bytes, psnr_db
+from bench.drawings.world import Scene, Scenes, joined
 
-STEPS = 4
-"""Of a picture, as schnell's."""
 WARM_UP_STEPS = 30
+AT_STEPS = 0.8
+"""Share of a batch at the very noise levels that a picture's steps see."""
 LINEARS = (
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
     "net.0.proj", "net.2", "proj_mlp", "proj_out",
@@ -93,7 +93,7 @@ class Pairs:
     """(N, words)."""
 
 
-class LoraTraining(Training):
+class LoraTraining(FluxLearning):
     """The parts of the training, in the order in which `train` goes through them."""
 
     def __init__(self, arguments: argparse.Namespace, readers: Pool) -> None:
@@ -142,13 +142,8 @@ class LoraTraining(Training):
         told(f"outlines through encoder and decoder: {self.found['encoder']}")
 
     def draw_fit(self) -> Fit:
-        def loss(batch: Batch) -> Tensor:
-            with self.autocast():
-                velocity = self.demo.velocity(batch["noisy"], batch["sigma"], batch["t5"], batch["clip"])
-            return ((velocity.float() - batch["velocity"]) ** 2).mean()
-
         return Fit(
-            "draw", self.lora.parameters(), loss,
+            "draw", self.lora.parameters(), self.velocity_loss,
             lr=3e-3, seconds=self.arguments.draw_s, ema_decay=0.99, warm_up_steps=WARM_UP_STEPS,
         )  # fmt: skip
 
@@ -164,13 +159,12 @@ class LoraTraining(Training):
             return Pairs(**{name: tensor.to(self.device) for name, tensor in stored.items()})
         noises, clean, captions = [], [], []
         kept = seen = 0
-        vae = self.demo.vae
         while kept < self.arguments.pairs and self.goes_on:
             count = 4 * self.arguments.batch
             scenes = self.scenes[self.whole(len(self.scenes), count)]
             caption = self.sometimes_unprompted(self.world.captions(scenes))
             noise = self.normal(count, flux.PATCHES, flux.PATCH_CHANNELS)
-            shown = as_bytes(self.decoded(self.sampled(noise, caption, on=False)))
+            shown = as_bytes(self.shown(noise, caption, on=False))
             found = [seen_again(each) for each in self.readers.map(analyser.read, shown, chunksize=SEEN_AT_ONCE)]
             places = [i for i, each in enumerate(found) if each is not None]
             again = [each for each in found if each is not None]
@@ -179,7 +173,7 @@ class LoraTraining(Training):
             with self.autocast():
                 latents = torch.cat([self.encoded(part) for part in drawn.split(64)])
             noises.append(noise[places].half())
-            clean.append(patches((latents - vae.config.shift_factor) * vae.config.scaling_factor).half())
+            clean.append(self.packed(latents))
             captions.append(caption[places])
             kept, seen = kept + len(places), seen + count
         told(f"{kept} of the model's {seen} pictures are drawn again")
@@ -188,7 +182,7 @@ class LoraTraining(Training):
         return made
 
     def batches(self, encoder: Fit) -> Callable[[], Batch]:
-        """Return what gives batches; most of them at the very noise levels that a picture's steps see."""
+        """Return what gives batches."""
         pairs = self.pairs(encoder)
         self.lora.on = True
 
@@ -196,35 +190,14 @@ class LoraTraining(Training):
             count = self.arguments.batch
             place = self.whole(len(pairs.clean), count)
             noise, clean, caption = pairs.noise[place].float(), pairs.clean[place].float(), pairs.captions[place]
-            stepped = 1 - self.whole(STEPS, count) / STEPS
-            sigma = torch.where(self.uniform(count) < 0.8, stepped, some_sigmas(count, self.stream))
-            level = sigma[:, None, None]
-            return {
-                "noisy": (1 - level) * clean + level * noise, "velocity": noise - clean, "sigma": sigma,
-                "t5": self.tables.for_t5(caption), "clip": self.tables.for_clip(caption),
-            }  # fmt: skip
+            return self.noisy(clean, noise, caption, AT_STEPS)
 
         return batch
 
-    @torch.no_grad()
-    def sampled(self, noise: Tensor, captions: Tensor, *, on: bool) -> Tensor:
-        """Return packed latents after a picture's steps, with the LoRA or without."""
+    def shown(self, noise: Tensor, captions: Tensor, *, on: bool) -> Tensor:
+        """Return pictures, with the LoRA or without."""
         self.lora.on = on
-        latents = noise
-        with self.autocast():
-            t5, clip = self.tables.for_t5(captions), self.tables.for_clip(captions)
-            embeds, pooled = self.demo.text_encoder_2(t5)[0], self.demo.text_encoder(clip).pooler_output
-            for level, following in itertools.pairwise(even_sigmas(STEPS)):
-                sigma = torch.full((len(noise),), level, device=self.device)
-                latents = latents + (following - level) * self.demo.velocity_of(latents, sigma, embeds, pooled).float()
-        return latents
-
-    @torch.no_grad()
-    def decoded(self, latents: Tensor) -> Tensor:
-        vae = self.demo.vae
-        scaled = unpatched(latents.float()) / vae.config.scaling_factor + vae.config.shift_factor
-        with self.autocast():
-            return torch.cat([vae.decode(part).sample for part in scaled.split(64)]).float()
+        return self.decoded(self.sampled(noise, captions, STEPS))
 
     def outline_verdicts(self, scenes: Scenes, decoded: Tensor) -> list[dict[str, bool]]:
         seen = zip(scenes.each(), as_bytes(decoded), strict=True)
@@ -232,13 +205,9 @@ class LoraTraining(Training):
 
     def measure(self) -> None:
         """Say what held-out prompts come to with the LoRA, and without."""
-        count = self.arguments.measured
-        world = World(self.device, 4321)
-        scenes = world.scenes(count, "held out")
-        noise = torch.randn(count, flux.PATCHES, flux.PATCH_CHANNELS, generator=self.same_stream(), device=self.device)
-        captions = world.captions(scenes, plain=True)
+        scenes, captions, noise = self.asked()
         for name, on, verdicts in (("outlines", True, self.outline_verdicts), ("without it", False, self.verdicts)):
-            shown = self.decoded(self.sampled(noise, captions, on=on))
+            shown = self.shown(noise, captions, on=on)
             self.found[name] = accuracy(scenes.each(), verdicts(scenes, shown))
             told(f"{name}: {self.found[name]}")
 

@@ -235,7 +235,7 @@ class WanTraining(Training):
             place = self.whole(len(latents.clean), count)
             clean = latents.clean[place].float()
             embeds = latents.captions[place, self.whole(latents.captions.shape[1], count)].float()
-            unprompted = (self.uniform(count) < training.UNPROMPTED)[:, None, None]
+            unprompted = self.unprompted(count)[:, None, None]
             noise = self.normal(*clean.shape)
             sigma = shifted(some_sigmas(count, self.stream), wan.FLOW_SHIFT)[:, None].repeat(1, clean.shape[2])
             given = self.uniform(count) < FROM_A_PICTURE

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bench.drawings.fitting import Batch, Fit, told
-from bench.drawings.training import Training
+from bench.drawings.training import Training, share
 from bench.drawings.world import (
     CELLS,
     COLOURS,
@@ -95,9 +95,8 @@ def reading(it: Training, seconds: float, modules: list[nn.Module], embed: Embed
             shapes = [] if pooled is None or heads.first is None or heads.second is None else [
                 (heads.first(pooled), 0), (heads.second(pooled), 1), (heads.background(pooled), None)
             ]  # fmt: skip
-        owner = batch["owner"]
-        told = batch["answers"].gather(1, (owner - 1).clamp(min=0)[..., None].expand(-1, -1, len(QUESTIONS)))
-        total = _asked(said.flatten(0, 1), torch.where(owner[..., None] > 0, told, -1).flatten(0, 1))
+        right = torch.where(batch["owner"][..., None] > 0, _told(batch), -1)
+        total = _asked(said.flatten(0, 1), right.flatten(0, 1))
         total = total + cross_entropy(background.float(), batch["background"])
         for answer, shape in shapes:
             if shape is None:
@@ -117,12 +116,11 @@ def reading(it: Training, seconds: float, modules: list[nn.Module], embed: Embed
         with it.autocast():
             words, whole, _ = embed(batch)
             said, background = heads.words(words), heads.background(whole)
-        owner = batch["owner"]
-        right = batch["answers"].gather(1, (owner - 1).clamp(min=0)[..., None].expand(-1, -1, len(QUESTIONS)))
-        found = {"background": percent(background.argmax(-1) == batch["background"])}
+        right = _told(batch)
+        found = {"background": share((background.argmax(-1) == batch["background"]).tolist())}
         for i, (name, answer) in enumerate(zip(QUESTIONS, said.split(list(QUESTIONS.values()), -1), strict=True)):
-            asked = (owner > 0) & (right[..., i] >= 0)
-            found[name] = percent((answer.argmax(-1) == right[..., i])[asked])
+            asked = (batch["owner"] > 0) & (right[..., i] >= 0)
+            found[name] = share((answer.argmax(-1) == right[..., i])[asked].tolist())
         return found
 
     return Reading(fit, lambda: read_batch(it, BATCH if it.device == "cuda" else 8), measured)
@@ -135,8 +133,9 @@ def measure_reading(it: Training, reading: Reading) -> None:
         told(f"the text encoders tell, of held-out captions: {it.found['reading']}")
 
 
-def percent(right: Tensor) -> float:
-    return round(100 * right.float().mean().item(), 1)
+def _told(batch: Batch) -> Tensor:
+    """Return (B, words, questions): of each word's shape, what is right."""
+    return batch["answers"].gather(1, (batch["owner"] - 1).clamp(min=0)[..., None].expand(-1, -1, len(QUESTIONS)))
 
 
 def read_batch(it: Training, count: int) -> Batch:

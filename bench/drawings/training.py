@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -69,7 +70,11 @@ class Training:
         return torch.stack(ways, 1)
 
     def sometimes_unprompted(self, captions: Tensor) -> Tensor:
-        return torch.where((self.uniform(len(captions)) < UNPROMPTED)[:, None], 0, captions)
+        return torch.where(self.unprompted(len(captions))[:, None], 0, captions)
+
+    def unprompted(self, count: int) -> Tensor:
+        """Return (count,) whose captions are left out."""
+        return self.uniform(count) < UNPROMPTED
 
     def verdicts(self, scenes: Scenes, decoded: Tensor) -> list[dict[str, bool]]:
         """Return what the analyser says of pictures (B, 3, H, W) or clips (B, 3, T, H, W), -1 to 1."""
@@ -136,6 +141,12 @@ def share(values: list[bool]) -> float:
 def psnr_db(one: Tensor, other: Tensor) -> float:
     """Return the peak signal-to-noise ratio of pictures from -1 to 1."""
     return round(10 * torch.log10(4 / ((one - other) ** 2).mean()).item(), 2)
+
+
+def decibels(one: Any, other: Any) -> float:
+    """Return the same of pictures in uint8."""
+    off = np.mean((one.astype(float) - other.astype(float)) ** 2)
+    return 10 * math.log10(255**2 / max(off, 1e-9))
 
 
 def run(

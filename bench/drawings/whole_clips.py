@@ -60,10 +60,16 @@ def _framed(x: Tensor) -> Tensor:
 
 
 def _framed_activation(x: Tensor, gamma: Tensor) -> Tensor:
-    """Return, framed, the root-mean-square norm over channels and SiLU of it."""
+    """Return, framed, the norm over channels and SiLU of it."""
+    return _framed(silu(_normed(x, gamma)).to(x.dtype))
+
+
+def _normed(x: Tensor, gamma: Tensor) -> Tensor:
+    """Return the root-mean-square norm over channels, in float32."""
     wide = x.float()
     length = (wide * wide).sum(-1, keepdim=True).sqrt().clamp(min=1e-12)
-    return _framed(silu(wide / length * (x.shape[-1] ** 0.5 * gamma)).to(x.dtype))
+    normed: Tensor = wide / length * (x.shape[-1] ** 0.5 * gamma)
+    return normed
 
 
 _framing: Callable[[Tensor, Tensor], Tensor] = _framed_activation
@@ -122,9 +128,7 @@ def _middle(x: Tensor, block: Any) -> Tensor:
 
 def _attended(x: Tensor, block: Any) -> Tensor:
     """Return what the pixels of each frame take from each other, added."""
-    wide = x.float()
-    length = (wide * wide).sum(-1, keepdim=True).sqrt().clamp(min=1e-12)
-    normed = (wide / length * (x.shape[-1] ** 0.5 * block.norm.gamma.flatten())).to(x.dtype)
+    normed = _normed(x, block.norm.gamma.flatten()).to(x.dtype)
     rows = _linear(normed, block.to_qkv).flatten(0, 1).flatten(1, 2)[:, None]
     query, key, value = rows.chunk(3, -1)
     taken = scaled_dot_product_attention(query, key, value)[:, 0].view(x.shape)

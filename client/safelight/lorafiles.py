@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from safelight import durable
+from safelight import digests, durable
 from safelight.config import shipped
 from safelight.errors import Fault, InvalidJob
 from safelight.lora import SUFFIX, Lora
@@ -31,9 +31,6 @@ HEADER_BYTES_MAX = 100_000_000
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 
 PIECE_BYTES = 1 << 20
-
-DIGESTS = "SHA256SUMS"
-"""Beside the LoRAs that come with safelight: what each must be."""
 
 _digests: dict[tuple[Path, int, int, int], str] = {}
 """By path, inode, size and time of change: a night of jobs names the same few files, and a digest takes a second a
@@ -76,9 +73,7 @@ def check_shipped(file: Path, label: str) -> None:
     Raises:
         InvalidJob: it is not what was shipped.
     """
-    lines = (file.parent / DIGESTS).read_text(encoding="utf-8").splitlines()
-    digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    if digests.get(file.name) != _digest(file):
+    if digests.listed(file.parent).get(file.name) != _digest(file):
         raise _refused(label, f"{file} is not as shipped", "Install safelight again.")
 
 
@@ -91,7 +86,7 @@ def find(lora: Lora, models_folder: Path) -> Lora:
         InvalidJob: there is none, there are several, or the file is damaged.
     """
     path, name = _named(lora, models_folder)
-    if path == shipped_names().get(name):
+    if path.parent == shipped("loras"):
         check_shipped(path, lora.label)
     return lora.model_copy(update={"name": name, **_known(path, lora.label)})
 

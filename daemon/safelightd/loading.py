@@ -5,7 +5,6 @@ Reads local safetensors and nothing else: no network, no pickle, no code that co
 
 from __future__ import annotations
 
-import gc
 import importlib
 import itertools
 import traceback
@@ -28,6 +27,7 @@ from safelight.rung import Pinned
 from safelightd import attention, compiling, modelfiles, precision, singlefile, skeleton, tiny
 from safelightd import lora as lora_files
 from safelightd.assembly import Order, PinnedKey, PinnedSet, assembled
+from safelightd.device import give_back
 from safelightd.fusing import fuse
 from safelightd.weights import BadModelFolder
 
@@ -103,16 +103,6 @@ def controlnet_folder(facts: ModelFacts, key: str, models_folder: Path) -> Path:
 
 def _fetching(facts: ModelFacts) -> str:
     return f"safelight models pull {facts.key} fetches it. " if facts.repository else ""
-
-
-def give_back() -> None:
-    """Return all memory that nothing refers to any more: to the device, and pinned blocks to the system."""
-    gc.collect()
-    if not torch.cuda.is_initialized():
-        return
-    torch.cuda.empty_cache()
-    if hasattr(torch.accelerator, "empty_host_cache"):  # not in every torch from 2.11 on
-        torch.accelerator.empty_host_cache()
 
 
 class Loader:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safelight import lora, lorafiles, promptfile
+from safelight import digests, lora, lorafiles, promptfile
 from safelight.draft import parse_options
 from safelight.errors import InvalidJob
 from safelight.jobspec import JobSpec
@@ -229,7 +229,7 @@ def test_a_file_of_ones_own_goes_before_the_one_that_comes_with_safelight(place:
 def test_a_shipped_lora_that_was_damaged_is_refused_with_what_to_do(tmp_path: Path) -> None:
     (shipped,) = lorafiles.shipped_names().values()
     copy = tmp_path / shipped.name
-    shutil.copy(shipped.with_name(lorafiles.DIGESTS), tmp_path)
+    shutil.copy(shipped.with_name(digests.NAME), tmp_path)
     shutil.copy(shipped, copy)
     lorafiles.check_shipped(copy, "outlines")
     copy.write_bytes(copy.read_bytes()[:-1] + b"\x55")

@@ -13,7 +13,7 @@ from bench.drawings.training import verdict
 from bench.drawings.world import COLOURS, SHAPES, Scene, World, texts
 from PIL import Image
 
-from safelight import jobspec
+from safelight import digests, jobspec
 from safelightd import demo_models, tiny
 from safelightd.loading import Loader, model_folder
 from tests.conftest import Installation
@@ -69,11 +69,11 @@ def test_a_demo_model_is_a_diffusers_folder_of_its_table_row(key: str, tiny_mode
 
 def test_every_shipped_file_has_its_digest(key: str) -> None:
     shipped = Path(demo_models.__file__).parent / key
-    listed = {line.partition("  ")[2] for line in (shipped / demo_models.DIGESTS).read_text().splitlines()}
+    listed = {line.partition("  ")[2] for line in (shipped / digests.NAME).read_text().splitlines()}
 
     there = {str(file.relative_to(shipped)) for file in shipped.rglob("*") if file.is_file()}
 
-    assert listed == there - {demo_models.DIGESTS, "MODEL_CARD.md"}
+    assert listed == there - {digests.NAME, "MODEL_CARD.md"}
 
 
 def test_every_word_of_the_vocabulary_is_one_token_of_each_tokenizer(tiny_models_folder: Path) -> None:

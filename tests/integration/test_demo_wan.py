@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from bench.drawings.drawing import clips
-from bench.drawings.training import as_bytes, clip_verdict
+from bench.drawings.training import as_bytes, clip_verdict, decibels
 from bench.drawings.world import Scene, World, texts
 from PIL import Image
 
@@ -35,11 +34,6 @@ def asked(count: int) -> tuple[list[Scene], list[str], list[Any]]:
     scenes = world.scenes(count, "held out", clip=True)
     first = clips(scenes, 17, torch.Generator().manual_seed(37))[:, :, 0]
     return scenes.each(), texts(world.captions(scenes, plain=True, clip=True)), list(as_bytes(first))
-
-
-def decibels(one: Any, other: Any) -> float:
-    off = np.mean((one.astype(float) - other.astype(float)) ** 2)
-    return 10 * math.log10(255**2 / max(off, 1e-9))
 
 
 @pytest.fixture(scope="module")

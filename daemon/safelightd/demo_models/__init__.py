@@ -10,10 +10,10 @@ import hashlib
 import shutil
 from pathlib import Path
 
+from safelight import digests
 from safelight.errors import SafelightError
 
 KEYS = ("demo-flux", "demo-wan")
-DIGESTS = "SHA256SUMS"
 _PLACE = Path(__file__).parent
 
 
@@ -32,17 +32,12 @@ def check(key: str, folder: Path) -> None:
     Raises:
         DamagedDemoModel: a file is missing or has other bytes; all such are named.
     """
-    bad = [name for digest, name in _digests(key) if not _is_whole(folder / name, digest)]
+    bad = [name for name, digest in digests.listed(_PLACE / key).items() if not _is_whole(folder / name, digest)]
     if bad:
         raise DamagedDemoModel(
             f"{folder}: {', '.join(bad)} {'is' if len(bad) == 1 else 'are'} not as shipped. "
             f"Delete the folder: the next job of {key} brings it back."
         )
-
-
-def _digests(key: str) -> list[tuple[str, str]]:
-    lines = (_PLACE / key / DIGESTS).read_text(encoding="utf-8").splitlines()
-    return [(digest, name) for digest, _, name in (line.partition("  ") for line in lines)]
 
 
 def _is_whole(file: Path, digest: str) -> bool:
