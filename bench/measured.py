@@ -113,7 +113,7 @@ def device_peak_bytes(before: int) -> tuple[int, int]:
 
 
 def card_used_bytes() -> int:
-    """Return what the first card holds, by the driver's word; 0 without one.
+    """Return what the card that this process sees first holds, by the driver's word; 0 without one.
 
     CUDA's own count leaves out what the driver keeps for itself, 0.47 GiB of an H100: the two must not be mixed.
     """
@@ -121,7 +121,9 @@ def card_used_bytes() -> int:
 
     try:
         pynvml.nvmlInit()
-        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used)
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0] or "0"
+        by = pynvml.nvmlDeviceGetHandleByIndex if first.isdigit() else pynvml.nvmlDeviceGetHandleByUUID
+        return int(pynvml.nvmlDeviceGetMemoryInfo(by(int(first) if first.isdigit() else first)).used)
     except pynvml.NVMLError:
         return 0
 

@@ -36,7 +36,7 @@ from bench.drawings.world import CAPTION_WORDS, World
 FRAMES = 17
 NEAR_SHAPES = 3.0
 """How much more a pixel of a shape or beside it counts to the VAE than one of the background, added to 1."""
-STEPS, SCALE = 20, 3.0
+STEPS = 20
 DRAWN_AT_ONCE = 128
 FIRST_FRAME = 2.0
 """How much the first latent frame counts: all of one picture, where the others have what four of them change."""
@@ -152,15 +152,16 @@ class WanTraining(Training):
 
     @torch.no_grad()
     def measure_vae(self) -> None:
-        """Say what becomes of true clips that go through the VAE, and take mean and deviation of its latents."""
+        """Say what becomes of true clips that go through the VAE; take its latents' mean and deviation if it is new."""
         vae = self.demo.vae.eval().requires_grad_(requires_grad=False)
         scenes = self.scenes[: min(self.arguments.measured, 256)]
         drawn = clips(scenes, FRAMES, self.same_stream())
         with self.autocast():
             latents = torch.cat([whole_clips.encoded(vae, part)[0] for part in drawn.split(16)]).float()
             again = torch.cat([vae.decode(part).sample for part in latents.split(16)]).float()
-        mean, deviation = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
-        vae.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist())
+        if any(fit.steps for fit in self.vae_fits):
+            mean, deviation = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+            vae.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist())
         self.found["vae"] = accuracy(scenes.each(), self.verdicts(scenes, again)) | {
             "psnr_db": psnr_db(again, drawn), "first_frame_psnr_db": psnr_db(again[:, :, 0], drawn[:, :, 0]),
         }  # fmt: skip
@@ -187,7 +188,7 @@ class WanTraining(Training):
             return off.mean() / free.mean()
 
         parameters = list(self.demo.transformer.parameters())
-        return Fit("draw", parameters, loss, lr=1.2e-3, seconds=self.arguments.draw_s, ema_decay=0.9985)
+        return Fit("draw", parameters, loss, lr=self.arguments.lr, seconds=self.arguments.draw_s, ema_decay=0.9985)
 
     def velocity(self, noisy: Tensor, sigma: Tensor, embeds: Tensor, block: framewise.Block) -> Tensor:
         return framewise.velocity(self.demo.transformer, noisy, sigma, embeds, block)
@@ -249,7 +250,7 @@ class WanTraining(Training):
         return batch
 
     @torch.no_grad()
-    def sampled(self, noise: Tensor, captions: Tensor, first: Tensor | None = None) -> Tensor:
+    def sampled(self, noise: Tensor, captions: Tensor, guidance_scale: float, first: Tensor | None = None) -> Tensor:
         """Return latents after STEPS guided steps, with the first latent frame given or not."""
         levels = [shifted(torch.tensor(level), wan.FLOW_SHIFT).item() for level in even_sigmas(STEPS)]
         latents = noise
@@ -263,7 +264,7 @@ class WanTraining(Training):
                     sigma[:, 0] = 0.0
                 velocity = self.velocity(torch.cat([latents] * 2), sigma, embeds, framewise.block_applied)
                 wanted, away = velocity.float().chunk(2)
-                latents = latents + (following - level) * (away + SCALE * (wanted - away))
+                latents = latents + (following - level) * (away + guidance_scale * (wanted - away))
         return latents if first is None else torch.cat([first, latents[:, :, 1:]], 2)
 
     @torch.no_grad()
@@ -280,8 +281,10 @@ class WanTraining(Training):
         with self.autocast():
             first = torch.cat([whole_clips.encoded(self.demo.vae, part)[0] for part in pictures.split(64)]).float()
         mean, deviation = self._statistics()
-        for name, given in (("from text", None), ("from a picture", self.scaled(first))):
-            made = self.sampled(noise, captions, given) * deviation + mean
+        ways = itertools.product((("from text", None), ("from a picture", self.scaled(first))), self.arguments.guided)
+        for (kind, given), guidance_scale in ways:
+            name = f"{kind}, guidance_scale {guidance_scale:g}"
+            made = self.sampled(noise, captions, guidance_scale, given) * deviation + mean
             with self.autocast():
                 shown = torch.cat([self.demo.vae.decode(part).sample for part in made.split(16)]).float()
             self.found[name] = accuracy(scenes.each(), self.verdicts(scenes, shown))
@@ -296,7 +299,7 @@ def train(arguments: argparse.Namespace, readers: Pool) -> None:
     for module in it.demo.modules():
         told(f"{type(module).__name__}: {sum(parameter.numel() for parameter in module.parameters()):,} parameters")
     if arguments.begin:
-        it.demo.take(arguments.begin)
+        it.demo.take(arguments.begin, arguments.keep)
     it.train_vae()
     it.measure_vae()
     taught = it.reading()
@@ -320,6 +323,10 @@ def main() -> int:
     parser.add_argument("--vae-whole-batch", type=int, default=8)
     parser.add_argument("--compile-vae", action="store_true", help="compile what lies between its convolutions")
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=1.2e-3, help="of the transformer, at most")
+    parser.add_argument("--guided", type=float, nargs="+", default=[1.5, 3.0], metavar="GUIDANCE_SCALE")
+    parser.add_argument("--keep", nargs="+", choices=tuple(wan.MODULES), default=list(wan.MODULES),
+                        help="of the pipeline that --begin names")  # fmt: skip
     parser.add_argument("--pool", type=int, default=60_000, help="clips that are drawn and encoded beforehand")
     parser.add_argument("--pool-s", type=float, default=60.0, help="at most for that; there are fewer clips then")
     return training.run(train, parser, TINY)

@@ -199,10 +199,10 @@ def _with_encoding(denoise: PhasePrediction, decode: PhasePrediction) -> PhasePr
     )
 
 
-def with_known_embeddings(plan: Plan) -> Plan:
+def with_known_embeddings(plan: Plan, facts: ModelFacts) -> Plan:
     """Return the plan of a job whose prompts an earlier one has encoded just so: no text encoder is loaded."""
     encode = PhasePrediction(
-        device_bytes=footprint.CONTEXT_BYTES if plan.device == "cuda" else 0,
+        device_bytes=footprint.outside_bytes(facts) if plan.device == "cuda" else 0,
         host_bytes=plan.predicted["decode"].host_bytes,
         seconds=0.0,
     )

@@ -96,7 +96,7 @@ def run_job(
         )  # fmt: skip
         known = setting.embeddings.get(keys)
         if keys.are_all_in(known):
-            plan = watch.plan = with_known_embeddings(plan)
+            plan = watch.plan = with_known_embeddings(plan, facts)
         stored = loader.stored_precisions()
         made_by = checkpoint.digest(spec, plan, loader.weights(), metadata.versions())
         watch.preview = preview.Preview(paths, spec.id, spec.model)

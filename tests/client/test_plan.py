@@ -511,10 +511,10 @@ def test_each_phase_of_the_cpu_has_a_smaller_way_after_memory_ran_out(phase: Any
 
 def test_known_embeddings_load_no_text_encoder() -> None:
     plan = plan_of(job(), gpu(14.8))
-    known = with_known_embeddings(plan)
+    known = with_known_embeddings(plan, TABLE[plan.model])
 
     assert known.embeddings_known
-    assert known.predicted["encode"].device_bytes == footprint.CONTEXT_BYTES
+    assert known.predicted["encode"].device_bytes == footprint.outside_bytes(TABLE[plan.model])
     assert known.seconds == pytest.approx((plan.seconds or 0) - (plan.predicted["encode"].seconds or 0), abs=0.02)
 
 

@@ -197,7 +197,7 @@ def test_a_way_that_has_not_run_is_taken_to_be_as_slow_as_others_and_then_known_
 
 
 def test_encoding_that_did_not_happen_teaches_nothing() -> None:
-    known = with_known_embeddings(plan())
+    known = with_known_embeddings(plan(), TABLE[plan().model])
     after = calibration.learned(NOTHING_LEARNED, receipt(plan()).model_copy(update={"plan": known}))
 
     assert not any("/encode/" in name for name in after.load)
