@@ -41,7 +41,7 @@ from bench.drawings.drawing import clips
 from bench.drawings.flux import LATENT_CHANNELS, LATENT_SIDE, patches
 from bench.drawings.training import accuracy, as_bytes, clip_verdict, decibels, verdict
 from bench.drawings.world import Scene, World, texts
-from bench.techniques import Technique, techniques
+from bench.gpu_techniques import Technique, techniques
 from safelight import models
 from safelight.models import ModelFacts
 from safelight.plan import Plan
@@ -137,7 +137,7 @@ def _asked(facts: ModelFacts, count: int) -> Asked:
 
 
 def _plans(facts: ModelFacts) -> list[Technique]:
-    """Return every way of bench/techniques.py, those of the text encoder, and tiles."""
+    """Return every way of bench/gpu_techniques.py, those of the text encoder, and tiles."""
     text = "text_encoder_2" if facts.family == "flux" else "text_encoder"
     every = {text: tuple(range(sum(part.count for part in facts.blocks[text])))}
     return [

@@ -52,7 +52,7 @@ TECHNIQUES: dict[str, dict[str, str]] = {
     "text encoder int8-bnb": {"text_encoder_precision": "int8-bnb"},
     "VAE in tiles": {"vae_tiling": "on"},
 }
-"""What a person writes. How far the latents of each are from bf16's: bench/techniques.py."""
+"""What a person writes. How far the latents of each are from bf16's: bench/gpu_techniques.py."""
 
 
 def learn(place: Place, model: str, cap: int, shrink: int, budget: Budget) -> Iterator[dict[str, Any]]:

@@ -1,9 +1,9 @@
 """Seconds and memory of encode, denoise and decode at full size, through our own functions, beside the stock pipeline.
 
-    python bench/gpu_phases.py flux                      # FLUX.1-schnell, 1024x1024, 4 steps
-    python bench/gpu_phases.py wan --steps 3             # Wan 2.2 TI2V-5B, 1280x704x121
-    python bench/gpu_phases.py flux --cap-gib 14.8       # as a 16 GB card with a desktop on it
-    python bench/gpu_phases.py flux --tiny               # the same path in seconds, on the CPU
+    python -m bench.gpu_phases flux                      # FLUX.1-schnell, 1024x1024, 4 steps
+    python -m bench.gpu_phases wan --steps 3             # Wan 2.2 TI2V-5B, 1280x704x121
+    python -m bench.gpu_phases flux --cap-gib 14.8       # as a 16 GB card with a desktop on it
+    python -m bench.gpu_phases flux --tiny               # the same path in seconds, on the CPU
 
 The weights are random, so memory and time are true to size and the picture means nothing. They are written below
 --folder first, component by component (33 GB for FLUX, 23 GB for Wan), and removed at the end unless --keep.

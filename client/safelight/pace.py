@@ -42,7 +42,7 @@ QUANTISE_SECONDS_PER_BYTE: dict[Precision, float] = {
 }
 """Of a bf16 weight on its way to the GPU (H100, 2026-11-25)."""
 
-# Share of the card's 16-bit arithmetic that a FLUX forward reaches: bench/techniques.py, H100 80GB, torch 2.11,
+# Share of the card's 16-bit arithmetic that a FLUX forward reaches: bench/gpu_techniques.py, H100 80GB, torch 2.11,
 # 1024x1024, 2026-11-23. 171 ms in bf16 are 406 of 989 TFLOP/s.
 EFFICIENCY: dict[Precision, float] = {
     "bf16": 0.41,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
-from bench import cases, fullsize, gpu_cache, shapes, video, video_a14b
+from bench import cases, fullsize, gpu_cache, gpu_video, gpu_video_a14b, shapes
 
 from safelight import caches, models
 
+ROOT = Path(__file__).parents[2]
 TABLE = models.load()
 CASES = [
     (key, size)
@@ -16,8 +20,11 @@ CASES = [
     for sizes in (cases.SIZES, cases.LEARNED_AT)
     for size in cases._of(sizes, key)
 ]
-CASES += [("wan-ti2v-5b", "x".join(map(str, video.SIZE))), ("wan-t2v-a14b", "x".join(map(str, video_a14b.SIZE)))]
-CASES += [("wan-t2v-a14b", size) for sizes in video_a14b.FITS.values() for size in sizes]
+CASES += [
+    ("wan-ti2v-5b", "x".join(map(str, gpu_video.SIZE))),
+    ("wan-t2v-a14b", "x".join(map(str, gpu_video_a14b.SIZE))),
+]
+CASES += [("wan-t2v-a14b", size) for sizes in gpu_video_a14b.FITS.values() for size in sizes]
 
 
 @pytest.mark.parametrize(("key", "size"), [*dict.fromkeys(CASES)])
@@ -47,16 +54,16 @@ def test_every_cache_of_a_bench_is_one() -> None:
 
 def test_bars_are_judged_on_what_was_measured() -> None:
     ours = {"steps": 50, "step_s": 1.9, "clip_s": 100.0, "decode_and_mp4_s": 8.0}
-    decode, step, clip = video._bars(ours, {"step_s": 2.8, "decode_s": 19.7})
+    decode, step, clip = gpu_video._bars(ours, {"step_s": 2.8, "decode_s": 19.7})
 
     assert (step["ok"], clip["ok"], decode["ok"]) == (True, True, False)
-    assert video._bars(ours, {}) == [clip]
-    assert video._bars({}, {"step_s": 2.8, "decode_s": 19.7}) == []
+    assert gpu_video._bars(ours, {}) == [clip]
+    assert gpu_video._bars({}, {"step_s": 2.8, "decode_s": 19.7}) == []
 
 
 def test_a_clip_of_fewer_steps_is_reckoned_up_to_a_whole_one() -> None:
     ours = {"steps": 4, "step_s": 2.0, "first_step_s": 30.0, "clip_s": 44.0, "decode_and_mp4_s": 8.0}
-    (clip,) = video._bars(ours, {})
+    (clip,) = gpu_video._bars(ours, {})
 
     assert (clip["seconds"][0], clip["of_steps"]) == (108.0, 4)
 
@@ -67,8 +74,24 @@ def test_an_expert_that_is_all_on_the_gpu_is_what_the_largest_clip_on_16_gb_is_j
         "part": "cases", "name": "wan-t2v-a14b 832x480x81 on 16 GB", "step_ms": [9000.0, 8400.0],
         "phases": {"denoise": {"swap_seconds": 11.0}},
     }  # fmt: skip
-    step, swap = video_a14b.step_bars([resident, case])
+    step, swap = gpu_video_a14b.step_bars([resident, case])
 
     assert (step["measured"], step["ok"]) == (1.2, False)
     assert (swap["measured"], swap["ok"]) == (11.0, False)
-    assert len(video_a14b.step_bars([case])) == 1
+    assert len(gpu_video_a14b.step_bars([case])) == 1
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+def test_a_bench_that_misses_a_bar_does_not_hide_the_later_ones(tmp_path: Path) -> None:
+    """Given a Python that only notes what it is to run, and fails for one script, make runs all and names that one."""
+    python, ran, installed = tmp_path / "python", tmp_path / "ran", tmp_path / "installed"
+    python.write_text(f'#!/bin/sh\necho "$2" >> {ran}\ntest "$2" != bench.demo\n', encoding="utf-8")
+    python.chmod(0o755)
+    installed.touch()
+    command = ["make", "bench", f"BIN={tmp_path}", f"INSTALLED={installed}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    names = ["accuracy", "client", "demo", "handover", "inbox", "outlines", "register", "soak", "standstill"]
+
+    assert ran.read_text().split() == [f"bench.{name}" for name in names]
+    assert done.returncode == 2  # make's own, of a command that failed
+    assert "Missed a bar, or failed: demo\n" in done.stderr

@@ -1,13 +1,13 @@
 """FLUX.1-dev on a 16 GB card, led by a ControlNet and started from a picture: predicted against measured.
 
-    python -m bench.pictures           # eight jobs of two steps: some six minutes on an H100, three to write weights
-    python -m bench.pictures --limit-s 300    # begins no job after so many seconds
-    python -m bench.pictures --tiny    # the same path in seconds, on the CPU
+    python -m bench.gpu_pictures                  # eight jobs of two steps: some six minutes, three to write weights
+    python -m bench.gpu_pictures --limit-s 300    # begins no job after so many seconds
+    python -m bench.gpu_pictures --tiny           # the same path in seconds, on the CPU
 
 Random weights of full size (bench/fullsize.py, 33 GB of disk below --folder, and 4 GB for a ControlNet of the size of
 union-pro-2). Each job runs twice, and the second one counts; where it runs in another way than the first, having
-learned from it, its seconds do not. Prints a JSON object a job, then those bars of bench/memory.py that tell of cases;
-exits 1 where one is missed, or where the limit came before.
+learned from it, its seconds do not. The minutes are those of an H100. Prints a JSON object a job, then those bars of
+bench/gpu_memory.py that tell of cases; exits 1 where one is missed, or where the limit came before.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 from PIL import Image
 
-from bench import fullsize, memory
+from bench import fullsize, gpu_memory
 from bench.cases import described
 from bench.measured import Budget, Place, place
 from safelight import inputs, models
@@ -65,7 +65,7 @@ def main() -> int:
                 known = found.get("rung", "")
                 print(json.dumps(line), flush=True)
                 lines += [line] if counts else []
-    bars = memory.bars(lines)
+    bars = gpu_memory.bars(lines)
     for bar in bars:
         print(json.dumps(bar), flush=True)
     return 0 if arguments.tiny or (len(lines) == len(CASES) and all(bar["ok"] for bar in bars)) else 1

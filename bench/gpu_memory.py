@@ -1,11 +1,11 @@
 """Memory and time as planned against memory and time as measured, and what the engine keeps: bars that hold or not.
 
-    python -m bench.memory --cap 16                            # every part on a card of 16 GB
-    python -m bench.memory --cap 16 12 8 --part cases --model flux-dev --sizes 512x512 1024x1024
-    python -m bench.memory --cap 8 --limit-s 500               # begins no job after so many seconds
-    python -m bench.memory --cap 16 12 8 --part cases --model wan-ti2v-5b
-    python -m bench.memory --merge first.jsonl second.jsonl    # the bars of several calls together
-    python -m bench.memory --tiny                              # the same path in a minute, on the CPU
+    python -m bench.gpu_memory --cap 16                            # every part on a card of 16 GB
+    python -m bench.gpu_memory --cap 16 12 8 --part cases --model flux-dev --sizes 512x512 1024x1024
+    python -m bench.gpu_memory --cap 8 --limit-s 500               # begins no job after so many seconds
+    python -m bench.gpu_memory --cap 16 12 8 --part cases --model wan-ti2v-5b
+    python -m bench.gpu_memory --merge first.jsonl second.jsonl    # the bars of several calls together
+    python -m bench.gpu_memory --tiny                              # the same path in a minute, on the CPU
 
 FLUX.1 at full size with random weights (bench/fullsize.py, 33 GB of disk below --folder), torch kept from more memory
 than a card of that size has. Prints a JSON object for each job, then one for each bar; exits 1 where a bar is missed.

@@ -1,8 +1,8 @@
 """Every way to hold and place a FLUX transformer, at full size on a GPU: seconds, peaks, and how far from bf16.
 
-    python -m bench.techniques --folder /tmp/models          # all of them, FLUX.1-schnell, 1024x1024
-    python -m bench.techniques --only nf4 fp8-dynamic        # those whose name begins so
-    python -m bench.techniques --tiny                        # the same path in seconds, on the CPU
+    python -m bench.gpu_techniques --folder /tmp/models          # all of them, FLUX.1-schnell, 1024x1024
+    python -m bench.gpu_techniques --only nf4 fp8-dynamic        # those whose name begins so
+    python -m bench.gpu_techniques --tiny                        # the same path in seconds, on the CPU
 
 The weights are random (bench/gpu_phases.py), so memory and time are true to size and the picture means nothing.
 Prints one JSON object a technique.

@@ -1,9 +1,9 @@
 """LoRAs on FLUX.1-schnell on a 16 GB card: what another LoRA costs a warm engine, and what one costs a step.
 
-    python -m bench.lora                       # bf16 and fp8-dynamic: some six minutes, two of them to write weights
-    python -m bench.lora --precision nf4       # another way alone; --precision may be repeated
-    python -m bench.lora --limit-s 300         # begins no job after so many seconds
-    python -m bench.lora --tiny                # the same path in seconds, on the CPU
+    python -m bench.gpu_lora                     # bf16 and fp8-dynamic: some six minutes, two of them to write weights
+    python -m bench.gpu_lora --precision nf4     # another way alone; --precision may be repeated
+    python -m bench.gpu_lora --limit-s 300       # begins no job after so many seconds
+    python -m bench.gpu_lora --tiny              # the same path in seconds, on the CPU
 
 Random weights of full size (bench/fullsize.py, 33 GB of disk below --folder) and two LoRAs of rank 16 and 32 for every
 Linear of the transformer's blocks. Each precision runs, in one warm process, jobs without a LoRA, with one, with the

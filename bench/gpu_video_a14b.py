@@ -1,12 +1,12 @@
 """Wan 2.2 T2V-A14B on cards of 16, 12 and 8 GB from prepared weights: steps, the experts' exchange, memory as planned.
 
-    python -m bench.video_a14b                                          # fp8-dynamic, compiled: seven minutes
-    python -m bench.video_a14b --part resident cases --cap 16           # the issue's bars alone: four
-    python -m bench.video_a14b --part compiled                          # the expert in bf16 once more, compiled
-    python -m bench.video_a14b --precision nf4 --part cases --cap 8     # or a part of it
-    python -m bench.video_a14b --precision bf16 --part cases --cap 16   # streamed; 40 GB of disk
-    python -m bench.video_a14b --limit-s 460                            # begins nothing after so many seconds
-    python -m bench.video_a14b --tiny                                   # the jobs' path in seconds, on the CPU
+    python -m bench.gpu_video_a14b                                          # fp8-dynamic, compiled: seven minutes
+    python -m bench.gpu_video_a14b --part resident cases --cap 16           # the issue's bars alone: four
+    python -m bench.gpu_video_a14b --part compiled                          # the expert in bf16 once more, compiled
+    python -m bench.gpu_video_a14b --precision nf4 --part cases --cap 8     # or a part of it
+    python -m bench.gpu_video_a14b --precision bf16 --part cases --cap 16   # streamed; 40 GB of disk
+    python -m bench.gpu_video_a14b --limit-s 460                            # begins nothing after so many seconds
+    python -m bench.gpu_video_a14b --tiny                                   # the jobs' path in seconds, on the CPU
 
 Random weights of full size (bench/quantised.py): 12 GB of disk below --folder, and 14 for fp8 or 8 for nf4, of which
 the second expert's files are links to the first's. `resident`: a step of one expert in bf16, all of it on the GPU, no
@@ -36,8 +36,8 @@ import torch
 
 from bench import fullsize, quantised
 from bench.cases import learn, run_cases
+from bench.gpu_memory import TINY_SHRINK, case_bars
 from bench.measured import Budget, Place, place
-from bench.memory import TINY_SHRINK, case_bars
 from safelight import models
 from safelightd import compiling
 

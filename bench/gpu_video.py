@@ -1,9 +1,9 @@
 """Wan 2.2 TI2V-5B on a 16 GB card: a step, a whole clip and its decode, beside stock diffusers.
 
-    python -m bench.video                      # 1280x704x121, 50 steps: some 250 s on an H100, 40 to write weights
-    python -m bench.video --steps 12           # the clip's bar is then reckoned from so many steps, and says so: 180 s
-    python -m bench.video --limit-s 290        # begins nothing after so many seconds
-    python -m bench.video --tiny               # the same path in seconds, on the CPU
+    python -m bench.gpu_video                  # 1280x704x121, 50 steps: some 250 s on an H100, 40 to write weights
+    python -m bench.gpu_video --steps 12       # the clip's bar is then reckoned from so many steps, and says so: 180 s
+    python -m bench.gpu_video --limit-s 290    # begins nothing after so many seconds
+    python -m bench.gpu_video --tiny           # the same path in seconds, on the CPU
 
 Random weights of full size (bench/fullsize.py, 22 GB of disk below --folder). Our figures are from the receipt of a
 real job in bf16, compiled: loop, decode and MP4, loading and text encoding left out. A short job comes first, which
