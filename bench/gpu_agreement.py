@@ -29,7 +29,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import torch
 from PIL import Image
 
-from bench import fullsize
+from bench import fullsize, options
 from bench.fullsize import Meter
 from bench.measured import Budget
 from bench.shapes import SMALLER
@@ -164,11 +164,8 @@ def _stock(
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/safelight-bench"))
+    parser = options.full_size(__doc__)
     parser.add_argument("--only", nargs="+", choices=tuple(dict.fromkeys(key for key, _, _ in JOBS)))
-    parser.add_argument("--limit-s", type=float, default=1e9, help="begin nothing after this")
-    parser.add_argument("--tiny", action="store_true", help="the same models in little, on the CPU")
     return parser.parse_args()
 
 

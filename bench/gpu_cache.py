@@ -18,7 +18,6 @@ import json
 import os
 import sys
 import traceback
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from bench import fullsize
+from bench import fullsize, options
 from bench.measured import Budget, Place, place
 from safelight.receipt import Receipt
 from safelightd import video
@@ -118,13 +117,10 @@ def _line(receipt: Receipt, name: str, pixels: NDArray[Any], exact: NDArray[Any]
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.full_size(__doc__)
     parser.add_argument("--model", choices=tuple(JOBS), default="wan-ti2v-5b")
     parser.add_argument("--only", nargs="+", default=list(CACHES), metavar="CACHE")
     parser.add_argument("--attention", default="auto", help="[worker] attention")
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/safelight-bench"))
-    parser.add_argument("--limit-s", type=float, default=1e9, help="begin nothing after this")
-    parser.add_argument("--tiny", action="store_true", help="the project's tiny models on the CPU")
     return parser.parse_args()
 
 

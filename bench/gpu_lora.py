@@ -21,7 +21,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,7 +29,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import torch
 from safetensors.torch import save_file
 
-from bench import fullsize
+from bench import fullsize, options
 from bench.measured import Budget, Place, place
 from safelight import lorafiles
 from safelight.jobspec import JobSpec
@@ -154,11 +153,8 @@ def _run(at: Place, model: str, precision: str, loras: tuple[Lora, ...], *, lear
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/safelight-bench"))
+    parser = options.full_size(__doc__)
     parser.add_argument("--precision", action="append", choices=PRECISIONS, help="this one alone (repeatable)")
-    parser.add_argument("--limit-s", type=float, default=1e9, help="begin no job after this")
-    parser.add_argument("--tiny", action="store_true", help="the project's tiny model on the CPU")
     return parser.parse_args()
 
 

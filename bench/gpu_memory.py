@@ -25,6 +25,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
+from bench import options
 from bench.measured import HOST_GIB, Budget
 
 PARTS = ("release", "slope", "oom", "cases", "prepare", "speed", "techniques")
@@ -233,9 +234,8 @@ def _failed(what: str, lines: Sequence[dict[str, Any]], words: Sequence[str]) ->
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.full_size(__doc__)
     parser.add_argument("--cap", type=int, nargs="+", choices=(16, 12, 8), default=[16], help="GB of the card to be")
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/safelight-bench"))
     parser.add_argument("--part", nargs="+", choices=PARTS, default=[part for part in PARTS if part != "oom"])
     parser.add_argument("--model", nargs="+", choices=tuple(TINY), default=["flux-schnell", "flux-dev"])
     parser.add_argument("--sizes", nargs="+", metavar="WIDTHxHEIGHT[xFRAMES]")
@@ -243,9 +243,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--attention", default="auto", help="[worker] attention")
     parser.add_argument("--jobs", type=int, default=50, help="of the slope")
     parser.add_argument("--leave-gib", type=float, default=1.0, help="what oom leaves free")
-    parser.add_argument("--limit-s", type=float, default=1e9, help="begin no job after this")
     parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="judge what earlier calls printed")
-    parser.add_argument("--tiny", action="store_true", help="the project's tiny models on the CPU")
     return parser.parse_args()
 
 

@@ -25,7 +25,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 from PIL import Image
 
-from bench import fullsize, gpu_memory
+from bench import fullsize, gpu_memory, options
 from bench.cases import described
 from bench.measured import Budget, Place, place
 from safelight import inputs, models
@@ -46,7 +46,7 @@ STEPS = 4
 
 
 def main() -> int:
-    arguments = _arguments()
+    arguments = options.full_size(__doc__).parse_args()
     budget = Budget(arguments.limit_s)
     folders = {} if arguments.tiny else _build(arguments.folder)
     lines: list[dict[str, Any]] = []
@@ -109,14 +109,6 @@ def _run(at: Place, asked: dict[str, Any], arguments: argparse.Namespace) -> dic
     except Exception as error:  # noqa: BLE001 - a job that fails is a result
         traceback.print_exc(limit=-4)
         return {"error": f"{type(error).__name__}: {error}"[:400]}
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/safelight-bench"))
-    parser.add_argument("--limit-s", type=float, default=1e9, help="begin no job after this")
-    parser.add_argument("--tiny", action="store_true", help="the project's tiny model on the CPU")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from bench import fullsize
+from bench import fullsize, options
 from bench.fullsize import Meter, say
+from bench.measured import Budget
 from safelight import models
 from safelight.jobspec import JobSpec
 from safelight.machine import GIB
@@ -110,6 +111,7 @@ class Steps:
 
 def main() -> int:
     arguments = _arguments()
+    budget = Budget(arguments.limit_s)
     facts = models.load()["tiny-flux-schnell" if arguments.tiny else "flux-schnell"]
     device: Any = "cpu" if arguments.tiny else "cuda"
     folder = arguments.folder / facts.key
@@ -136,7 +138,7 @@ def main() -> int:
                 continue
             latents = denoise(technique, family, spec, base, facts, folder, embeddings, exact)
             exact = latents if exact is None else exact
-            if time.perf_counter() - arguments.began > arguments.limit_s:
+            if budget.is_spent():
                 say("limit", seconds=arguments.limit_s)
                 break
         assert exact is not None
@@ -247,14 +249,11 @@ def _peaks(meter: Meter) -> dict[str, float]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/safelight-models"))
+    parser = options.full_size(__doc__)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--limit-s", type=float, default=1e9, help="begin no technique after this")
     parser.add_argument("--keep", action="store_true")
-    parser.add_argument("--tiny", action="store_true")
-    return parser.parse_args(namespace=argparse.Namespace(began=time.perf_counter()))
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

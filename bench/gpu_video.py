@@ -23,7 +23,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,7 +30,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 
-from bench import fullsize
+from bench import fullsize, options
 from bench.measured import Budget, Place, place
 from safelight.machine import GIB
 from safelightd import device
@@ -218,12 +217,9 @@ def _clip_s(ours: dict[str, Any]) -> float | None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/safelight-bench"))
+    parser = options.full_size(__doc__)
     parser.add_argument("--attention", default="auto", help="[worker] attention")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--limit-s", type=float, default=1e9, help="begin nothing after this")
-    parser.add_argument("--tiny", action="store_true", help="the project's tiny model on the CPU")
     return parser.parse_args()
 
 

@@ -34,7 +34,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 
-from bench import fullsize, quantised
+from bench import fullsize, options, quantised
 from bench.cases import learn, run_cases
 from bench.gpu_memory import TINY_SHRINK, case_bars
 from bench.measured import Budget, Place, place
@@ -169,16 +169,13 @@ def step_bars(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.full_size(__doc__)
     parser.add_argument("--precision", choices=PRECISIONS, default="fp8-dynamic")
     parser.add_argument("--compile", choices=("auto", "on", "off"), help="on for fp8-dynamic by default, else auto")
     parser.add_argument("--attention", default="auto", help="[worker] attention")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=["resident", "cases"])
     parser.add_argument("--cap", type=int, nargs="+", choices=tuple(FITS), default=list(FITS), help="GB of the card")
     parser.add_argument("--sizes", nargs="+", metavar="WIDTHxHEIGHTxFRAMES", help="in the place of those that must fit")
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/safelight-bench"))
-    parser.add_argument("--limit-s", type=float, default=1e9, help="begin nothing after this")
-    parser.add_argument("--tiny", action="store_true", help="the project's tiny model on the CPU")
     return parser.parse_args()
 
 
