@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,15 @@ import pytest
 import torch
 
 from safelight.caches import Cache
-from safelightd import embeddings, runjob, streaming
-from safelightd.assembly import PinnedSet
+from safelightd import runjob, streaming
 from safelightd.loading import Loader, model_folder
-from safelightd.progress import Cancelled, Watch
+from safelightd.progress import Cancelled
 from tests.conftest import Installation
 from tests.daemon.test_worker import specs_of
-from tests.integration.rendering import MODELS, NoMeter, Run, StopAt, alive, picture, plan_for, spec_for
+from tests.integration.rendering import MODELS, Run, StopAt, alive, picture, plan_for, spec_for
 from tests.integration.test_checkpoint import interrupted, kept
 from tests.integration.test_wan import DIGEST
+from tests.integration.warm_engine import receipts
 
 STEPS = 8
 EAGER: dict[str, Any] = {"first-block": {"kind": "first-block", "threshold": 1.0}}
@@ -152,19 +151,11 @@ def test_a_job_that_is_stopped_within_a_step_leaves_no_component(tiny_models_fol
 
 
 def test_the_receipt_of_a_job_says_how_often_its_cache_answered(installation: Installation) -> None:
-    setting = runjob.Setting(
-        installation.config,
-        installation.models,
-        installation.ledger,
-        PinnedSet(limit_bytes=0),
-        embeddings.Cache(installation.paths.embeddings, 0),
-    )
     (spec,) = specs_of(installation, ["a fox"])
     cached = spec.model_copy(update={"cache": Cache(kind="first-block", threshold=1.0), "num_inference_steps": 4})
-    runjob.run_job(cached, 1, setting, Watch(lambda _told: None, threading.Event(), NoMeter()))
-    receipt = installation.ledger.receipt(spec.id)
+    receipt = receipts(installation)(cached)
 
-    assert receipt is not None
+    assert installation.ledger.receipt(spec.id) == receipt
     assert receipt.plan is not None
     assert receipt.cache is not None
     assert (receipt.cache.kind, receipt.cache.forwards, receipt.cache.restarted_after_step) == ("first-block", 4, None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -497,22 +496,14 @@ def test_webp_holds_one_frame_at_a_time(tmp_path: Path) -> None:
 def test_whole_job_ends_in_a_clip_of_every_format(
     output_format: str, interpolate: int | None, installation: Installation
 ) -> None:
-    from safelight.machine import GIB
-    from safelightd import runjob
-    from safelightd.assembly import PinnedSet
-    from safelightd.embeddings import Cache
-    from safelightd.progress import Watch
-    from tests.integration.rendering import NoMeter, spec_for
+    from tests.integration.rendering import spec_for
+    from tests.integration.warm_engine import receipts
 
     asked = {"fps": 10, "num_frames": 5, "output_format": output_format, "interpolate": interpolate}
     spec = spec_for("tiny-wan-ti2v", **asked)
     spec = spec.model_copy(update={"id": "job-1", "submitted_at": "2026-11-22T12:00:00+00:00"})
-    setting = runjob.Setting(
-        installation.config, installation.models, installation.ledger, PinnedSet(0),
-        Cache(installation.paths.embeddings, GIB),
-    )  # fmt: skip
 
-    receipt = runjob.run_job(spec, 1, setting, Watch(lambda _told: None, threading.Event(), NoMeter()))
+    receipt = receipts(installation)(spec)
 
     (output,) = receipt.outputs
     assert (output.num_frames, output.fps) == ((9, 20) if interpolate else (5, 10))

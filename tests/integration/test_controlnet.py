@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,15 @@ from PIL import Image
 from safelight import inputs, models
 from safelight.errors import SafelightError
 from safelight.jobqueue import JobQueue
-from safelight.machine import GIB
-from safelightd import runjob, tiny
-from safelightd.assembly import PinnedSet
-from safelightd.embeddings import Cache
+from safelightd import tiny
 from safelightd.loading import BadModelFolder, controlnet_folder
-from safelightd.progress import Cancelled, Watch
+from safelightd.progress import Cancelled
 from safelightd.tiny.weights import fill
 from tests.cli_steps import end, ids_of, runner
 from tests.conftest import Installation
 from tests.daemon.test_worker import specs_of
-from tests.integration.rendering import HALF, MODELS, NoMeter, Run, StopAt, alive, picture, spec_for, stock_answer
+from tests.integration.rendering import HALF, MODELS, Run, StopAt, alive, picture, spec_for, stock_answer
+from tests.integration.warm_engine import receipts
 
 DEV = "tiny-flux-dev"
 
@@ -163,10 +160,8 @@ def test_a_job_with_a_controlnet_runs_from_its_spec_to_its_file(installation: In
     picture(64, 64).save(source)
     digest = inputs.store(source, installation.paths.inputs)
     (spec,) = specs_of(installation, ["a fox"], model=DEV, controlnet={"model": "tiny", "image": digest, "scale": 0.7})
-    cache = Cache(installation.paths.embeddings, 1 * GIB)
-    setting = runjob.Setting(installation.config, installation.models, installation.ledger, PinnedSet(0), cache)
 
-    receipt = runjob.run_job(spec, 1, setting, Watch(lambda _told: None, threading.Event(), NoMeter()))
+    receipt = receipts(installation)(spec)
 
     assert receipt.plan is not None
     assert receipt.plan.controlnet == "tiny"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,15 +17,14 @@ from PIL import Image
 from safelight.machine import GIB
 from safelight.models import ModelFacts
 from safelight.plan import Plan
-from safelightd import embeddings, runjob
-from safelightd.assembly import PinnedSet
+from safelightd import embeddings
 from safelightd.embeddings import Cache, Keys
 from safelightd.loading import Loader, model_folder
-from safelightd.progress import Watch
 from tests.conftest import Installation
 from tests.daemon.test_worker import specs_of
 from tests.integration import making
-from tests.integration.rendering import MODELS, NoMeter, Run, spec_for
+from tests.integration.rendering import MODELS, Run, spec_for
+from tests.integration.warm_engine import receipts
 
 GPU = "NVIDIA GeForce RTX 4090 Laptop GPU"
 
@@ -305,10 +303,7 @@ def test_what_a_killed_process_left_unfinished_goes_after_an_hour(cache: Cache, 
 def test_a_second_job_of_a_prompt_loads_no_text_encoder_and_gives_the_same_picture(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setting = runjob.Setting(
-        installation.config, installation.models, installation.ledger, PinnedSet(0),
-        Cache(installation.paths.embeddings, 1 * GIB),
-    )  # fmt: skip
+    run = receipts(installation)
     loaded: list[str] = []
     component = Loader.component
 
@@ -319,9 +314,7 @@ def test_a_second_job_of_a_prompt_loads_no_text_encoder_and_gives_the_same_pictu
     monkeypatch.setattr(Loader, "component", noted)
     plans, pictures = [], []
     for spec in specs_of(installation, ["a fox", "a fox"]):
-        same = spec.model_copy(update={"seed": 7})
-        watch = Watch(lambda _told: None, threading.Event(), NoMeter())
-        receipt = runjob.run_job(same, 1, setting, watch)
+        receipt = run(spec.model_copy(update={"seed": 7}))
         plans.append(receipt.plan)
         pictures.append(Image.open(installation.paths.outbox / receipt.outputs[0].path).convert("RGB").tobytes())
 

@@ -13,13 +13,8 @@ import torch
 
 from safelight.errors import InvalidJob
 from safelight.jobqueue import JobQueue
-from safelight.jobspec import JobSpec
 from safelight.lora import Lora
-from safelight.machine import GIB
-from safelight.receipt import Receipt
-from safelightd import checkpoint, embeddings, metadata, runjob
-from safelightd.assembly import PinnedSet
-from safelightd.embeddings import Cache
+from safelightd import checkpoint, embeddings, metadata
 from safelightd.failure import failure
 from safelightd.progress import Watch
 from tests.cli_steps import Safelight, end, ids_of, runner
@@ -29,6 +24,7 @@ from tests.integration.lora_files import factors, peft, random_lora, rescaled, w
 from tests.integration.rendering import MODELS, NoMeter, Run, spec_for
 from tests.integration.test_checkpoint import Killed, kept
 from tests.integration.test_inbox_service import drop, line, running, until
+from tests.integration.warm_engine import receipts
 
 FLUX = "tiny-flux-schnell"
 
@@ -44,16 +40,6 @@ def style(installation: Installation) -> Iterator[Path]:
     folder = installation.paths.models / "loras"
     yield random_lora(folder / "style.safetensors", FLUX, installation.paths.models)[1]
     shutil.rmtree(folder)
-
-
-def setting_of(installation: Installation) -> runjob.Setting:
-    cache = Cache(installation.paths.embeddings, 1 * GIB)
-    return runjob.Setting(installation.config, installation.models, installation.ledger, PinnedSet(0), cache)
-
-
-def run(spec: JobSpec, installation: Installation) -> Receipt:
-    watch = Watch(lambda _told: None, threading.Event(), NoMeter())
-    return runjob.run_job(spec, 1, setting_of(installation), watch)
 
 
 def test_add_finds_a_name_and_keeps_a_file_and_rerun_asks_for_both_again(
@@ -119,15 +105,16 @@ def test_a_name_that_nobody_could_look_up_is_found_by_the_host_that_runs_it_and_
     plain, changed, again = specs_of(installation, ["a fox"] * 3)
     lora = {"loras": (Lora(name="style", scale=0.7),), "seed": plain.seed}
 
-    receipts = [run(plain, installation), *(run(s.model_copy(update=lora), installation) for s in (changed, again))]
+    run = receipts(installation)
+    made = [run(plain), *(run(s.model_copy(update=lora)) for s in (changed, again))]
 
-    digests = [receipt.outputs[0].sha256 for receipt in receipts]
-    files = [(installation.paths.outbox / receipt.outputs[0].path).read_bytes() for receipt in receipts]
+    digests = [receipt.outputs[0].sha256 for receipt in made]
+    files = [(installation.paths.outbox / receipt.outputs[0].path).read_bytes() for receipt in made]
     assert digests[0] != digests[1]
-    assert len(receipts[1].spec.loras[0].sha256) == 64
-    assert receipts[1].spec.loras[0].size_bytes == style.stat().st_size
-    assert receipts[1].plan is not None
-    assert receipts[1].plan.loras == 1
+    assert len(made[1].spec.loras[0].sha256) == 64
+    assert made[1].spec.loras[0].size_bytes == style.stat().st_size
+    assert made[1].plan is not None
+    assert made[1].plan.loras == 1
     assert b"a fox <lora:style:0.7>" in files[1]
     assert b"<lora:" not in files[0]
 
@@ -137,7 +124,7 @@ def test_a_lora_that_is_gone_or_does_not_match_is_the_jobs_own_fault(installatio
     for name, says in (("style", "1 key does not match the model"), ("gone", "no gone.safetensors")):
         (spec,) = specs_of(installation, ["a fox"])
         with pytest.raises(InvalidJob) as caught:
-            run(spec.model_copy(update={"loras": (Lora(name=name),)}), installation)
+            receipts(installation)(spec.model_copy(update={"loras": (Lora(name=name),)}))
         verdict = failure(caught.value, Watch(lambda _told: None, threading.Event(), NoMeter()))
         assert (verdict["kind"], says in verdict["message"]) == ("job", True)
 

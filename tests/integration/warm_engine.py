@@ -1,4 +1,4 @@
-"""The daemon's engine in this process: jobs one after another, each as a picture out of the outbox."""
+"""The daemon's engine in this process: one job after another, each as its receipt or as the picture it published."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from PIL import Image
 
 from safelight.jobspec import JobSpec
 from safelight.machine import GIB
+from safelight.receipt import Receipt
 from safelightd import runjob
 from safelightd.assembly import PinnedSet
 from safelightd.embeddings import Cache
@@ -19,13 +20,20 @@ from tests.conftest import Installation
 from tests.integration.rendering import NoMeter
 
 
-def engine(installation: Installation) -> Callable[[JobSpec], Any]:
-    """Return what runs a job, and gives the picture that it published, (H, W, 3) uint8."""
+def receipts(
+    installation: Installation, told: Callable[[dict[str, object]], None] = lambda _message: None
+) -> Callable[[JobSpec], Receipt]:
+    """Return what runs a job and gives its receipt; `told` gets what the engine says of it meanwhile."""
     cache = Cache(installation.paths.embeddings, 1 * GIB)
     setting = runjob.Setting(installation.config, installation.models, installation.ledger, PinnedSet(0), cache)
+    return lambda spec: runjob.run_job(spec, 1, setting, Watch(told, threading.Event(), NoMeter()))
 
-    def run(spec: JobSpec) -> Any:
-        receipt = runjob.run_job(spec, 1, setting, Watch(lambda _told: None, threading.Event(), NoMeter()))
-        return np.asarray(Image.open(installation.paths.outbox / receipt.outputs[0].path))
 
-    return run
+def engine(installation: Installation) -> Callable[[JobSpec], Any]:
+    """Return what runs a job and gives the picture that it published, (H, W, 3) uint8."""
+    run = receipts(installation)
+
+    def draw(spec: JobSpec) -> Any:
+        return np.asarray(Image.open(installation.paths.outbox / run(spec).outputs[0].path))
+
+    return draw
