@@ -44,6 +44,20 @@ COMPONENTS = (
 HALF = {"dtype": "float16", "precision": "fp16", "vae_dtype": "float32"}
 """The plan of a GPU without bfloat16."""
 
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "resident": {},
+    "quantised": {"dtype": "bfloat16", "precision": "nf4"},
+    "streamed from the file": {
+        "dtype": "bfloat16", "offload": "partial", "streamed": {"transformer": (0, 1)}, "streamed_from": "file",
+    },
+    "streamed from RAM": {
+        "dtype": "bfloat16", "offload": "partial", "streamed": {"transformer": (1,)}, "streamed_from": "pinned",
+    },
+    "leaf": {"dtype": "bfloat16", "offload": "leaf"},
+    "sequential": {"dtype": "bfloat16", "offload": "sequential"},
+}  # fmt: skip
+"""Plans that hold and move a tiny transformer in every way that reads its file differently."""
+
 
 class NoMeter:
     """Reads nothing: these tests look at results, not at peaks."""

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from safelight.errors import InvalidJob
 from safelightd.loading import Loader, model_folder
 from tests import other_layouts as layouts
-from tests.integration.lora_files import random_lora, weights_of
-from tests.integration.rendering import MODELS, Run, plan_for, spec_for
+from tests.integration.lora_files import random_lora
+from tests.integration.rendering import MODELS, PLACEMENTS, Run, plan_for, spec_for
 
 FLUX = "tiny-flux-dev"
 WAN = "tiny-wan-ti2v"
@@ -22,7 +22,9 @@ FAMILIES = {FLUX: "flux", WAN: "wan"}
 
 
 def of_authors(model: str, models_folder: Path) -> layouts.Weights:
-    return layouts.OF_AUTHORS[FAMILIES[model]](weights_of(model, models_folder))
+    return layouts.OF_AUTHORS[FAMILIES[model]](
+        layouts.published(model_folder(MODELS[model], models_folder) / "transformer")
+    )
 
 
 def loaded(model: str, models_folder: Path, file: Path, *loras: Any) -> dict[str, torch.Tensor]:
@@ -33,18 +35,7 @@ def loaded(model: str, models_folder: Path, file: Path, *loras: Any) -> dict[str
         return {name: tensor.clone() for name, tensor in module.named_parameters()}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"dtype": "bfloat16", "precision": "nf4"},
-        {"dtype": "bfloat16", "offload": "partial", "streamed": {"transformer": (0, 1)}, "streamed_from": "file"},
-        {"dtype": "bfloat16", "offload": "partial", "streamed": {"transformer": (1,)}, "streamed_from": "pinned"},
-        {"dtype": "bfloat16", "offload": "leaf"},
-        {"dtype": "bfloat16", "offload": "sequential"},
-    ],
-    ids=["resident", "quantised", "streamed from the file", "streamed from RAM", "leaf", "sequential"],
-)
+@pytest.mark.parametrize("changes", PLACEMENTS.values(), ids=PLACEMENTS)
 @pytest.mark.parametrize("model", FAMILIES)
 def test_a_lora_on_a_single_file_makes_what_it_makes_on_the_folder(
     model: str, changes: dict[str, Any], tiny_models_folder: Path, tmp_path: Path

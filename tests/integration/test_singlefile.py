@@ -22,7 +22,7 @@ from safelightd import singlefile, skeleton
 from safelightd.loading import Loader, model_folder
 from safelightd.weights import BadModelFolder, Reader, Stored
 from tests import other_layouts as layouts
-from tests.integration.rendering import MODELS, Run, plan_for, spec_for
+from tests.integration.rendering import MODELS, PLACEMENTS, Run, plan_for, spec_for
 
 FLUX = "tiny-flux-dev"
 WAN = "tiny-wan-ti2v"
@@ -33,6 +33,10 @@ both = pytest.mark.parametrize(("key", "family"), FAMILIES)
 
 def component(key: str, models_folder: Path) -> Path:
     return model_folder(MODELS[key], models_folder) / "transformer"
+
+
+def of_authors(key: str, family: str, models_folder: Path) -> layouts.Weights:
+    return layouts.OF_AUTHORS[family](layouts.published(component(key, models_folder)))
 
 
 def read(file: Path) -> layouts.Weights:
@@ -72,7 +76,7 @@ def test_every_tensor_has_the_bits_of_the_diffusers_folder(
 def test_eight_bit_weights_are_multiplied_by_their_scales(
     key: str, family: str, end: str, by_row: bool, tiny_models_folder: Path, tmp_path: Path
 ) -> None:
-    authors = layouts.OF_AUTHORS[family](layouts.published(component(key, tiny_models_folder)))
+    authors = of_authors(key, family, tiny_models_folder)
     scaled = layouts.scaled(authors, end, by_row=by_row)
     file = layouts.save(scaled, tmp_path / "scaled.safetensors")
     meant = layouts.save(layouts.unscaled(scaled, end), tmp_path / "meant.safetensors")
@@ -85,7 +89,7 @@ def test_eight_bit_weights_are_multiplied_by_their_scales(
 def test_eight_bit_weights_without_scales_are_what_they_say(
     key: str, family: str, tiny_models_folder: Path, tmp_path: Path
 ) -> None:
-    eight = layouts.in_fp8(layouts.OF_AUTHORS[family](layouts.published(component(key, tiny_models_folder))))
+    eight = layouts.in_fp8(of_authors(key, family, tiny_models_folder))
     meant = layouts.save({name: each.float() for name, each in eight.items()}, tmp_path / "meant.safetensors")
     file = layouts.save(eight, tmp_path / "eight.safetensors")
 
@@ -98,7 +102,7 @@ def test_eight_bit_weights_without_scales_are_what_they_say(
 def test_gguf_blocks_are_decoded_as_the_reference_does(
     key: str, family: str, kind: str, tiny_models_folder: Path, tmp_path: Path
 ) -> None:
-    authors = layouts.OF_AUTHORS[family](layouts.published(component(key, tiny_models_folder)))
+    authors = of_authors(key, family, tiny_models_folder)
     quantisation = gguf.GGMLQuantizationType[kind]
     meant = layouts.save_gguf(authors, tmp_path / "packed.gguf", quantisation)
     layouts.save(meant, tmp_path / "meant.safetensors")
@@ -148,18 +152,7 @@ def with_file(key: str, models_folder: Path, file: Path, **changes: Any) -> np.n
     return np.stack(Run(spec, models_folder, changes, component_paths=paths).frames())
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"dtype": "bfloat16", "precision": "nf4"},
-        {"dtype": "bfloat16", "offload": "partial", "streamed": {"transformer": (0, 1)}, "streamed_from": "file"},
-        {"dtype": "bfloat16", "offload": "partial", "streamed": {"transformer": (1,)}, "streamed_from": "pinned"},
-        {"dtype": "bfloat16", "offload": "leaf"},
-        {"dtype": "bfloat16", "offload": "sequential"},
-    ],
-    ids=["resident", "quantised", "streamed from the file", "streamed from RAM", "leaf", "sequential"],
-)
+@pytest.mark.parametrize("changes", PLACEMENTS.values(), ids=PLACEMENTS)
 @pytest.mark.parametrize(("key", "family"), [(FLUX, "flux"), (WAN, "wan")])
 def test_a_job_of_a_single_file_makes_the_picture_of_the_folder(
     key: str, family: str, changes: dict[str, Any], tiny_models_folder: Path, tmp_path: Path
