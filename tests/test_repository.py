@@ -198,6 +198,19 @@ def test_every_link_between_documents_leads_somewhere() -> None:
     assert [f"{page.name}: {target}" for page, target in links if not (page.parent / target).exists()] == []
 
 
+@needs_git
+def test_every_bench_that_a_page_or_a_docstring_calls_is_a_script() -> None:
+    called = {
+        (str(path.relative_to(ROOT)), name)
+        for path in [*files("*.md"), *files("*.py")]
+        for name in re.findall(r"python -m bench\.(\w+)", path.read_text(encoding="utf-8"))
+    }
+    scripts = {path.stem for path in (ROOT / "bench").glob("*.py") if "__main__" in path.read_text(encoding="utf-8")}
+
+    assert scripts
+    assert [call for call in sorted(called) if call[1] not in scripts] == []
+
+
 PROMISED = re.compile(r"`(tests/[\w/]+\.py)::(test_\w+)`")
 
 
