@@ -126,9 +126,10 @@ class Engine:
             if not isinstance(error, (SafelightError, Cancelled)):
                 log.exception("job.broke", execution=execution, phase=watch.current)
         done.set()
-        device.release()
-        if kept := device.held_bytes():
-            log.warning("device.kept", execution=execution, bytes=kept)
+        if usable:  # else this process ends; of a broken context even giving back fails, and the verdict would be lost
+            device.release()
+            if kept := device.held_bytes():
+                log.warning("device.kept", execution=execution, bytes=kept)
         if verdict["kind"] == "refused" and not self._has_another(message, verdict["precision"]):
             verdict["kind"] = "job"
         self._execution = ""

@@ -20,12 +20,16 @@ from tests.conftest import Installation
 from tests.integration.rendering import NoMeter
 
 
+def setting_of(installation: Installation) -> runjob.Setting:
+    cache = Cache(installation.paths.embeddings, 1 * GIB)
+    return runjob.Setting(installation.config, installation.models, installation.ledger, PinnedSet(0), cache)
+
+
 def receipts(
     installation: Installation, told: Callable[[dict[str, object]], None] = lambda _message: None
 ) -> Callable[[JobSpec], Receipt]:
     """Return what runs a job and gives its receipt; `told` gets what the engine says of it meanwhile."""
-    cache = Cache(installation.paths.embeddings, 1 * GIB)
-    setting = runjob.Setting(installation.config, installation.models, installation.ledger, PinnedSet(0), cache)
+    setting = setting_of(installation)
     return lambda spec: runjob.run_job(spec, 1, setting, Watch(told, threading.Event(), NoMeter()))
 
 
