@@ -144,24 +144,26 @@ def remembered(shape: Shape, where: str, state: Path, ask: Callable[[], Probed])
         where: card and version of torch.
     """
     file = state / "attention.json"
-    known = _load(file)
     name = f"{where}: {shape.name}"
-    if name in known.probed:
-        return known.probed[name]
+    if found := _load(file).probed.get(name):
+        return found
     # Kernels that end the process, or break CUDA for it, are asked once: its successor finds torch's own chosen.
-    _save(file, known, {name: UNFINISHED})
+    _save(file, name, UNFINISHED)
     try:
         found = ask()
     except torch.OutOfMemoryError:
-        _save(file, known, {})
+        _save(file, name, None)
         raise
-    _save(file, known, {name: found})
+    _save(file, name, found)
     log.info("attention.probed", shape=shape.name, chosen=found.chosen)
     return found
 
 
-def _save(file: Path, known: Known, more: Mapping[str, Probed]) -> None:
-    durable.write(file, Known(probed={**known.probed, **more}).model_dump_json(indent=1).encode())
+def _save(file: Path, name: str, found: Probed | None) -> None:
+    """Change what is known under one name; the rest is read again, since another GPU's engine writes there, too."""
+    others = {other: probed for other, probed in _load(file).probed.items() if other != name}
+    known = Known(probed=others | ({name: found} if found else {}))
+    durable.write(file, known.model_dump_json(indent=1).encode())
 
 
 def _load(file: Path) -> Known:

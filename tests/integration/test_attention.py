@@ -105,6 +105,17 @@ def test_kernels_that_end_the_process_are_not_asked_again(tmp_path: Path) -> Non
     assert attention.UNFINISHED.chosen == "native"
 
 
+def test_what_another_engine_found_meanwhile_is_kept(tmp_path: Path) -> None:
+    def ask() -> Probed:
+        attention.remembered(SHAPE, "another card", tmp_path, lambda: Probed(chosen="_native_flash"))
+        return Probed(chosen="_native_cudnn")
+
+    attention.remembered(SHAPE, "a card", tmp_path, ask)
+    known = attention._load(tmp_path / "attention.json").probed
+
+    assert [probed.chosen for probed in known.values()] == ["_native_flash", "_native_cudnn"]
+
+
 def test_a_damaged_memory_is_asked_again(tmp_path: Path) -> None:
     (tmp_path / "attention.json").write_text("{", encoding="utf-8")
 
