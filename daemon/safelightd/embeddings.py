@@ -200,6 +200,8 @@ class Cache:
         """Remove what is above the limit, the least recently used first, and what a dead process left unfinished."""
         try:
             found = [(entry.stat(), Path(entry.path)) for entry in os.scandir(self._folder) if entry.is_file()]
+        except FileNotFoundError:
+            return  # nothing was ever kept, or another worker trims: the next job's turn
         except OSError as error:
             log.warning("embeddings.not_trimmed", folder=self._folder, error=error)
             return

@@ -267,6 +267,13 @@ def test_a_limit_of_nothing_reads_nothing_and_removes_what_was_kept(cache: Cache
     assert files(tmp_path) == []
 
 
+def test_a_limit_of_nothing_has_nothing_to_complain_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Cache(tmp_path / "embeddings", 0).put(key(1), of(1.0))
+
+    assert caplog.text == ""
+    assert not (tmp_path / "embeddings").exists()
+
+
 def test_a_full_disk_is_said_and_leaves_no_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     full = tmp_path / "embeddings"
     full.mkdir()
