@@ -81,14 +81,24 @@ def refuse_downgrade(data: Path, name: str, version: tuple[int, ...]) -> None:
     """
     mark = data / "server.json"
     if mark.is_file():
-        wrote = json.loads(mark.read_text())
-        if wrote["name"] != name or tuple(wrote["version"][:2]) > version[:2]:
-            shown = ".".join(map(str, wrote["version"]))
+        try:
+            wrote = json.loads(mark.read_text())
+            their_name, their_version = str(wrote["name"]), tuple(int(part) for part in wrote["version"])
+        except (ValueError, LookupError, TypeError) as error:
             raise BadConfig(
-                f"{data} was written by {wrote['name']} {shown}; this is {name} {'.'.join(map(str, version))}. "
+                f"{mark}: damaged, so that nobody knows which server wrote what lies beside it. Move {data} aside: the "
+                "ledger fills a new one."
+            ) from error
+        if their_name != name or their_version[:2] > version[:2]:
+            raise BadConfig(
+                f"{data} was written by {their_name} {_dotted(their_version)}; this is {name} {_dotted(version)}. "
                 "Use the newer server, or move the folder aside: the ledger fills a new one."
             )
     durable.write(mark, json.dumps({"name": name, "version": version}).encode())
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def command(binary: Path, socket: Path, data: Path) -> list[str]:

@@ -212,6 +212,15 @@ def test_data_of_a_newer_or_another_server_is_left_alone(
     assert json.loads(mark.read_text()) == wrote
 
 
+@pytest.mark.parametrize("wrote", ["", "[]", '{"name": "valkey"}', '{"name": "valkey", "version": ["new"]}'])
+def test_data_whose_mark_is_damaged_is_left_alone(wrote: str, tmp_path: Path) -> None:
+    (tmp_path / "server.json").write_text(wrote, encoding="utf-8")
+
+    with pytest.raises(BadConfig, match=r"server\.json: damaged"):
+        redis_server.refuse_downgrade(tmp_path, "valkey", (9, 1, 2))
+    assert (tmp_path / "server.json").read_text(encoding="utf-8") == wrote
+
+
 def test_data_of_an_older_server_is_taken_over_and_marked(installation: Installation) -> None:
     data = installation.paths.redis
     data.mkdir(parents=True)
