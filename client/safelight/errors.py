@@ -54,9 +54,14 @@ class BadConfig(SafelightError):
 
 
 class QueueUnreachable(SafelightError):
-    """No queue server answered."""
+    """No queue server answered; `problem` and `remedy` are the two halves of the message."""
 
     exit_code = 4
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        self.problem = problem
+        self.remedy = remedy
+        super().__init__(f"{problem} {remedy}".strip())
 
 
 class NoUsableGpu(SafelightError):

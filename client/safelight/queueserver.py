@@ -19,6 +19,8 @@ SERVER_MIN = {"valkey": (7, 2), "redis": (6, 2)}
 AWAY = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, redis.OutOfMemoryError)
 """What a call raises while the server is down, loading (BusyLoadingError is a ConnectionError) or full: try later."""
 
+START = "Start it: systemctl --user start safelight.target, or safelight up."
+
 # A server that cannot write its append-only file (a full disk) refuses writes as a read-only replica does. redis-py
 # gives MISCONF no class of its own, and a bare ResponseError is also what a bug of ours raises.
 BaseParser.EXCEPTION_CLASSES["MISCONF"] = redis.ReadOnlyError
@@ -64,12 +66,11 @@ def connect(url: str, *, timeout_s: float = 5.0, retries: int = 3) -> redis.Redi
     try:
         server.ping()
     except redis.BusyLoadingError as error:
-        raise QueueUnreachable(f"{_shown(url)} is still loading its data. Try again in a moment.") from error
+        raise QueueUnreachable(f"{_shown(url)} is still loading its data.", "Try again in a moment.") from error
     except redis.AuthenticationError as error:
         raise BadConfig(f"The queue at {_shown(url)} refused the password of [queue] url: {error}.") from error
     except (redis.ConnectionError, redis.TimeoutError) as error:
-        start = "Start it: systemctl --user start safelight.target, or safelight up."
-        raise QueueUnreachable(f"The queue at {_shown(url)} does not answer. {start}") from error
+        raise QueueUnreachable(f"The queue at {_shown(url)} does not answer.", START) from error
     return server
 
 

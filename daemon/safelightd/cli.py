@@ -76,7 +76,7 @@ def up(config: Config) -> int:
 @group.command()
 @click.option("--to", "folder", type=click.Path(path_type=Path), help="Where to put the demo; else ./safelight-demo.")
 def demo(folder: Path | None) -> int:
-    """Turn sample prompts into pictures and a clip with tiny models on the CPU, through the whole daemon."""
+    """Turn sample prompts into pictures and clips with small models on the CPU, through the whole daemon."""
     from safelightd import demo as show
 
     return show.run(folder or Path("safelight-demo"))

@@ -56,6 +56,28 @@ def test_an_inbox_that_is_open_to_everybody_is_named(safelight: Safelight, insta
     assert found["remedy"] == f"chmod o-w {installation.paths.inbox}"
 
 
+# -- the queue ---------------------------------------------------------------------------------------------------
+
+
+def test_a_queue_that_does_not_answer_is_named_once_with_what_starts_it(safelight: Safelight) -> None:
+    (found,) = looks(safelight, "queue")
+
+    assert found["says"].endswith("redis.sock does not answer.")
+    assert found["remedy"] == "Start it: systemctl --user start safelight.target, or safelight up."
+
+
+def test_a_server_of_ones_own_that_does_not_answer_is_not_to_be_started_by_our_units(
+    safelight: Safelight, installation: Installation
+) -> None:
+    with installation.config.source.open("a", encoding="utf-8") as file:
+        file.write(f'[queue]\nurl = "unix://{installation.root}/mine.sock"\n')
+
+    (found,) = looks(safelight, "queue")
+
+    assert "mine.sock does not answer" in found["says"]
+    assert found["remedy"] == "Start that server, or correct [queue] url."
+
+
 # -- prepared weights --------------------------------------------------------------------------------------------
 
 
