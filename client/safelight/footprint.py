@@ -11,7 +11,7 @@ from safelight.plan import Dtype, Precision
 
 MIB = 2**20
 
-# Measured on one H100 80GB, torch 2.11.0+cu130, 2026-11-25 (bench/memory.py, FLUX.1 at ten sizes; Wan's with
+# Measured on one H100 80GB, torch 2.11.0+cu130, 2026-11-25 (bench/gpu_memory.py, FLUX.1 at ten sizes; Wan's with
 # bench/gpu_phases.py, 2026-11-22), with a little on top: a prediction must not be below what happens.
 
 CONTEXT_BYTES = int(0.78 * GIB)
