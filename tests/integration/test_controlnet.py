@@ -185,6 +185,12 @@ def test_add_keeps_the_picture_and_rerun_asks_for_it_again(installation: Install
     file = installation.paths.outbox / receipt.outputs[0].path
     (again,) = ids_of(safelight("rerun", str(file)))
 
+    (varied,) = ids_of(safelight("rerun", str(file), "--strength", "0.5"))
+
+    variation = queue.spec(varied)
+    assert variation is not None
+    assert variation.image == receipt.outputs[0].sha256
+    assert variation.controlnet is not None
     specs = [queue.spec(each) for each in (job, again)]
     nets = [spec.controlnet for spec in specs if spec]
     assert nets[0] == nets[1]

@@ -134,7 +134,8 @@ def test_a_single_file_goes_with_a_controlnet_a_cache_and_loras(
     own = replace(own, models=table(own))
     source = disk / "pose.png"
     picture(64, 64).save(source)
-    leads = ControlNet(model="tiny", image=inputs.store(source, own.paths.inputs))
+    digest = inputs.store(source, own.paths.inputs)
+    leads = ControlNet(model="tiny", image=digest)
     lora, cache = _stored(own, style), Cache(**EAGER["first-block"])
     asked: dict[str, dict[str, Any]] = {
         "alone": {},
@@ -142,6 +143,7 @@ def test_a_single_file_goes_with_a_controlnet_a_cache_and_loras(
         "cached": {"cache": cache},
         "changed": {"loras": (lora,)},
         "led, changed": {"controlnet": leads, "loras": (lora,)},
+        "from a picture, led, changed": {"image": digest, "strength": 0.6, "controlnet": leads, "loras": (lora,)},
         "cached, changed": {"cache": cache, "loras": (lora,)},
     }
     run = engine(own)
