@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from safelight import config as settings
-from safelight import inventory, models, prepared, pulled, queueserver, tonight, wan_cli
+from safelight import inventory, models, prepared, published, pulled, queueserver, tonight, wan_cli
 from safelight.config import Config
 from safelight.errors import BadConfig, NoUsableGpu, QueueUnreachable
 from safelight.finding import Finding, fail, ok, warn
@@ -217,7 +217,9 @@ def _completeness(facts: ModelFacts, folder: Path) -> Finding:
 
 
 def _whole_again(facts: ModelFacts, folder: Path) -> str:
-    return pulled.remedy(facts.key) if (folder / pulled.MANIFEST).is_file() else "Copy it again, whole."
+    if (folder / pulled.MANIFEST).is_file():
+        return pulled.remedy(published.Published(facts, folder))
+    return "Copy it again, whole."
 
 
 def _prepared(config: Config, table: Models) -> Iterator[Finding]:

@@ -25,6 +25,12 @@ ACTIVATION_BYTES = {"flux": 36.0, "wan": 30.0}
 """Of one forward above the weights, a token and channel: 106 kB a token of FLUX, whose channels are 3072; 11.5 GiB in
 all for Wan 5B at 1280x704x121 (27,280 tokens of 3072) with one timestep for all tokens."""
 
+WAN_COMPILED_BYTES = (7.5, 4.6)
+"""Of a compiled forward of Wan, a token and channel of the stream, and of the wider one inside of a block, of which
+there are 4.67 a channel in the 5B and 2.7 in A14B. Reserved were 27.2 to 27.9 bytes a token and channel of the 5B (26.7
+of it growing with the tokens) and 17.5 to 18.8 of A14B; the first comes out at 29.0 so, the second at 19.9. H100,
+torch 2.11.0+cu130, 2026-11-26 (bench/gpu_memory.py, bench/gpu_video_a14b.py)."""
+
 FORWARD_BYTES = 160 * MIB
 """Of one forward besides, however few its tokens: cuBLAS' workspace, modulation. 128 MiB fell short by 15 MiB in one of
 thirty cases (FLUX 512x512 at 8 GB, fp8-weight-only; H100, torch 2.11.0+cu130, 2026-11-26)."""
@@ -187,9 +193,13 @@ def outside_bytes(facts: ModelFacts) -> int:
     return CONTEXT_BYTES + LATER_BYTES[facts.family]
 
 
-def activation_bytes_per_token(facts: ModelFacts) -> int:
+def activation_bytes_per_token(facts: ModelFacts, *, compiled: bool = False) -> int:
     """Return what one token takes on its way through the transformer, in 16 bit."""
-    return int(ACTIVATION_BYTES[facts.family] * facts.blocks["transformer"][0].width)
+    block = facts.blocks["transformer"][0]
+    if compiled and facts.family == "wan":
+        wider = block.linear_rows - 9 * block.width  # two attentions have four outputs each, ffn ends with a ninth
+        return int(WAN_COMPILED_BYTES[0] * block.width + WAN_COMPILED_BYTES[1] * wider)
+    return int(ACTIVATION_BYTES[facts.family] * block.width)
 
 
 def forward_bytes(facts: ModelFacts, seen: int, precision: Precision, *, compiled: bool, quantising: bool) -> int:
@@ -200,7 +210,7 @@ def forward_bytes(facts: ModelFacts, seen: int, precision: Precision, *, compile
     """
     if facts.tiny:
         return largest_linear(facts, "transformer") * QUANTISING_BYTES_PER_WEIGHT if quantising else 0
-    needed = FORWARD_BYTES + seen * activation_bytes_per_token(facts)
+    needed = FORWARD_BYTES + seen * activation_bytes_per_token(facts, compiled=compiled)
     largest = largest_linear(facts, "transformer")
     if precision in DEQUANTISED and not compiled:
         needed += largest * DEQUANTISED_BYTES_PER_WEIGHT

@@ -33,6 +33,7 @@ from safelight.drops import Entry, Kind, mark_of, place_of, stem_of, suffix_of
 from safelight.errors import BadConfig, Fault, SafelightError
 from safelight.jobspec import JobSpec, is_folder_name
 from safelight.ledger import submission_id
+from safelight.lora import SUFFIX as LORA_SUFFIX
 from safelight.paths import Paths
 from safelight.promptfile import SUFFIXES, TABLE_BYTES_MAX
 
@@ -291,6 +292,9 @@ def fault_of(path: str, kind: Kind, size: int) -> Fault | None:
         return Fault(where, "this is a link, FIFO, socket or device, not a file", "Copy the file itself.")
     if where != path:
         return Fault(where, "its name is not UTF-8, or holds characters that cannot be printed", "Rename it.")
+    if kind == "other" and suffix_of(name).lower() == LORA_SUFFIX:
+        remedy = f"Move it into the folder loras beside the models, and write its name: loras: {stem_of(name)}"
+        return Fault(where, "a LoRA's file is not taken from the inbox", remedy)
     if kind == "other":
         return Fault(where, f"{suffix_of(name) or 'a name without a suffix'} is no prompt file", f"Known: {_KNOWN}.")
     if kind == "picture":

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safelight import layout, models, prepared, pulled, registered, tensorfile
+from safelight import layout, models, prepared, published, pulled, registered, tensorfile
 from safelight.models import ModelFacts
+from safelight.published import Published
 from safelight.tensorfile import SUFFIXES, Entry
 
 LARGE = "transformer"
@@ -57,6 +58,22 @@ def standing(facts: ModelFacts, models_folder: Path) -> Standing:
     if wrong := pulled.mismatch(folder):
         return Standing("incomplete", (wrong,), precision, size, own)
     return Standing("present", (), precision, size, own)
+
+
+def controlnets(facts: ModelFacts, models_folder: Path) -> dict[str, Standing]:
+    """Return how much of each of a model's ControlNets is there, by key."""
+    return {key: _of_controlnet(published.of_controlnet(facts, key, models_folder)) for key in facts.controlnets}
+
+
+def _of_controlnet(what: Published) -> Standing:
+    if what.facts.tiny:
+        return Standing("built on first use")
+    if not (what.folder / what.index).is_file():
+        return Standing(_arriving(what.folder) or "missing")
+    wrong = pulled.mismatch(what.folder)
+    if lacking := what.lacking() or ([wrong] if wrong else []):
+        return Standing("incomplete", tuple(lacking))
+    return Standing("present")
 
 
 def serves(facts: ModelFacts) -> tuple[str, ...]:

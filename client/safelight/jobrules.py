@@ -187,8 +187,6 @@ def check_controlnet(fields: dict[str, Any], facts: ModelFacts, faults: Faults) 
         faults.add(f"{facts.key} has no ControlNet", "Leave controlnet out, or use a model that has one: flux-dev.")
     elif wanted.model not in facts.controlnets:
         faults.add(f"{facts.key} has no ControlNet {shown(wanted.model)}", near(wanted.model, list(facts.controlnets)))
-    if "image" in fields:
-        faults.add("controlnet and image together are not offered", "Leave one of them out.")
     if "cache" in fields:
         faults.add(
             "cache and controlnet do not go together: the ControlNet's part is added between the blocks that a cache "

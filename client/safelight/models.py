@@ -71,6 +71,8 @@ class ControlNetFacts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     repository: str = ""
+    revision: str = ""
+    """The commit that a pull fetches; else the one that `main` is then."""
     licence: str = ""
     parameters: int
     blocks: tuple[Blocks, ...]
@@ -384,6 +386,16 @@ def missing_files(facts: ModelFacts, folder: Path) -> list[str]:
         except OSError as error:
             missing.append(f"{component}/ ({error.strerror})")
     return list(dict.fromkeys(missing))
+
+
+def missing_of_controlnet(folder: Path) -> list[str]:
+    """Return what jobs need and the folder of a ControlNet does not have."""
+    lacks = [] if (folder / "config.json").is_file() else ["config.json"]
+    try:
+        missing = [name.removeprefix("./") for name in _missing_of(".", folder, has_weights=True)]
+    except OSError as error:
+        return [f"a readable folder ({error.strerror})"]
+    return lacks + [name for name in missing if name]
 
 
 def _missing_of(component: str, place: Path, *, has_weights: bool) -> Iterator[str]:

@@ -25,9 +25,16 @@ def pictures_named(drafts: Iterable[Draft]) -> set[str]:
     for draft in drafts:
         for field in ("image", "last_image"):
             named.update(str(value) for value in (draft.fields.get(field), *draft.matrix.get(field, ())) if value)
-        for value in (draft.fields.get("controlnet"), *draft.matrix.get("controlnet", ())):
-            with suppress(ValueError):  # refused when the draft is expanded
-                named.add(controlnet.read(value).image)
+        named |= _leading(draft)
+    return named
+
+
+def _leading(draft: Draft) -> set[str]:
+    """Return the pictures that ControlNets read, as written."""
+    named = set()
+    for value in (draft.fields.get("controlnet"), *draft.matrix.get("controlnet", ())):
+        with suppress(ValueError):  # refused when the draft is expanded
+            named.add(controlnet.read(value).image)
     return named
 
 
@@ -37,6 +44,8 @@ def names_image(draft: Draft) -> bool:
 
 def paired(text: str, suffixes: Sequence[str], drafts: Sequence[Draft]) -> Sequence[Draft]:
     """Return the drafts of the text at path `text`, with the picture of its name as image of each that names none.
+
+    One that a ControlNet reads is not started from, too.
 
     Args:
         suffixes: of the pictures of its name.
@@ -52,7 +61,10 @@ def paired(text: str, suffixes: Sequence[str], drafts: Sequence[Draft]) -> Seque
     if not names:
         return drafts
     return [
-        draft if names_image(draft) else replace(draft, fields={**draft.fields, "image": names[0]}) for draft in drafts
+        draft
+        if names_image(draft) or names[0] in _leading(draft)
+        else replace(draft, fields={**draft.fields, "image": names[0]})
+        for draft in drafts
     ]
 
 

@@ -1,6 +1,6 @@
-"""Pulled models: folders that `safelight models pull` fetched. What is in them, and how much of one has arrived.
+"""Pulled models and ControlNets: folders that `safelight models pull` fetched, and how much of one has arrived.
 
-`manifest.json` beside model_index.json names every file with its digest. Until all of them are there and right they lie
+`manifest.json` in each names every file with its digest. Until all of them are there and right they lie
 in a hidden folder beside the final one, which is renamed as a whole. Knows no network.
 """
 
@@ -13,10 +13,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from safelight import models, prepared
+from safelight import prepared, published
 from safelight.errors import SafelightError
-from safelight.models import ModelFacts, Models
+from safelight.models import Models
 from safelight.prepared import StoredFile
+from safelight.published import Published
 
 MANIFEST = "manifest.json"
 
@@ -117,18 +118,19 @@ def read_wanted(place: Path) -> Wanted | None:
         return None
 
 
-def folders(models_folder: Path, table: Models) -> Iterator[tuple[ModelFacts, Path]]:
-    """Yield every model whose folder has a manifest, in the table's order."""
+def all_of(models_folder: Path, table: Models) -> Iterator[Published]:
+    """Yield every model and ControlNet whose folder has a manifest, in the table's order."""
     seen = set()  # a registered model may take from another's folder what it has not itself
     for facts in table.values():
-        folder = models.folder(facts, models_folder)
-        if not facts.tiny and folder not in seen and (folder / MANIFEST).is_file():
-            seen.add(folder)
-            yield facts, folder
+        nets = [published.of_controlnet(facts, key, models_folder) for key in facts.controlnets]
+        for what in (published.of_model(facts, models_folder), *nets):
+            if not facts.tiny and what.folder not in seen and (what.folder / MANIFEST).is_file():
+                seen.add(what.folder)
+                yield what
 
 
 def read(folder: Path) -> Manifest | None:
-    """Return the manifest of a model's folder; None where there is none: somebody put it there by hand.
+    """Return the manifest of a folder; None where there is none: somebody put it there by hand.
 
     Raises:
         DamagedModel: it cannot be read.
@@ -157,17 +159,18 @@ def mismatch(folder: Path) -> str | None:
     return prepared.size_mismatch(folder, manifest.files) if manifest else None
 
 
-def damage(key: str, folder: Path) -> list[str]:
-    """Return what is wrong with a pulled model, a line a file with the remedy; every byte of it is read."""
+def damage(what: Published) -> list[str]:
+    """Return what is wrong with what was pulled, a line a file with the remedy; every byte of it is read."""
+    folder = what.folder
     try:
         manifest = read(folder)
     except DamagedModel as error:
-        return [f"{error} {remedy(key)}"]
+        return [f"{error} {remedy(what)}"]
     files = manifest.files if manifest else ()
     wrong = ((file, prepared.file_damage(folder / file.name, file, "fetched")) for file in files)
-    return [f"{folder / file.name}: {problem}. {remedy(key)}" for file, problem in wrong if problem]
+    return [f"{folder / file.name}: {problem}. {remedy(what)}" for file, problem in wrong if problem]
 
 
-def remedy(key: str) -> str:
+def remedy(what: Published) -> str:
     """Return the command that fetches what is damaged."""
-    return f"Fetch what is damaged again: safelight models pull {key} --force"
+    return f"Fetch what is damaged again: {what.command} --force"

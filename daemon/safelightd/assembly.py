@@ -128,9 +128,13 @@ class PinnedSet:
         """Return the set of this key, which is the taker's until `keep`."""
         return self._taken() if self._key == key else None
 
-    def take_to_refill(self, key: PinnedKey) -> PinnedMemory | None:
-        """Return memory that is pinned and of the right size, and whose weights have other LoRAs in them."""
-        self.drop_unless([key])
+    def take_to_refill(self, nbytes: int) -> PinnedMemory | None:
+        """Return memory that is pinned and of just this size, whatever is in it; other memory is given back.
+
+        Weights with other LoRAs in them need the same, and so does the second of two experts.
+        """
+        if self.nbytes != nbytes:
+            self.drop_unless([])
         return self._taken()
 
     def _taken(self) -> PinnedMemory | None:
@@ -341,7 +345,7 @@ def _streamed(
     if order.from_file:
         source = _from_file(blocks, targets, order)
     else:
-        memory = pinned.take(key) or _pinned_copy(blocks, sizes, reader, order, pinned.take_to_refill(key))
+        memory = pinned.take(key) or _pinned_copy(blocks, sizes, reader, order, pinned.take_to_refill(sum(sizes)))
         leaving.callback(pinned.keep, key, memory)
         source = FromPinned(memory.bytes.split(sizes), targets)
     leaving.callback(source.close)

@@ -156,27 +156,24 @@ def prepare(
 
 @group.command()
 @click.argument("key")
+@click.option("--controlnet", metavar="NAME", help="This ControlNet of it, and not the model.")
 @click.option("--models", "folder", type=click.Path(path_type=Path), help="Models folder; else [paths] models.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--force", is_flag=True, help="Read what is there, and fetch again what is not right.")
 @click.pass_obj
-def pull(config: Config, key: str, folder: Path | None, *, yes: bool, force: bool) -> int:
-    """Fetch a model from the hub; prints its folder."""
-    from safelight import models
-    from safelight.errors import Fault, InvalidJob
+def pull(config: Config, key: str, controlnet: str | None, folder: Path | None, *, yes: bool, force: bool) -> int:
+    """Fetch a model, or a ControlNet of it, from the hub; prints its folder."""
+    from safelight import models, published
 
     config = _with_models(config, folder)
-    table = models.load(config)
-    if key not in table:
-        known = f"Known: {', '.join(table.near(key))} (safelight models list)."
-        raise InvalidJob([Fault(key, "is not a model", known)])
+    what = published.named(models.load(config), key, controlnet, config.paths.models)
     # huggingface_hub reads these when it is imported. Offline is for jobs; who asks for a pull wants the network.
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         os.environ.pop(name, None)
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     from safelightd import pull as pulling
 
-    return pulling.run(config, table[key], yes=yes, force=force)
+    return pulling.run(config, what, yes=yes, force=force)
 
 
 def _with_models(config: Config, folder: Path | None) -> Config:

@@ -28,7 +28,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from safelight import __version__
 from safelight.errors import BadConfig, SafelightError
-from safelight.models import ModelFacts
+from safelight.published import Published
 from safelight.pulled import WantedFile
 
 TIMEOUT_S = 30.0
@@ -71,13 +71,13 @@ class Body:
 
 
 class Hub:
-    """The repository of one model.
+    """The repository of one model or ControlNet.
 
     Every method raises Unreachable, NotOnHub or NoAccess, with what to do about it.
     """
 
-    def __init__(self, facts: ModelFacts, endpoint: str | None = None) -> None:
-        self._facts = facts
+    def __init__(self, what: Published, endpoint: str | None = None) -> None:
+        self._what = what
         self._endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
         self._token = get_token()
         self._headers = build_hf_headers(
@@ -90,13 +90,13 @@ class Hub:
         try:
             with self._explained():
                 info = api.model_info(
-                    self._facts.repository,
-                    revision=self._facts.revision or None,
+                    self._what.repository,
+                    revision=self._what.revision or None,
                     files_metadata=True,
                     timeout=TIMEOUT_S,
                 )
         except HFValidationError as error:
-            raise NotOnHub(f"[models.{self._facts.key}] repository: {error}") from error
+            raise NotOnHub(f"[{self._what.table}] repository: {error}") from error
         except (ValueError, LookupError, TypeError) as error:
             raise Unreachable(f"{self._endpoint}: its answer is not a hub's. Is HF_ENDPOINT right?") from error
         if info.sha is None or not re.fullmatch(r"[0-9a-f]{40}", info.sha):
@@ -132,7 +132,7 @@ class Hub:
             yield Body(start if answer.status_code == 206 else 0, answer.iter_bytes())
 
     def _url(self, commit: str, file: WantedFile) -> str:
-        return hf_hub_url(self._facts.repository, file.name, revision=commit, endpoint=self._endpoint)
+        return hf_hub_url(self._what.repository, file.name, revision=commit, endpoint=self._endpoint)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -143,13 +143,13 @@ class Hub:
         except RepositoryNotFoundError as error:
             said = "" if self._token else ", or it is private and you gave no token (HF_TOKEN)"
             raise NotOnHub(
-                f"{self._facts.repository}: {self._endpoint} has no such repository{said}. "
-                f"Correct repository = in [models.{self._facts.key}]."
+                f"{self._what.repository}: {self._endpoint} has no such repository{said}. "
+                f"Correct repository = in [{self._what.table}]."
             ) from error
         except RevisionNotFoundError as error:
             raise NotOnHub(
-                f"{self._facts.repository} has no commit {self._facts.revision}. "
-                f"Correct revision = in [models.{self._facts.key}]."
+                f"{self._what.repository} has no commit {self._what.revision}. "
+                f"Correct revision = in [{self._what.table}]."
             ) from error
         except HfHubHTTPError as error:
             self._explain(error)
@@ -168,15 +168,15 @@ class Hub:
             ) from error
         if status == 404:
             path = error.response.request.url.path
-            raise NotOnHub(f"{self._facts.repository}: {path} is not there. Run it again: it may be new.") from error
+            raise NotOnHub(f"{self._what.repository}: {path} is not there. Run it again: it may be new.") from error
         raise SafelightError(f"{self._endpoint}: answers {status}. {error.server_message or ''}".rstrip()) from error
 
     def _refuse(self) -> NoReturn:
         """Raise what a person has to do before the authors let them have the files."""
-        page = f"{self._endpoint}/{self._facts.repository}"
+        page = f"{self._endpoint}/{self._what.repository}"
         lines = [
-            f"{self._facts.repository} is gated: its authors give it to those who accept its licence "
-            f"({self._facts.licence})."
+            f"{self._what.repository} is gated: its authors give it to those who accept its licence "
+            f"({self._what.licence})."
         ]
         if self._token:
             lines += [
@@ -190,7 +190,7 @@ class Hub:
                 f"  2. Make a token that may read at {self._endpoint}/settings/tokens",
                 f"  3. Put it into HF_TOKEN, or into {constants.HF_TOKEN_PATH} (hf auth login)",
             ]
-        lines.append(f"Then: safelight models pull {self._facts.key}")
+        lines.append(f"Then: {self._what.command}")
         raise NoAccess("\n".join(lines)) from None
 
 

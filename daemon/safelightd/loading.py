@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from safelight import models, prepared
+from safelight import models, prepared, published
 from safelight.lora import Lora
 from safelight.models import Blocks, ModelFacts
 from safelight.plan import Plan, Precision
@@ -95,9 +95,12 @@ def controlnet_folder(facts: ModelFacts, key: str, models_folder: Path) -> Path:
     if facts.tiny:
         tiny.build_controlnet(folder)
     if not (folder / "config.json").is_file():
-        where = f"or name yours as [models.{facts.key}.controlnets.{key}] path in the settings"
-        what = facts.controlnets[key].repository or key
-        raise BadModelFolder(f"{folder / 'config.json'} is missing. Put the files of {what} there, {where}.")
+        what = published.of_controlnet(facts, key, models_folder)
+        fetching = f"{what.command} fetches it. " if what.repository else ""
+        where = f"or name yours as [{what.table}] path in the settings"
+        raise BadModelFolder(
+            f"{folder / 'config.json'} is missing. {fetching}Put the files of {what.repository or key} there, {where}."
+        )
     return folder
 
 

@@ -31,6 +31,7 @@ class PinnedMemory:
             raise MemoryError(f"{nbytes / 2**30:.1f} GiB of RAM to be pinned: {error}") from error
         area.madvise(mmap.MADV_HUGEPAGE)  # 512 times fewer pages to fault and to pin
         self.bytes = torch.frombuffer(area, dtype=torch.uint8)
+        self._area = area
         self._registered = False
         if device.type == "cuda":
             _touch(self.bytes)
@@ -40,10 +41,13 @@ class PinnedMemory:
             self._registered = True
 
     def close(self) -> None:
-        """Give the memory back; nothing may read it any more, the GPU included."""
+        """Give the memory back at once, also where a name still points at a part of it; nothing may read it any more,
+        the GPU included."""
         if self._registered:
             torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
             self._registered = False
+        if self.bytes.numel():
+            self._area.madvise(mmap.MADV_DONTNEED)  # unmapped it is only with the last view, which a cycle may hold
         self.bytes = torch.empty(0, dtype=torch.uint8)
 
 

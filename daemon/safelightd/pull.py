@@ -1,4 +1,4 @@
-"""`safelight models pull`: a model from the hub, whole or not at all.
+"""`safelight models pull`: a model or a ControlNet from the hub, whole or not at all.
 
 Files arrive in a hidden folder beside the final one, each as NAME.part until every byte of it was read back and its
 digest is the hub's. The folder gets its name when all are there; whatever interrupts a pull leaves it for the next.
@@ -7,36 +7,28 @@ digest is the hub's. The folder gets its name when all are there; whatever inter
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from safelight import durable, models, pulled, registered
+from safelight import durable, pulled, registered
 from safelight.config import Config
 from safelight.errors import BadConfig, Fault, InvalidJob, SafelightError
 from safelight.machine import GIB
-from safelight.models import ModelFacts
 from safelight.prepared import StoredFile
+from safelight.published import Published
 from safelight.pulled import Manifest, Wanted, WantedFile
 from safelight.rename import rename_new
 from safelightd import hub
+from safelightd.choosing import needed
 from safelightd.claim import claimed
 from safelightd.hub import Hub, Listing, Unreachable
 
 PAUSES_S = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
 """Between tries when nothing arrives; after the last the pull ends, and another goes on where it was."""
-
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-
-INDEX = ".safetensors.index.json"
-
-TEXT = (".json", ".model", ".txt")
-"""What is needed beside weights: settings and vocabularies. Nothing else, and no pickle, is ever fetched."""
 
 Say = Callable[[str], None]
 Ask = Callable[[], bool]
@@ -46,7 +38,7 @@ Tell = Callable[[str, int, int], None]
 
 def pull(
     config: Config,
-    facts: ModelFacts,
+    what: Published,
     *,
     force: bool,
     say: Say,
@@ -55,7 +47,7 @@ def pull(
     pauses_s: Sequence[float] = PAUSES_S,
     endpoint: str | None = None,
 ) -> Path | None:
-    """Fetch a model; return its folder, or None where the person said no.
+    """Fetch a model or a ControlNet; return its folder, or None where the person said no.
 
     Args:
         force: read what is there, and fetch again what is damaged or of another commit.
@@ -63,34 +55,35 @@ def pull(
         ask: whether to go on, once that was said.
 
     Raises:
-        BadConfig: the model cannot be fetched as the settings have it, or its authors' leave is missing.
+        BadConfig: it cannot be fetched as the settings have it, or its authors' leave is missing.
         Unreachable: the hub does not answer any more; what has arrived is kept.
         SafelightError: the disk is too small, a file is wrong, or another process is pulling it.
     """
-    folder = models.folder(facts, config.paths.models)
-    if facts.tiny or not facts.repository or not facts.files.patterns:
-        raise BadConfig(f"{facts.key} is not on the hub: " + _why_not(facts))
-    if facts.path and not folder.exists() and registered.file_of(config.paths.models, facts.key).is_file():
+    facts, folder = what.facts, what.folder
+    if facts.tiny or not what.repository or not (what.controlnet or facts.files.patterns):
+        raise BadConfig(f"{what.name} is not on the hub: " + _why_not(what))
+    is_registered = not what.controlnet and registered.file_of(config.paths.models, facts.key).is_file()
+    if is_registered and facts.path and not folder.exists():
         raise BadConfig(
             f"{facts.key} is registered and gone: {folder}. Mount its disk, or forget it first: safelight models rm "
             f"{facts.key}."
         )
-    if not force and _is_here(facts, folder, say):
+    if not force and _is_here(what, say):
         return folder
-    site = Hub(facts, endpoint)
+    site = Hub(what, endpoint)
     listing = site.listing()
-    wanted = _wanted(facts, listing, site)
-    if force and _is_as_wanted(facts, folder, wanted, say):
+    wanted = _wanted(what, listing, site)
+    if force and _is_as_wanted(what, wanted, say):
         return folder
-    _announce(facts, folder, wanted, listing, config, say)
+    _announce(what, wanted, listing, config, say)
     if not ask():
         return None
     place = pulled.hidden(folder)
     with claimed(place, "pulling"):
-        if not force and _is_here(facts, folder, say):  # another pull ended while the person was asked
+        if not force and _is_here(what, say):  # another pull ended while the person was asked
             shutil.rmtree(place)
             return folder
-        _set_aside(folder, place)
+        _set_aside(what, place)
         _settle(place, wanted)
         tell_all = _counted(place, wanted, tell)
         stored = [
@@ -98,129 +91,85 @@ def pull(
             for file in sorted(wanted.files, key=lambda file: file.size_bytes)
         ]
         manifest = Manifest(
-            key=facts.key,
-            repository=facts.repository,
+            key=what.controlnet or facts.key,
+            repository=what.repository,
             commit=wanted.commit,
-            licence=facts.licence,
+            licence=what.licence,
             files=tuple(sorted(stored, key=lambda file: file.name)),
         )
         _put_in_place(place, folder, manifest)
-    say(f"{facts.key} is ready, {_size(manifest.size_bytes)}: {folder}")
+    say(f"{what.name} is ready, {_size(manifest.size_bytes)}: {folder}")
     return folder
 
 
-def needed(facts: ModelFacts, files: Iterable[WantedFile], read: Callable[[WantedFile], bytes]) -> list[WantedFile]:
-    """Return the files of a repository that jobs load: what the patterns name, and of weights one copy.
-
-    Weights are the shards that an index names, else the one file without a variant in its name.
-
-    Raises:
-        BadConfig: the repository is not in the layout of diffusers, or has no safetensors.
-    """
-    named = {file.name: file for file in files if _matches(file.name, facts.files.patterns)}
-    wanted = {name: file for name, file in named.items() if name.endswith(TEXT) and ".safetensors." not in name}
-    if "model_index.json" not in wanted:
-        raise BadConfig(f"{facts.repository} has no model_index.json: it is not in the layout of diffusers.")
-    for component in sorted({str(PurePosixPath(name).parent) for name in named} - {"."}):
-        if component in facts.component_paths:
-            continue  # its weights are elsewhere; its config.json is among the texts
-        weights = _weights(component, named, read)
-        if component in facts.components and not weights:
-            raise BadConfig(f"{facts.repository} has no safetensors in {component}/, and pickles are never fetched.")
-        wanted |= {name: named[name] for name in weights}
-    if lacking := sorted(set(facts.components) - {str(PurePosixPath(name).parent) for name in wanted}):
-        raise BadConfig(f"{facts.repository} has no {', '.join(lacking)}. Correct repository = or files.patterns.")
-    return [wanted[name] for name in sorted(wanted)]
-
-
-def _weights(component: str, named: dict[str, WantedFile], read: Callable[[WantedFile], bytes]) -> list[str]:
-    for stem in WEIGHTS:
-        whole = f"{component}/{stem}"
-        index = named.get(f"{component}/{stem.removesuffix('.safetensors')}{INDEX}")
-        if index:
-            try:
-                shards = {f"{component}/{name}" for name in json.loads(read(index))["weight_map"].values()}
-            except (ValueError, LookupError, AttributeError, TypeError) as error:
-                raise BadConfig(f"{index.name}: no index of weights ({error}).") from error
-            if lacking := sorted(name for name in shards if not name.endswith(".safetensors") or name not in named):
-                raise BadConfig(f"{index.name} names {', '.join(lacking)}, which the repository does not have.")
-            return [index.name, *sorted(shards)]
-        if whole in named:
-            return [whole]
-    return []
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a file is one that the patterns mean: `*` stays within a folder, and no name leads out of one."""
-    parts = name.split("/")
-    if not name.isprintable() or any(part in ("", ".", "..") or part.startswith(".") for part in parts):
-        return False
-    return any(pattern.count("/") == len(parts) - 1 and fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _why_not(facts: ModelFacts) -> str:
-    if facts.tiny:
+def _why_not(what: Published) -> str:
+    if what.facts.tiny:
         return "it is built on first use. There is nothing to pull."
-    return f"[models.{facts.key}] needs repository = and files.patterns. Or put its folder in place by hand."
+    needs = "repository =" if what.controlnet else "repository = and files.patterns"
+    return f"[{what.table}] needs {needs}. Or put its folder in place by hand."
 
 
-def _is_here(facts: ModelFacts, folder: Path, say: Say) -> bool:
-    """Whether a model needs no pull; says so.
+def _is_here(what: Published, say: Say) -> bool:
+    """Whether it needs no pull; says so.
 
     Raises:
         SafelightError: it is there and not whole, or something else has its name.
     """
+    folder = what.folder
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    if not (folder / "model_index.json").is_file() and not (folder / pulled.MANIFEST).is_file():
-        raise SafelightError(f"{folder}: something that is no model is in the way. Move it away.")
+    if not (folder / what.index).is_file() and not (folder / pulled.MANIFEST).is_file():
+        kind = "ControlNet" if what.controlnet else "model"
+        raise SafelightError(f"{folder}: something that is no {kind} is in the way. Move it away.")
     if wrong := pulled.mismatch(folder):
-        raise SafelightError(f"{folder}: {wrong}. {pulled.remedy(facts.key)}")
+        raise SafelightError(f"{folder}: {wrong}. {pulled.remedy(what)}")
     by_hand = "" if (folder / pulled.MANIFEST).is_file() else ", put there by hand"
-    if by_hand and (lacking := models.missing_files(facts, folder)):
+    if by_hand and (lacking := what.lacking()):
         raise SafelightError(f"{folder}: was put there by hand and lacks {', '.join(lacking)}. Move it away.")
-    say(f"{facts.key} is there{by_hand}: nothing to do")
+    say(f"{what.name} is there{by_hand}: nothing to do")
     return True
 
 
-def _is_as_wanted(facts: ModelFacts, folder: Path, wanted: Wanted, say: Say) -> bool:
-    """Whether every byte of a pulled model is right already; says what is not.
+def _is_as_wanted(what: Published, wanted: Wanted, say: Say) -> bool:
+    """Whether every byte of what was pulled is right already; says what is not.
 
     Raises:
         SafelightError: what is there was not pulled.
     """
+    folder = what.folder
     if not os.path.lexists(folder):
         return False
     if not (folder / pulled.MANIFEST).is_file():
         raise SafelightError(f"{folder}: was not pulled, and is left alone. Move it away.")
     say(f"reading {folder}")
-    wrong = pulled.damage(facts.key, folder)
+    wrong = pulled.damage(what)
     for line in wrong:
-        say(line.partition(f" {pulled.remedy(facts.key)}")[0])
+        say(line.partition(f" {pulled.remedy(what)}")[0])
     manifest = None if wrong else pulled.read(folder)
     if manifest is None or (manifest.repository, manifest.commit) != (wanted.repository, wanted.commit):
         return False
-    say(f"{facts.key} is there, every byte of it: nothing to do")
+    say(f"{what.name} is there, every byte of it: nothing to do")
     return True
 
 
-def _wanted(facts: ModelFacts, listing: Listing, site: Hub) -> Wanted:
-    files = needed(facts, listing.files, lambda file: site.read(listing.commit, file))
+def _wanted(what: Published, listing: Listing, site: Hub) -> Wanted:
+    files = needed(what, listing.files, lambda file: site.read(listing.commit, file))
     site.check_access(listing.commit, max(files, key=lambda file: file.size_bytes))
-    return Wanted(repository=facts.repository, commit=listing.commit, files=tuple(files))
+    return Wanted(repository=what.repository, commit=listing.commit, files=tuple(files))
 
 
-def _announce(facts: ModelFacts, folder: Path, wanted: Wanted, listing: Listing, config: Config, say: Say) -> None:
+def _announce(what: Published, wanted: Wanted, listing: Listing, config: Config, say: Say) -> None:
     """Say what is about to be fetched, and raise SafelightError where the disk has no room for it."""
+    folder = what.folder
     place = folder if (folder / pulled.MANIFEST).is_file() else pulled.hidden(folder)
     here = sum(pulled.size_here(place, file) for file in wanted.files)
     left = wanted.size_bytes - here
     kept = int(config.settings.policy.min_free_disk_gib * GIB)
     existing = next(parent for parent in folder.parents if parent.is_dir())
     free = shutil.disk_usage(existing).free
-    pinned = "pinned in the settings" if facts.revision else "main"
-    say(f"{facts.repository} at {wanted.commit[:12]} ({pinned}) -> {folder}")
-    say(f"licence: {facts.licence}{', gated: your token may read it' if listing.gated else ''}")
+    pinned = "pinned in the settings" if what.revision else "main"
+    say(f"{what.repository} at {wanted.commit[:12]} ({pinned}) -> {folder}")
+    say(f"licence: {what.licence}{', gated: your token may read it' if listing.gated else ''}")
     arrived = f", of which {_size(here)} are here already" if here else ""
     say(f"size: {_size(wanted.size_bytes)} in {len(wanted.files)} files{arrived}; {_size(free)} of disk are free")
     if left + kept > free:
@@ -230,12 +179,13 @@ def _announce(facts: ModelFacts, folder: Path, wanted: Wanted, listing: Listing,
         )
 
 
-def _set_aside(folder: Path, place: Path) -> None:
-    """Take a model that is not right any more out of its place: what is right of it is kept."""
+def _set_aside(what: Published, place: Path) -> None:
+    """Take what is not right any more out of its place: what is right of it is kept."""
+    folder = what.folder
     if not (folder / pulled.MANIFEST).is_file():
         return
-    # The index goes first: a model without it is none. The manifest goes last: it says that the rest is to go.
-    order = ("model_index.json", "", pulled.MANIFEST)
+    # The index goes first: without it nothing is one. The manifest goes last: it says that the rest is to go.
+    order = (what.index, "", pulled.MANIFEST)
     files = [file for file in folder.rglob("*") if file.is_file()]
     for file in sorted(files, key=lambda file: order.index(file.name if file.name in order else "")):
         target = place / file.relative_to(folder)
@@ -403,21 +353,19 @@ def _left(size_bytes: int, rate: float) -> str:
     return f"{seconds} s" if seconds < 90 else f"{seconds // 60} min"
 
 
-def run(config: Config, facts: ModelFacts, *, yes: bool, force: bool) -> int:
+def run(config: Config, what: Published, *, yes: bool, force: bool) -> int:
     """Pull for the person at the terminal, or for a script with `yes`; return the exit code."""
     progress = Progress(_write, terminal=sys.stderr.isatty())
     try:
-        folder = pull(
-            config, facts, force=force, say=progress.say, ask=lambda: yes or _asked(facts), tell=progress.tell
-        )
+        folder = pull(config, what, force=force, say=progress.say, ask=lambda: yes or _asked(what), tell=progress.tell)
     except KeyboardInterrupt:
-        progress.say(f"Stopped. What has arrived is kept; it goes on with: safelight models pull {facts.key}")
+        progress.say(f"Stopped. What has arrived is kept; it goes on with: {what.command}")
         return 130
     except OSError as error:
         progress.end()
         raise SafelightError(
-            f"{error.filename or models.folder(facts, config.paths.models)}: {error.strerror}. What has arrived is "
-            "kept. Make it writable, with room for the model, and run it again."
+            f"{error.filename or what.folder}: {error.strerror}. What has arrived is "
+            "kept. Make it writable, with room for all of it, and run it again."
         ) from error
     except SafelightError:
         progress.end()
@@ -429,15 +377,16 @@ def run(config: Config, facts: ModelFacts, *, yes: bool, force: bool) -> int:
     return 0
 
 
-def _asked(facts: ModelFacts) -> bool:
+def _asked(what: Published) -> bool:
     """Whether the person wants it.
 
     Raises:
         InvalidJob: there is nobody to ask. A script that fetches tens of GB must have meant it.
     """
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        command = f"safelight models pull {facts.key}"
-        raise InvalidJob([Fault(command, "asks before it fetches, and there is no terminal to ask at", "Add --yes.")])
+        raise InvalidJob(
+            [Fault(what.command, "asks before it fetches, and there is no terminal to ask at", "Add --yes.")]
+        )
     _write("Fetch it? [y/N] ")
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 

@@ -59,12 +59,17 @@ def test_any_text_is_a_controlnet_or_a_fault(text: str) -> None:
         controlnet.read(text)
 
 
-def test_models_without_any_and_pictures_to_start_from_are_refused() -> None:
+def test_models_without_any_are_refused() -> None:
     (schnell,) = faults(draft(fields={"controlnet": UNION}))
-    (both,) = faults(draft(fields={"model": "flux-dev", "controlnet": UNION, "image": "x.png", "strength": 0.5}))
 
     assert "flux-schnell has no ControlNet" in schnell
-    assert "controlnet and image together are not offered" in both
+
+
+def test_it_may_lead_from_a_picture_to_start_from() -> None:
+    (spec,) = expanded(draft(fields={"model": "flux-dev", "controlnet": UNION, "image": "x.png"}))
+
+    assert (spec.image, spec.strength) == (DIGEST, 0.6)
+    assert spec.controlnet is not None
 
 
 @pytest.mark.parametrize("cache", ["first-block:threshold=0.08", {"kind": "taylorseer", "cache_interval": 3}])

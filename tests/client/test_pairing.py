@@ -33,6 +33,14 @@ def test_pair_gives_its_picture_to_every_draft_that_names_none() -> None:
     assert [draft.fields["image"] for draft in paired] == ["cat.PNG", "other.png"]
 
 
+def test_a_picture_that_leads_is_not_started_from_too() -> None:
+    written = b'{"prompt": "x", "controlnet": "tiny:cat.png"}\n{"prompt": "y", "controlnet": "tiny:pose.png"}\n'
+
+    paired = pairing.paired("cat.jsonl", [".png"], promptfile.parse(written, "cat.jsonl"))
+
+    assert [draft.fields.get("image") for draft in paired] == [None, "cat.png"]
+
+
 def test_two_pictures_of_one_name_are_a_fault_and_not_a_guess() -> None:
     drafts = promptfile.parse(b"a fox\n", "cat.txt")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.e2e.test_chaos import Daemon
 from tests.e2e.test_readme import SETTINGS, block, shell
 from tests.e2e.test_readme import env as _env
 from tests.hub_server import COMMIT, Hub, files_of, serving
+from tests.integration.lora_files import random_lora, step_distilled
 
 PAGE = "docs/models.md"
 
@@ -29,12 +31,13 @@ TINY = "tiny-flux-schnell"
 REPOSITORY = Path(__file__).parents[2]
 
 
-def row() -> str:
-    """Return settings by which flux-schnell has the size of the tiny model, whose own row it is."""
+def row(key: str) -> str:
+    """Return settings by which a model has the size of the tiny one that is like it, whose own row it is."""
     shipped = (REPOSITORY / "config/models.toml").read_text(encoding="utf-8")
-    lines = shipped[shipped.index(f"[{TINY}]") : shipped.index("[tiny-flux-dev]")].splitlines()
-    own = [line for line in lines if not line.startswith(("like =", "tiny =", "repository ="))]
-    return "\n".join(own).replace(f"[{TINY}", "[models.flux-schnell")
+    rows = re.split(r"^(?=\[[\w-]+\]$)", shipped, flags=re.MULTILINE)
+    like = next(each for each in rows if each.startswith("[tiny-") and f'like = "{key}"\n' in each)
+    own = [line for line in like.splitlines() if not line.startswith(("like =", "tiny =", "repository =", "#"))]
+    return "\n".join(own).replace(f"[{like[1 : like.index(']')]}", f"[models.{key}") + "\n"
 
 
 env = _env
@@ -56,7 +59,7 @@ def hub(published: Path) -> Iterator[Hub]:
 def person(installation: Installation, env: dict[str, str], hub: Hub) -> dict[str, str]:
     """The environment of a person with an empty models folder, whose hub is the one on localhost."""
     models = installation.root / "models"
-    (installation.root / "safelight.toml").write_text(SETTINGS.format(models=models) + row())
+    (installation.root / "safelight.toml").write_text(SETTINGS.format(models=models) + row("flux-schnell"))
     return {name: value for name, value in env.items() if not name.startswith("HF_")} | {"HF_ENDPOINT": hub.url}
 
 
@@ -133,3 +136,26 @@ def test_from_a_single_file(installation: Installation, person: dict[str, str], 
     shutil.rmtree(folder / "fox")
     rows = json.loads(shell("safelight models list --json", person, installation.root))
     assert next(row["here"] for row in rows if row["key"] == "fox") == "incomplete"
+
+
+def test_loras_that_take_steps_away(installation: Installation, env: dict[str, str], tiny_models_folder: Path) -> None:
+    root, folder = installation.root, installation.root / "models"
+    for key, like in (("wan-t2v-a14b", "tiny-wan-t2v-a14b"), ("flux-dev", "tiny-flux-dev")):
+        tiny.build(like, folder / key)
+        tiny.build(like, tiny_models_folder / like)
+    settings = SETTINGS.format(models=folder) + row("wan-t2v-a14b") + row("flux-dev")
+    (root / "safelight.toml").write_text(settings)
+    for seed, (name, component) in enumerate((("high", "transformer"), ("low", "transformer_2"))):
+        file = folder / f"loras/lightning/{name}_noise_model.safetensors"
+        step_distilled(file, "tiny-wan-t2v-a14b", tiny_models_folder, component, seed=seed)
+    random_lora(folder / "loras/Hyper-FLUX.1-dev-8steps-lora.safetensors", "tiny-flux-dev", tiny_models_folder)
+
+    said = run(installation, env, "LoRAs that take steps away")
+
+    receipts = [json.loads(file.read_bytes()) for file in (root / "state/safelight/receipts").glob("*.json")]
+    ran = {receipt["spec"]["model"]: (receipt["spec"]["num_inference_steps"], len(receipt["spec"]["loras"]))
+           for receipt in receipts}  # fmt: skip
+    assert "wan-t2v-a14b 96x64, 9 frames, 4 steps: 1 job" in said
+    assert "2 LoRAs fused" in said
+    assert said.count(" done ") == 2
+    assert ran == {"wan-t2v-a14b": (4, 2), "flux-dev": (8, 1)}

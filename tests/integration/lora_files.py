@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from safelight.lora import Lora
 from safelightd.loading import model_folder
 from tests.integration.rendering import MODELS
+from tests.other_layouts import wan_of_authors
 
 RANK = 4
 
@@ -78,3 +79,34 @@ def peft(made: Mapping[str, tuple[torch.Tensor, torch.Tensor]], prefix: str = "t
 
 def rescaled(lora: tuple[Lora, Path], scale: float, expert: str = "both") -> tuple[Lora, Path]:
     return lora[0].model_copy(update={"scale": scale, "expert": expert}), lora[1]
+
+
+def step_distilled(
+    file: Path, model: str, models_folder: Path, component: str, *, seed: int
+) -> tuple[tuple[Lora, Path], dict[str, torch.Tensor]]:
+    """Write a LoRA as the step-distilled ones of Wan A14B are, for one expert; return it and what it adds.
+
+    In Wan's own names and bfloat16: factors with an alpha for every projection of the blocks, whole differences for
+    their biases and norms.
+    """
+    source = torch.Generator().manual_seed(seed)
+    own = weights_of(model, models_folder, component)
+    tensors: dict[str, torch.Tensor] = {}
+    added: dict[str, torch.Tensor] = {}
+    for name, theirs in zip(own, wan_of_authors(own), strict=True):
+        module, _, end = f"diffusion_model.{theirs}".rpartition(".")
+        shape = own[name].shape
+        if not name.startswith("blocks.") or end not in ("weight", "bias"):
+            continue
+        if len(shape) == 2:
+            up, down = (
+                (torch.randn(*pair, generator=source) * 0.2).bfloat16() for pair in ((shape[0], RANK), (RANK, shape[1]))
+            )
+            tensors |= {f"{module}.lora_up.weight": up, f"{module}.lora_down.weight": down}
+            tensors |= {f"{module}.alpha": torch.tensor(RANK / 2).bfloat16()}
+            added[name] = 0.5 * up.double() @ down.double()
+        else:
+            difference = (torch.randn(shape, generator=source) * 0.05).bfloat16()
+            tensors[f"{module}.{'diff' if end == 'weight' else 'diff_b'}"] = difference
+            added[name] = difference.double()
+    return write(file, tensors), added

@@ -201,7 +201,7 @@ def stock_pipeline(run: Run) -> Any:
     name = from_picture[facts.family] if run.image else facts.pipeline
     more = {}
     if run.control_image is not None:
-        name = "FluxControlNetPipeline"
+        name = "FluxControlNetImg2ImgPipeline" if run.image else "FluxControlNetPipeline"
         more["controlnet"] = diffusers.FluxControlNetModel.from_pretrained(str(run._controlnet(facts)))
     folder = model_folder(facts, run.models_folder)
     pipe = getattr(diffusers, name).from_pretrained(folder, local_files_only=True, **more)

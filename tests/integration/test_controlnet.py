@@ -112,7 +112,8 @@ def test_one_that_wants_a_mode_and_one_that_is_not_there_are_refused(tiny_models
     with pytest.raises(SafelightError, match="asks for a mode"):
         run_of(tiny_models_folder, controlnet=tmp_path / "union").latents()
     with pytest.raises(
-        BadModelFolder, match=r"controlnets/union-pro-2/config\.json is missing\. Put the files of Shakk"
+        BadModelFolder,
+        match=r"missing\. safelight models pull flux-dev --controlnet union-pro-2 fetches it\. Put the files of",
     ):
         controlnet_folder(models.load()["flux-dev"], "union-pro-2", tmp_path)
     broken = Path(shutil.copytree(controlnet_folder(MODELS[DEV], "tiny", tiny_models_folder), tmp_path / "broken"))
@@ -179,6 +180,12 @@ def test_add_keeps_the_picture_and_rerun_asks_for_it_again(installation: Install
     file = installation.paths.outbox / receipt.outputs[0].path
     (again,) = ids_of(safelight("rerun", str(file)))
 
+    (varied,) = ids_of(safelight("rerun", str(file), "--strength", "0.5"))
+
+    variation = queue.spec(varied)
+    assert variation is not None
+    assert variation.image == receipt.outputs[0].sha256
+    assert variation.controlnet is not None
     specs = [queue.spec(each) for each in (job, again)]
     nets = [spec.controlnet for spec in specs if spec]
     assert nets[0] == nets[1]

@@ -186,10 +186,15 @@ def test_the_inbox_takes_loras_by_name_and_says_where_a_file_belongs(
         drop(paths.inbox, "a.txt", "a fox <lora:style:0.5>")
         drop(paths.inbox, "b.txt", "--prompt 'a fox' --lora style.safetensors")
         drop(paths.inbox, "c.txt", "a fox <lora:stile>")
-        until(lambda: len(list(paths.rejected.glob("*.error.txt"))) == 2 and queue.waiting_ids())
+        shutil.copy(style, paths.inbox / "mine.safetensors")
+        until(lambda: len(list(paths.rejected.glob("*.error.txt"))) == 3 and queue.waiting_ids())
 
     (spec,) = line(queue)
     assert [(lora.name, lora.scale, len(lora.sha256)) for lora in spec.loras] == [("style", 0.5, 64)]
     said = "".join(file.read_text() for file in paths.rejected.glob("*.error.txt"))
     assert f"LoRA style.safetensors: a LoRA's file is not taken from the inbox. Move it to {style.parent}" in said
     assert "Did you mean style?" in said
+    assert "mine.safetensors: a LoRA's file is not taken from the inbox. Move it into the folder loras" in said
+    assert "write its name: loras: mine" in said
+    (left,) = paths.rejected.glob("*~mine.safetensors")
+    assert left.read_bytes() == style.read_bytes()

@@ -24,6 +24,7 @@ from safetensors.torch import load, save
 
 from safelight import config as settings
 from safelight import models, pulled
+from safelight import published as published_as
 from safelight.errors import BadConfig, InvalidJob, SafelightError
 from safelightd import pull as pulling
 from safelightd import tiny
@@ -118,7 +119,7 @@ class Pulled:
         try:
             return pulling.pull(
                 self.own.config,
-                self.own.models[key],
+                published_as.of_model(self.own.models[key], self.own.paths.models),
                 force=force,
                 say=lines.append,
                 ask=self.ask,
@@ -179,7 +180,7 @@ def test_what_jobs_need_is_fetched_and_nothing_else_and_a_job_runs_with_it(
     assert manifest
     assert (manifest.repository, manifest.commit, manifest.licence) == ("somebody/a-model", COMMIT, "Apache-2.0")
     assert sorted(file.name for file in manifest.files) == sorted(published)
-    assert pulled.damage(KEY, pull.folder) == []
+    assert pulled.damage(published_as.of_model(own.models[KEY], own.paths.models)) == []
     assert here(own) == "present"
     assert f"somebody/a-model at {COMMIT[:12]} (main) -> {pull.folder}" in pull.said
     assert "licence: Apache-2.0, gated: your token may read it" in pull.said

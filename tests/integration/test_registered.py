@@ -14,7 +14,7 @@ import pytest
 from click.testing import Result
 
 from safelight import config as settings
-from safelight import durable, prepared, pulled, registered
+from safelight import durable, prepared, published, pulled, registered
 from safelight.errors import BadConfig
 from safelightd import holds, pull
 from safelightd.claim import claimed
@@ -53,9 +53,9 @@ def test_a_pull_writes_nothing_to_where_a_registered_folder_was(own: Installatio
     disk.rename(own.root / "unmounted")
 
     said = runner(own)("models", "list").stdout
-    facts = table(own)["fox"]
+    what = published.of_model(table(own)["fox"], own.paths.models)
     with pytest.raises(BadConfig, match="is registered and gone"):
-        pull.pull(own.config, facts, force=False, say=print, ask=lambda: True, tell=lambda *_told: None)
+        pull.pull(own.config, what, force=False, say=print, ask=lambda: True, tell=lambda *_told: None)
 
     assert "gone:" in said
     assert not disk.exists()

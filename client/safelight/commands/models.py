@@ -47,8 +47,9 @@ def list_models(client: Client, *, as_json: bool) -> None:
     Models of your own are registered (`safelight models add`), or go into the settings file as [models.KEY]. Marked *
     is what a job gets that names no model. STORED is what most of its transformer is held as on disk, and how large all
     of it is; BF16 its size in memory unless it is held in less. HERE tells one that is whole from one that is being
-    pulled, or was until something stopped it, from one that lacks files, and from one whose disk has gone. PREPARED is
-    what `safelight models prepare` has stored; one made of other weights than are there now is not used.
+    pulled, or was until something stopped it, from one that lacks files, and from one whose disk has gone. CONTROLNETS
+    says the same of what may lead it. PREPARED is what `safelight models prepare` has stored; one made of other weights
+    than are there now is not used.
     """
     from safelight import display, inventory
     from safelight.models import folder
@@ -76,6 +77,7 @@ def list_models(client: Client, *, as_json: bool) -> None:
             "component_paths": facts.component_paths,
             "repository": facts.repository,
             "prepared": stored.get(facts.key, []),
+            "controlnets": _controlnets(client, facts),
         }
         for facts in client.models.values()
     ]
@@ -91,13 +93,37 @@ def list_models(client: Client, *, as_json: bool) -> None:
             _stored(standings[facts.key]),
             "tiny" if facts.tiny else display.gib(2 * sum(facts.components.values())),
             _here(standings[facts.key], facts),
+            ", ".join(f"{net['key']} {net['here']}" for net in _controlnets(client, facts)) or "-",
             _shown(stored.get(facts.key, [])),
             facts.licence,
             ", ".join([str(folder(facts, client.config.paths.models)), *facts.component_paths.values()]),
         ]
         for facts in client.models.values()
     ]
-    display.columns(["MODEL", "SERVES", "STORED", "BF16", "HERE", "PREPARED", "LICENCE", "FOLDER"], cells)
+    display.columns(
+        ["MODEL", "SERVES", "STORED", "BF16", "HERE", "CONTROLNETS", "PREPARED", "LICENCE", "FOLDER"], cells
+    )
+
+
+def _controlnets(client: Client, facts: ModelFacts) -> list[dict[str, object]]:
+    """Return what is there of a model's ControlNets."""
+    from safelight import inventory, published
+
+    folder = client.config.paths.models
+    rows: list[dict[str, object]] = []
+    for key, at in inventory.controlnets(facts, folder).items():
+        what = published.of_controlnet(facts, key, folder)
+        rows.append(
+            {
+                "key": key,
+                "here": at.state,
+                "missing": at.missing,
+                "repository": what.repository,
+                "licence": what.licence,
+                "folder": str(what.folder),
+            }
+        )
+    return rows
 
 
 def _stored(standing: Standing) -> str:
@@ -312,15 +338,16 @@ def prepare(ctx: click.Context, key: str, *, precision: str, components: tuple[s
 
 @models.command()
 @click.argument("key")
+@click.option("--controlnet", metavar="NAME", help="This ControlNet of it, and not the model.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--force", is_flag=True, help="Read what is there, and fetch again what is damaged or has changed.")
 @click.pass_context
-def pull(ctx: click.Context, key: str, *, yes: bool, force: bool) -> None:
-    """Fetch a model from the hub.
+def pull(ctx: click.Context, key: str, *, controlnet: str | None, yes: bool, force: bool) -> None:
+    """Fetch a model, or a ControlNet of it, from the hub.
 
     Only the files that jobs load: safetensors, settings and vocabularies, never a pickle, nothing twice. Says the
     size, the licence and the free disk, then asks; without a terminal to ask at it needs --yes. May be interrupted:
-    run it again and it goes on where it was. The model appears when every byte of it was read back and has the digest
+    run it again and it goes on where it was. It appears when every byte of it was read back and has the digest
     that the hub lists, and not before. [models.KEY] revision pins a commit. For a gated model put your token into
     HF_TOKEN, or where `hf auth login` puts it. HF_ENDPOINT names another hub. With --force a damaged model is away
     until it is mended. Prints the folder. Needs safelight[daemon].
@@ -328,11 +355,13 @@ def pull(ctx: click.Context, key: str, *, yes: bool, force: bool) -> None:
     \b
         safelight models pull flux-schnell
         safelight models pull wan-ti2v-5b --yes
+        safelight models pull flux-dev --controlnet union-pro-2
     """
     client = ctx.find_object(Client)
     assert client is not None
     config = client.config  # the daemon's that this client would reach, which may be the system's
-    words = ["--models", str(config.paths.models), *["--yes"] * yes, *["--force"] * force, "--", key]
+    words = ["--models", str(config.paths.models), *["--yes"] * yes, *["--force"] * force]
+    words += [f"--controlnet={controlnet}"] * (controlnet is not None) + ["--", key]
     become_daemon(ctx, "models pull", "pull", *words, settings=config.source if config.source.exists() else None)
 
 
@@ -354,10 +383,10 @@ def verify(ctx: click.Context, client: Client, key: str | None) -> None:
         known = f"Known: {', '.join(client.models.near(key))} (safelight models list)."
         raise InvalidJob([Fault(key, "is not a model", known)])
     found = faults = 0
-    for facts, folder in pulled.folders(client.config.paths.models, client.models):
-        if key in (None, facts.key):
+    for what in pulled.all_of(client.config.paths.models, client.models):
+        if key in (None, what.facts.key):
             found += 1
-            faults += _told(pulled.damage(facts.key, folder), f"{facts.key} is as it was pulled")
+            faults += _told(pulled.damage(what), f"{what.name} is as it was pulled")
     for registration in registered.read_all(client.config.paths.models)[0]:
         if key in (None, registration.key):
             found += 1

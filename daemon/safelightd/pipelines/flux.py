@@ -1,8 +1,8 @@
 """FLUX.1 schnell and dev: prompts to embeddings, embeddings to latents, latents to one picture.
 
 Components and their helpers are diffusers' own; the loop over transformer and scheduler is ours and gives the same
-bits as FluxPipeline, FluxImg2ImgPipeline and FluxControlNetPipeline. Knows no file, no queue,
-and nothing of where a picture goes.
+bits as FluxPipeline, FluxImg2ImgPipeline, FluxControlNetPipeline and FluxControlNetImg2ImgPipeline. Knows no file,
+no queue, and nothing of where a picture goes.
 """
 
 from __future__ import annotations
