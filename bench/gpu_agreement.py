@@ -1,4 +1,4 @@
-"""Our Wan loop beside WanPipeline and WanImageToVideoPipeline, on CUDA in bfloat16: how far the latents are apart.
+"""Our Wan loop and decode beside those of diffusers' pipelines, on CUDA in bfloat16: how far they are apart.
 
     python -m bench.gpu_agreement                     # all models, from text and from pictures: two minutes on an H100
     python -m bench.gpu_agreement --only wan-ti2v-5b
@@ -6,7 +6,8 @@
 
 The transformers have their true width and a few of their blocks; the text encoder a few of its own, and the VAE is
 whole. 5 GB of disk below --folder at a time, gone afterwards. Prints a JSON object for each job, ours eager and
-compiled; exits 1 where one is further from the stock pipeline than bfloat16 rounds.
+compiled, and one for each VAE; exits 1 where latents are further from the stock pipeline than bfloat16 rounds, or
+frames further from those of float32 than diffusers' own in bfloat16.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -58,6 +60,9 @@ ROUNDING = 2e-2
 """Relative to the stock latents: one forward of bfloat16 in another order of sums is off by 1e-3 to 7e-3 (H100,
 2026-11-23), and guidance multiplies that."""
 
+GREY_LEVELS = 0.01
+"""More of 255 than diffusers' own, on average of all pixels, is another picture."""
+
 JOBS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("wan-ti2v-5b", "text", {}),
     ("wan-ti2v-5b", "a picture", {"image": "0" * 64}),
@@ -84,6 +89,9 @@ def main() -> int:
                 for line in _compared(table[key], folder, name, pictures, tiny=arguments.tiny):
                     print(json.dumps(line), flush=True)
                     good = good and line.get("ok", False)
+            line = _decodes_compared(table[key], folder, tiny=arguments.tiny)
+            print(json.dumps(line), flush=True)
+            good = good and line.get("ok", False)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return 0 if good else 1
@@ -127,7 +135,18 @@ def _ours(
     spec: JobSpec, facts: ModelFacts, folder: Path, image: Image.Image | None, last_image: Image.Image | None, *,
     compiled: bool, tiny: bool,
 ) -> torch.Tensor:  # fmt: skip
-    plan = Plan(
+    plan = _plan(facts, compiled=compiled, tiny=tiny)
+    family = pipelines.family(facts.family)
+    loader = Loader(folder, plan, blocks=facts.blocks)
+    watch = _watch()
+    with watch.phase("encode"):
+        embeddings = family.encode(spec, plan, loader, watch, image)
+    with watch.phase("denoise"):
+        return family.denoise(spec, plan, loader, embeddings, watch, image, last_image)
+
+
+def _plan(facts: ModelFacts, *, compiled: bool, tiny: bool) -> Plan:
+    return Plan(
         model=facts.key,
         device="cpu" if tiny else "cuda",
         dtype="float32" if tiny else "bfloat16",
@@ -137,13 +156,10 @@ def _ours(
         vae_tiling=False,
         text_encoder_device="cpu" if tiny else "cuda",
     )
-    family = pipelines.family(facts.family)
-    loader = Loader(folder, plan, blocks=facts.blocks)
-    watch = Watch(lambda _told: None, threading.Event(), Meter())
-    with watch.phase("encode"):
-        embeddings = family.encode(spec, plan, loader, watch, image)
-    with watch.phase("denoise"):
-        return family.denoise(spec, plan, loader, embeddings, watch, image, last_image)
+
+
+def _watch() -> Watch:
+    return Watch(lambda _told: None, threading.Event(), Meter())
 
 
 def _stock(
@@ -161,6 +177,52 @@ def _stock(
     generator = torch.Generator().manual_seed(spec.seed)
     latents: torch.Tensor = pipe(**wanted, generator=generator, output_type="latent")[0]
     return latents.float().cpu()
+
+
+@torch.no_grad()
+def _decodes_compared(facts: ModelFacts, folder: Path, *, tiny: bool) -> dict[str, Any]:
+    """Return how far frames of random latents are from those that diffusers' VAE decodes in float32, in grey levels:
+    ours, and diffusers' own in the same 16 bit."""
+    import diffusers
+
+    size = TINY_SIZE if tiny else SIZE
+    spec = fullsize.spec_of(facts, tiny=False, num_inference_steps=STEPS, **size)
+    width, height, frames = size["width"], size["height"], size["num_frames"]
+    shape = (1, facts.latent_channels, (frames - 1) // facts.frames_multiple + 1, height // facts.vae_scale,
+             width // facts.vae_scale)  # fmt: skip
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    name = f"{facts.key}, decoded"
+    try:
+        stock = {}
+        for dtype in (torch.float32, torch.float32 if tiny else torch.bfloat16):
+            vae: Any = diffusers.AutoencoderKLWan.from_pretrained(
+                folder, subfolder="vae", dtype=dtype, local_files_only=True, use_safetensors=True
+            )
+            vae.to("cpu" if tiny else "cuda")
+            mean, deviation = (
+                torch.tensor(row).view(1, -1, 1, 1, 1) for row in (vae.config.latents_mean, vae.config.latents_std)
+            )
+            decoded = vae.decode((latents * deviation + mean).to(vae.device, dtype), return_dict=False)[0]
+            stock[dtype] = ((decoded[0].float() / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 3, 0).cpu()
+            del vae, decoded
+            device.release()
+        exact, *others = stock.values()
+        plan = _plan(facts, compiled=False, tiny=tiny)
+        family, loader = pipelines.family(facts.family), Loader(folder, plan, blocks=facts.blocks)
+        watch = _watch()
+        with watch.phase("decode"):
+            ours = torch.from_numpy(np.stack(list(family.decode(spec, plan, loader, latents, watch)))).float()
+        off = float((ours - exact).abs().mean())
+        off_stock = float((others[0] - exact).abs().mean()) if others else 0.0
+        return {
+            "name": name, "grey_levels_from_float32": round(off, 4), "diffusers_own": round(off_stock, 4),
+            "ok": off <= off_stock + GREY_LEVELS,
+        }  # fmt: skip
+    except Exception as error:  # noqa: BLE001 - what fails is a result
+        traceback.print_exc(limit=-4)
+        return {"name": name, "error": f"{type(error).__name__}: {error}"[:400], "ok": False}
+    finally:
+        device.release()
 
 
 def _arguments() -> argparse.Namespace:
