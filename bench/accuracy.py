@@ -42,17 +42,19 @@ from bench.drawings.flux import LATENT_CHANNELS, LATENT_SIDE, patches
 from bench.drawings.training import accuracy, as_bytes, clip_verdict, decibels, verdict
 from bench.drawings.world import Scene, World, texts
 from bench.gpu_techniques import Technique, techniques
-from safelight import models
+from safelight import caches, models
 from safelight.models import ModelFacts
 from safelight.plan import Plan
 from safelightd import device as held_by
 from safelightd.assembly import PinnedSet
+from safelightd.caching import caching
 from safelightd.loading import Loader, model_folder
 from safelightd.pipelines import flux, wan
 
 SEED = 20_000
 AT_ONCE = {"flux": 100, "wan": 20}
 READ_AT_ONCE = 16
+CACHES = ("first-block:threshold=0.08", "first-block:threshold=0.4", "taylorseer:cache_interval=2")
 BARS = {"demo-flux": {"one": 95.0, "two": 85.0}, "demo-wan": {"asked": 85.0}}
 """Percent of held-out prompts, in float32."""
 FIRST_FRAME_DB = 25.0
@@ -148,6 +150,7 @@ def _plans(facts: ModelFacts) -> list[Technique]:
             for precision in ("nf4", "int8-bnb", "fp8-weight-only")
         ),
         Technique("VAE in tiles of 64", {"vae_tiling": True, "vae_tile_pixels": 64}),
+        *(Technique(f"bf16 resident, {cache}", {"cache": cache}) for cache in CACHES),
     ]
 
 
@@ -187,17 +190,21 @@ def _rendered(
     size = {"width": facts.defaults.width, "height": facts.defaults.height}
     steps = {"num_inference_steps": facts.defaults.num_inference_steps, "output_type": "np"}
     shown = []
+    cache = caches.read(plan.cache) if plan.cache else None
+    # first-block decides by all that a forward sees: one prompt, as in a job.
+    at_once = 1 if cache and cache.kind == "first-block" else AT_ONCE[facts.family]
     with _pipeline(facts, folder, plan) as pipe:
         pipe.set_progress_bar_config(disable=True)
-        for first in range(0, len(asked.prompts), AT_ONCE[facts.family]):
-            prompts = asked.prompts[first : first + AT_ONCE[facts.family]]
+        for first in range(0, len(asked.prompts), at_once):
+            prompts = asked.prompts[first : first + at_once]
             common = {"prompt": prompts, "generator": _generators(first, len(prompts)), **size, **steps}
             common["max_sequence_length"] = facts.max_sequence_length
-            if facts.family == "flux":
-                made = pipe(guidance_scale=0.0, latents=_noise(first, len(prompts)), **common).images
-            else:
-                guidance = facts.defaults.guidance_scale
-                made = pipe(guidance_scale=guidance, num_frames=facts.defaults.num_frames, **common).frames
+            with caching(pipe.transformer, cache, pipe.transformer.dtype, lambda _asked, _skipped: None):
+                if facts.family == "flux":
+                    made = pipe(guidance_scale=0.0, latents=_noise(first, len(prompts)), **common).images
+                else:
+                    guidance = facts.defaults.guidance_scale
+                    made = pipe(guidance_scale=guidance, num_frames=facts.defaults.num_frames, **common).frames
             shown.append((made * 255).round().astype(np.uint8))
     return np.concatenate(shown)
 
