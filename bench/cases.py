@@ -121,7 +121,7 @@ def _run(place: Place, name: str, spec: JobSpec, waiting: int = NIGHT, *, learn:
 def _is_learned(place: Place, spec: JobSpec, waiting: int) -> bool:
     """Whether this machine has run each phase in the way that the job's plan will."""
     known = calibration.load(place.config.paths.state)
-    around = runjob.now(Circumstances(waiting=waiting), place.setting.pinned)
+    around = runjob.now(Circumstances(waiting=waiting), place.setting, spec.model)
     plan = make_plan(spec, probe.read_machine(place.config, device.own()), place.models, known, around)
     told = plan.predicted["denoise"].shipped
     assert told is not None

@@ -39,7 +39,7 @@ class Engine:
         self._sent += 1
         execution = f"bench-{self._sent}"
         job = spec.model_dump(mode="json")
-        link.send("run", execution, spec=job, attempt=1, waiting=waiting, overruns=[], refused=[])
+        link.send("run", execution, spec=job, attempt=1, waiting=waiting, again=False, overruns=[], refused=[])
         while True:
             message: dict[str, Any] | None = link.receive(timeout_s=ANSWER_TIMEOUT_S)
             if message is None:

@@ -63,7 +63,7 @@ def main() -> int:
     held = True
     with place("cpu" if arguments.tiny else "cuda", folders, arguments.folder / "compiled") as at:
         at.become(CAP)
-        loras = _write(at, shown)
+        loras = written(at, shown)
         for precision in wanted:
             bars = _of_precision(at, shown, precision, loras, budget)
             held = held and bool(bars) and all(bar["ok"] for bar in bars)
@@ -72,7 +72,7 @@ def main() -> int:
     return 0 if arguments.tiny or held else 1
 
 
-def _write(at: Place, model: str) -> dict[str, Lora]:
+def written(at: Place, model: str) -> dict[str, Lora]:
     """Write a LoRA of each rank for every Linear of the transformer's blocks, so small that no number overflows."""
     folder = model_folder(at.models[model], at.config.paths.models) / "transformer"
     stored = stored_tensors(folder, WEIGHTS["diffusers"])

@@ -143,12 +143,16 @@ class Place:
     """What every job says besides."""
     attention: str = "auto"
     """[worker] attention."""
+    fused_gib: float = 0
+    """[worker] fused_gib: what each job makes is made anew for each, unless this is what is measured."""
     jobs: int = 0
 
     def become(self, cap_gib: int) -> None:
         """Be a card of that size from here on."""
         usable = USABLE_GIB[cap_gib]
-        limits = {"vram_gib": usable, "ram_gib": HOST_GIB, "attention": self.attention}
+        limits = {
+            "vram_gib": usable, "ram_gib": HOST_GIB, "attention": self.attention, "fused_gib": self.fused_gib,
+        }  # fmt: skip
         worker = self.config.settings.worker.model_copy(update=limits)
         settings = self.config.settings.model_copy(update={"worker": worker})
         self.config = dataclasses.replace(self.config, settings=settings)

@@ -75,7 +75,7 @@ def run_speed(place: Place, model: str, shrink: int) -> list[Any]:
 
 
 def _plan(place: Place, spec: JobSpec) -> Plan:
-    around = runjob.now(Circumstances(waiting=NIGHT), place.setting.pinned)
+    around = runjob.now(Circumstances(waiting=NIGHT), place.setting, spec.model)
     known = calibration.load(place.config.paths.state)
     return make_plan(spec, probe.read_machine(place.config, device.own()), place.models, known, around)
 

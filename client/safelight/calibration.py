@@ -64,7 +64,7 @@ def load_key(plan: Plan, phase: PhaseName) -> str:
             held = (plan.text_encoder_precision or plan.dtype) + _made(plan, "text_encoder")
             return f"{plan.model}/encode/{held} on {plan.text_encoder_device}"
         case "denoise":
-            fused = " fused" if plan.loras else ""
+            fused = f" fused{' before' if plan.fused else ' and kept' if plan.keeping else ''}" if plan.loras else ""
             return f"{plan.model}/denoise/{plan.precision}{_made(plan, 'transformer')}{fused}"
         case "decode":
             return work_key(plan, phase)

@@ -85,6 +85,9 @@ widest layer at rank 256."""
 LORA_BYTES_PER_BYTE = 2
 """Of RAM, for the file of a LoRA in half precision: its factors are held in float32 until the job is done."""
 
+KEEPING_BYTES = 32 * MIB
+"""Of RAM, while what is made is kept: pieces of 16 MiB on their way to the file."""
+
 SLACK_BYTES = 64 * MIB
 """What the allocator cannot use of what it holds."""
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, cast
 import redis
 from pydantic import ValidationError
 
+from safelight import lora
 from safelight.calibration import NOTHING_LEARNED, Calibration
 from safelight.errors import Fault, InvalidJob
 from safelight.jobspec import PRIORITIES, JobSpec
@@ -211,6 +212,17 @@ class JobQueue:
         wanted = {"model": spec.model, "width": spec.width, "height": spec.height, "num_frames": spec.num_frames}
         found = self.shapes(self.waiting_ids(among)).items()
         return sum(jobs for shape, (jobs, _) in found if json.loads(shape + "}").items() >= wanted.items())
+
+    def share_loras(self, spec: JobSpec, among: int) -> bool:
+        """Whether one of the next `among` jobs of the line has the model and the LoRAs of `spec`, in its order."""
+        for job in self.waiting_ids(among):
+            try:
+                other = self.spec(job)
+            except InvalidJob:
+                continue  # the worker will refuse it and say so
+            if other and other.model == spec.model and lora.same(other.loras, spec.loras):
+                return True
+        return False
 
     def _briefs(self, ids: Sequence[str]) -> Iterator[list[str]]:
         for start in range(0, len(ids), LIST_CHUNK):

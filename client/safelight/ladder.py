@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any, get_args
 
-from safelight import caches, cpu_ladder, footprint, pace
+from safelight import caches, cpu_ladder, footprint, fused, pace
 from safelight.calibration import Calibration, memory_key
 from safelight.jobspec import JobSpec
 from safelight.machine import Machine
@@ -167,9 +167,10 @@ def _denoise(
     experts = [name for name in facts.blocks if name.startswith("transformer")]
     made_of: Precision = "bf16" if way.precision == plain else way.precision
     ready = tuple(name for name in experts if f"{facts.key}/{made_of}/{name}" in machine.prepared)
+    kept, keeping = _kept(spec, facts, machine, circumstances, way.precision, dtype)
     if spec.loras and way.precision != plain:
         ready = ()  # what has been rounded once would be rounded again
-    is_quantised_here = way.precision != plain and len(ready) < len(experts)
+    is_quantised_here = way.precision != plain and len(ready) + len(kept) < len(experts)
     of = footprint.sizes(facts, experts[0], way.precision, dtype)
     rest = footprint.rest_bytes(facts, experts[0], dtype)
     seen = footprint.tokens(facts, spec.width, spec.height, spec.num_frames, spec.max_sequence_length)
@@ -192,11 +193,14 @@ def _denoise(
     host = footprint.HOST_BYTES["cuda"] + footprint.READING_BYTES
     changes: dict[str, Any] = {
         "precision": way.precision, "dtype": dtype, "compiled": way.compiled, "offload": way.placement,
-        "prepared": ready, "low_cpu_mem_usage": way.low_cpu_mem_usage,
+        "prepared": ready, "fused": kept, "keeping": keeping, "low_cpu_mem_usage": way.low_cpu_mem_usage,
         "vae_dtype": "float32" if dtype == "float16" else None,
     }  # fmt: skip
     quantise = files * pace.QUANTISE_SECONDS_PER_BYTE[way.precision] if is_quantised_here else 0.0
     fetching = files / pace.READ_BYTES_PER_SECOND + quantise
+    later = len(experts) * sum(of) / pace.READ_BYTES_PER_SECOND if keeping else fetching
+    keep = len(experts) * (sum(of) + rest) * pace.KEEP_SECONDS_PER_BYTE if keeping else 0.0
+    host += footprint.KEEPING_BYTES if keeping else 0
     setup = len(experts) * pace.SETUP_SECONDS + (rest + beside) / pace.READ_BYTES_PER_SECOND
 
     def rung(
@@ -209,11 +213,14 @@ def _denoise(
         pin: float = 0.0,
         **more: Any,
     ) -> Rung:
-        """Return the way; of what is fetched it does not load a share, which is pinned once."""
+        """Return the way; of what is fetched it does not load a share, which is pinned once.
+
+        Where the result is kept, later jobs fetch less.
+        """
         return Rung(
             "denoise", f"{way.precision}{' compiled' if way.compiled else ''}, {words}", device, host_bytes,
-            setup + fetching * (1 - share), compute * forwards + leading * spec.steps_run, changes | more,
-            copying * forwards, spec.steps_run, read_once, pin, compiling,
+            setup + later * (1 - share), compute * forwards + leading * spec.steps_run, changes | more,
+            copying * forwards, spec.steps_run, read_once + (fetching - later) * (1 - share) + keep, pin, compiling,
         )  # fmt: skip
 
     match way.placement:
@@ -223,7 +230,7 @@ def _denoise(
             if spec.offload == "auto" and base + sum(of) <= room_bytes:
                 return  # there is room for all of it
             there = _pinned_already(circumstances.pinned, facts, experts, way.precision, dtype)
-            is_changed = circumstances.pinned is not None and circumstances.pinned.loras != loras_of(spec)
+            is_changed = circumstances.pinned is not None and circumstances.pinned.loras != fused.loras_of(spec.loras)
             for streamed in dict.fromkeys(filter(None, (_streamed(of, room_bytes - base), there))):
                 passing = [of[place] for place in streamed]
                 device = base + sum(of) - sum(passing) + footprint.ring_bytes(passing)
@@ -258,6 +265,26 @@ def _denoise(
             yield rung("sequential offload", device, host + sum(of) + rest, copies)
 
 
+def _kept(
+    spec: JobSpec, facts: ModelFacts, machine: Machine, circumstances: Circumstances, precision: Precision, dtype: Dtype
+) -> tuple[tuple[str, ...], bool]:
+    """Return which transformers an earlier job has kept with these LoRAs, and whether this one should keep them.
+
+    It should where it is likely that they are read: the LoRAs were used before, or other jobs with them wait.
+    """
+    if not spec.loras or precision in PLAIN or circumstances.without_fused:
+        return (), False
+    experts = [name for name in facts.blocks if name.startswith("transformer")]
+    made_on = machine.gpu or machine.device
+    name = fused.set_name(facts.key, precision, fused.digest(fused.loras_of(spec.loras), dtype, made_on))
+    if all(f"{name}/{expert}" in machine.fused for expert in experts):
+        return tuple(experts), False
+    whole = sum(sum(footprint.sizes(facts, expert, precision, dtype)) for expert in experts)
+    whole += sum(footprint.rest_bytes(facts, expert, dtype) for expert in experts)
+    is_likely = circumstances.again or name in circumstances.seen
+    return (), is_likely and 0 < whole <= machine.fused_room_bytes
+
+
 def _compile_seconds(kind: str, circumstances: Circumstances) -> float:
     """Return what compiling takes before the first step, for blocks of this kind."""
     if kind in circumstances.compiled_here:
@@ -275,11 +302,6 @@ def _pinned_already(
         return ()
     wanted = Pinned(facts.key, experts[0], precision, dtype, pinned.blocks, pinned.loras)
     return pinned.blocks if pinned == wanted else ()
-
-
-def loras_of(spec: JobSpec) -> tuple[tuple[str, float, str], ...]:
-    """Return what tells the weights of one job from those of another of the same model."""
-    return tuple((lora.sha256, lora.scale, lora.expert) for lora in spec.loras)
 
 
 def _streamed(of: Sequence[int], room_bytes: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Literal, get_args
 
@@ -49,6 +49,16 @@ class Lora(BaseModel):
         """The form in a prompt that other programs read, too."""
         expert = "" if self.expert == "both" else f":{self.expert}"
         return f"<lora:{self.name or PurePosixPath(self.path).stem}:{self.scale:g}{expert}>"
+
+
+def same(one: Sequence[Lora], other: Sequence[Lora]) -> bool:
+    """Whether two jobs' LoRAs change the weights alike, as far as is known of files that nobody has looked at yet."""
+    return _identity(one, other) == _identity(other, one)
+
+
+def _identity(loras: Sequence[Lora], beside: Sequence[Lora]) -> list[tuple[str, float, str]]:
+    by_name = not all(lora.sha256 for lora in (*loras, *beside))
+    return [(lora.label if by_name else lora.sha256, lora.scale, lora.expert) for lora in loras]
 
 
 def read(value: object) -> tuple[Lora, ...]:

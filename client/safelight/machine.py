@@ -38,3 +38,7 @@ class Machine(BaseModel):
     """torch's own pinned blocks take the next power of two (torch before 2.13). Ours never do."""
     prepared: tuple[str, ...] = ()
     """KEY/PRECISION/COMPONENT for each folder that `safelight models prepare` has finished."""
+    fused: tuple[str, ...] = ()
+    """KEY/PRECISION/DIGEST/COMPONENT for each result of LoRAs and a precision that jobs have kept (safelight.fused)."""
+    fused_room_bytes: int = 0
+    """How large a further result may be that is kept; 0 where none is."""

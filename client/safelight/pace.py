@@ -42,6 +42,11 @@ QUANTISE_SECONDS_PER_BYTE: dict[Precision, float] = {
 }
 """Of a bf16 weight on its way to the GPU (H100, 2026-11-25)."""
 
+KEEP_SECONDS_PER_BYTE = 1.2e-9
+"""Of a result that is kept while it is made, above making it: syncing at 2 GB/s and SHA-256 at 1.0 GB/s (2 cores,
+2026-11-23) in a thread of its own, a part of it while published weights are read. Not measured beside a GPU yet; on two
+cores that made the weights, too, it was 2.2e-9 (fp8-weight-only, 2026-11-26)."""
+
 # Share of the card's 16-bit arithmetic that a FLUX forward reaches: bench/gpu_techniques.py, H100 80GB, torch 2.11,
 # 1024x1024, 2026-11-23. 171 ms in bf16 are 406 of 989 TFLOP/s.
 EFFICIENCY: dict[Precision, float] = {

@@ -111,7 +111,12 @@ class Plan(BaseModel):
     """Components that are loaded from the folder `safelight models prepare` made in their precision; any other is
     quantised on its way to the GPU."""
     loras: int = 0
-    """So many are added to the published weights on their way; a prepared folder in fewer bits is not used then."""
+    """So many are in the transformers' weights; a prepared folder in fewer bits is not used then."""
+    fused: tuple[str, ...] = ()
+    """Components that are loaded from what an earlier job has kept: the LoRAs are in them, in this precision. To others
+    LoRAs are added on their way."""
+    keeping: bool = False
+    """What this job makes of its LoRAs in this precision is kept on disk for those after it."""
     controlnet: str = ""
     """The ControlNet that is on the device beside the transformer, whole and in `dtype`."""
     vae_dtype: Dtype | None = None
@@ -136,6 +141,11 @@ class Plan(BaseModel):
         return jobs * self.seconds - (jobs - 1) * once
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether the transformers are held in fewer bits than they are computed in."""
+        return self.precision not in ("fp32", "bf16", "fp16")
+
+    @property
     def rung(self) -> str:
         """The plan in a few words: what a receipt and a log line name it by."""
         words = ["Wan's own program"] if self.backend == "wan-cli" else []
@@ -146,7 +156,8 @@ class Plan(BaseModel):
             for name, blocks in sorted(self.streamed.items())
         ]
         if self.loras:
-            words.append(f"{self.loras} LoRA{'s' if self.loras > 1 else ''} fused")
+            how = "fused before" if self.fused else "fused and kept" if self.keeping else "fused"
+            words.append(f"{self.loras} LoRA{'s' if self.loras > 1 else ''} {how}")
         if self.controlnet:
             words.append(f"ControlNet {self.controlnet}")
         if self.cache:

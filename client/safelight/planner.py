@@ -361,14 +361,15 @@ def _warnings(chosen: Rung, faster: Sequence[Rung]) -> list[str]:
 
 def _advice(plan: Plan, facts: ModelFacts, waiting: int) -> list[str]:
     """Say where every job of a night would do again what one command does once."""
-    quantised = plan.precision not in ("fp32", "bf16", "fp16")
-    left = [name for name in facts.blocks if name.startswith("transformer") and name not in plan.prepared]
-    if not quantised or not left or waiting < 2 or facts.tiny:
+    ready = (*plan.prepared, *plan.fused)
+    left = [name for name in facts.blocks if name.startswith("transformer") and name not in ready]
+    if not plan.is_quantised or plan.keeping or not left or waiting < 2 or facts.tiny:
         return []
     if plan.loras:
         held = plan.precision
         return [
-            f"each job reads the whole weights, adds its LoRAs and makes {held} of them; nothing prepared spares that"
+            f"each job reads the whole weights, adds its LoRAs and makes {held} of them; nothing prepared spares that. "
+            "What jobs with the same LoRAs make is kept where [worker] fused_gib has room for it"
         ]
     return [
         f"each job reads the whole weights and makes {plan.precision} of them. "

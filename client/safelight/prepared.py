@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -26,6 +27,9 @@ UNFINISHED = ".unfinished"
 """Ends the name of a folder that is being written."""
 
 EDGE_BYTES = 2**20
+
+LIBRARIES = ("torch", "diffusers", "transformers", "torchao", "bitsandbytes", "optimum-quanto")
+"""What has a say in the bits of a weight that is quantised."""
 
 PRECISIONS: tuple[Precision, ...] = tuple(name for name in get_args(Precision) if name not in ("fp32", "fp16"))
 """What a component can be prepared in."""
@@ -157,6 +161,12 @@ def read(found: Path) -> Manifest | None:
         return Manifest.model_validate_json(content)
     except ValidationError as error:
         raise DamagedFolder(f"{found / MANIFEST}: damaged, or of a later version. {remedy(found)}") from error
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the installed libraries that make weights; none of them is imported."""
+    found = {name: next(iter(metadata.distributions(name=name)), None) for name in LIBRARIES}
+    return {name: distribution.version for name, distribution in found.items() if distribution}
 
 
 def component_folder(facts: ModelFacts, models_folder: Path, component: str) -> Path:

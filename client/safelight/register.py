@@ -320,7 +320,7 @@ def _check_place(path: Path, facts: ModelFacts, config: Config) -> None:
     inside = path.relative_to(folder).parts
     if path == models.folder(facts, folder):
         raise _fault(path, f"is where {facts.key} belongs, and is found there by itself", "There is nothing to do.")
-    if not inside or inside[0] in ("prepared", registered.FOLDER) or inside[0].startswith("."):
+    if not inside or inside[0] in ("prepared", "fused", registered.FOLDER) or inside[0].startswith("."):
         raise _fault(path, "is where safelight keeps its own files", "Name a model's folder or file.")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safelight import durable, models, prepared, pulled, registered
+from safelight import durable, fused, models, prepared, pulled, registered
 from safelight.config import Config
 from safelight.errors import Fault, InvalidJob
 from safelight.models import Models
@@ -65,17 +65,33 @@ def plan(key: str, config: Config, table: Models, named: Sequence[Path]) -> Remo
     faults += [
         Fault(str(place), "is being written", "Wait for it, or stop it.") for place in written if _claimed(place)
     ]
+    kept = folder / fused.FOLDER / key
+    faults += [
+        Fault(str(place), "is in use by a job", "Wait for it.") for place in kept.glob("*/*/*") if _claimed(place)
+    ]
     if faults:
         raise InvalidJob(faults)
-    own = [stored, pulled.hidden(at), *was_pulled]
+    own = [stored, kept, pulled.hidden(at), *was_pulled]
     doomed = [place for place in (*own, *named) if place.exists()]
     if not is_registered and not doomed:
         raise InvalidJob([Fault(key, *_nothing(key, config, table))])
     return Removal(key, is_registered, tuple(doomed))
 
 
+def empty_fused(key: str, config: Config) -> tuple[int, list[Path]]:
+    """Remove what is kept of a model's LoRAs; return how many bytes that were, and the sets that a job uses."""
+    freed, left = 0, []
+    for at in fused.sets(config.paths.models, key):
+        size = fused.held_bytes(at)
+        if fused.remove_set(at):
+            freed += size
+        else:
+            left.append(at)
+    return freed, left
+
+
 def _claimed(folder: Path) -> bool:
-    """Whether a pull or a preparation has it locked."""
+    """Whether a pull, a preparation or a job has it locked."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:

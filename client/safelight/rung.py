@@ -35,6 +35,12 @@ class Circumstances:
     compiled_before: frozenset[str] = frozenset()
     """Kinds, "family/precision", that this process has compiled, and those whose code is on disk."""
     pinned: Pinned | None = None
+    again: bool = False
+    """Other jobs of the same LoRAs wait."""
+    seen: frozenset[str] = frozenset()
+    """Names of sets, as `safelight.fused` has them: LoRAs that earlier jobs have used, in a precision."""
+    without_fused: bool = False
+    """Nothing that is kept is used, and nothing is kept: it could not be read."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from safelight import planner, rung
+from safelight import fused, planner, rung
 from safelight.calibration import NOTHING_LEARNED, Calibration
 from safelight.errors import Fault, InvalidJob, QueueUnreachable, SafelightError
 from safelight.jobqueue import JobQueue
@@ -47,12 +47,14 @@ def forecast(specs: Iterable[JobSpec], machine: Machine, models: Models, calibra
     """Return what the planner says of `specs` on `machine`, each shape once, in the order of the first of each."""
     alike: dict[tuple[Any, ...], list[JobSpec]] = {}
     for spec in specs:
-        alike.setdefault(_shape(spec), []).append(spec)
+        alike.setdefault(_shape(spec, machine), []).append(spec)
     return [_forecast(group, machine, models, calibration) for group in alike.values()]
 
 
-def _shape(spec: JobSpec) -> tuple[Any, ...]:
+def _shape(spec: JobSpec, machine: Machine) -> tuple[Any, ...]:
+    """Return what the planner looks at; of LoRAs their sizes, and which of their results are kept."""
     return (
+        fused.of_loras(spec.loras, spec.model, machine) if spec.loras else (),
         spec.model, spec.backend, spec.width, spec.height, spec.num_frames, spec.steps_run,
         spec.max_sequence_length,
         spec.precision, spec.offload, spec.vae_tiling, spec.text_encoder_device, spec.text_encoder_precision,
@@ -65,7 +67,8 @@ def _shape(spec: JobSpec) -> tuple[Any, ...]:
 def _forecast(alike: Sequence[JobSpec], machine: Machine, models: Models, calibration: Calibration) -> Forecast:
     # Without its id a fault names the model: what is wrong is the shape, not this one job of it.
     spec = alike[0].model_copy(update={"id": ""})
-    around = rung.Circumstances(waiting=len(alike))
+    is_again = len({fused.loras_of(each.loras) for each in alike}) < len(alike)
+    around = rung.Circumstances(waiting=len(alike), again=is_again)
     try:
         return Forecast(alike[0], len(alike), planner.make_plan(spec, machine, models, calibration, around))
     except InvalidJob as error:

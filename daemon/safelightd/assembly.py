@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from safelight.rung import Pinned
 from safelightd.fusing import Change, fuse
 from safelightd.pinned import PinnedMemory
 from safelightd.precision import Format
+from safelightd.shards import Entry
 from safelightd.streaming import FromFile, FromPinned, Source, places, stream
 from safelightd.weights import BadModelFolder, Reader, Stored
 
@@ -44,8 +46,12 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        size = math.prod(self.shape) * self.dtype.itemsize
-        return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        return -(-self.entry.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+    @property
+    def entry(self) -> Entry:
+        """How it stands in a file."""
+        return Entry(self.name, self.shape, self.dtype)
 
 
 @dataclass
@@ -73,6 +79,22 @@ class Block:
         }
 
 
+class Keeper(Protocol):
+    """What keeps a component while it is put together."""
+
+    def begin(self, entries: Sequence[Entry], quantised: int) -> None:
+        """Say what will be written, in its order, and of how many quantised weights that is."""
+        ...
+
+    def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write some of them, as they lie in memory when the current stream has come so far."""
+        ...
+
+    def finish(self) -> None:
+        """Say that all are written."""
+        ...
+
+
 @dataclass(frozen=True)
 class Order:
     """How a component is to lie in memory."""
@@ -88,6 +110,8 @@ class Order:
     from_file: bool = False
     changes: Mapping[str, Sequence[Change]] = field(default_factory=dict)
     """By weight, what LoRAs add to it on its way."""
+    keeper: Keeper | None = None
+    """Gets every tensor as the component holds it; never of blocks that come from the file at every step."""
 
 
 @dataclass(frozen=True)
@@ -171,16 +195,24 @@ def assembled(
     buffers: list[torch.Tensor] = []
     with ExitStack() as leaving:
         leaving.callback(_give_back, buffers)
+        resident = [block for place, block in blocks.items() if place not in order.streamed]
+        moving = [blocks[place] for place in order.streamed]
+        if order.keeper:
+            entries = [tensor.entry for block in (*resident, *moving) for tensor in block.tensors]
+            order.keeper.begin(entries, sum(len(block.quantised) for block in blocks.values()))
         with Reader(order.device) as reader:
-            for place, block in blocks.items():
-                if place not in order.streamed:
-                    buffers.append(buffer := torch.empty(block.nbytes, dtype=torch.uint8, device=order.device))
-                    _fill(block, block.views(buffer), reader, order)
-                    _attach(module, block, block.views(buffer), order)
-            if order.streamed:
-                moving = [blocks[place] for place in order.streamed]
+            for block in resident:
+                buffers.append(buffer := torch.empty(block.nbytes, dtype=torch.uint8, device=order.device))
+                _fill(block, block.views(buffer), reader, order)
+                _attach(module, block, block.views(buffer), order)
+                if order.keeper:
+                    reader.finish()
+                    order.keeper.write(block.views(buffer))
+            if moving:
                 buffers.append(_streamed(module, moving, order, reader, pinned, key, leaving))
             reader.finish()
+        if order.keeper:
+            order.keeper.finish()
         _settle_buffers(module, order.device)
         yield module.eval()
 
@@ -347,6 +379,9 @@ def _streamed(
     else:
         memory = pinned.take(key) or _pinned_copy(blocks, sizes, reader, order, pinned.take_to_refill(sum(sizes)))
         leaving.callback(pinned.keep, key, memory)
+        for block, own in zip(blocks, memory.bytes.split(sizes), strict=True):
+            if order.keeper:
+                order.keeper.write(block.views(own))
         source = FromPinned(memory.bytes.split(sizes), targets)
     leaving.callback(source.close)
     modules = [block for _, block in running_order(module, order.paths)]

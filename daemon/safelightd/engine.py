@@ -58,7 +58,7 @@ class Engine:
         """Answer jobs one after another; returns when the worker closes the link, or after a job that broke CUDA or ran
         out of memory: the next one gets a fresh process."""
         threading.Thread(target=self._read, daemon=True).start()
-        from safelightd import runjob  # torch and diffusers: seconds, once
+        from safelightd import fused, runjob  # torch and diffusers: seconds, once
         from safelightd.assembly import PinnedSet
         from safelightd.embeddings import Cache
 
@@ -69,6 +69,7 @@ class Engine:
             PinnedSet(_pinned_limit(self._config)),
             Cache(self._config.paths.embeddings, int(self._config.settings.worker.embeddings_gib * GIB)),
         )
+        fused.tidy(self._config, self._models)
         while (message := self._jobs.get()) is not None:
             if not self._answer(message, setting):
                 return 1
@@ -175,6 +176,7 @@ def circumstances_of(message: dict[str, Any]) -> Circumstances:
         waiting=int(message["waiting"]),
         overruns=tuple(Overrun.model_validate(overrun) for overrun in message["overruns"]),
         refused=tuple(message["refused"]),
+        again=bool(message["again"]),
     )
 
 

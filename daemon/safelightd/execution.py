@@ -197,6 +197,7 @@ class Execution:
             spec=spec.model_dump(mode="json"),
             attempt=attempts.attempts,
             waiting=1 + self._alike_in_line(spec),
+            again=self._has_loras_of_another(spec),
             overruns=[overrun.model_dump(mode="json") for overrun in attempts.overruns],
             refused=attempts.refused,
         )
@@ -221,6 +222,13 @@ class Execution:
             return self._place.queue.alike(spec, NEXT_IN_LINE)
         except AWAY:
             return 0
+
+    def _has_loras_of_another(self, spec: JobSpec) -> bool:
+        """Whether one of the next jobs has the same LoRAs; what is made of them is worth keeping then."""
+        try:
+            return bool(spec.loras) and self._place.queue.share_loras(spec, NEXT_IN_LINE)
+        except AWAY:
+            return False
 
     def _next(self) -> dict[str, Any]:
         """Wait for the next message of this execution that shows progress; kill an engine that shows none."""

@@ -9,7 +9,8 @@ import importlib
 import itertools
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -28,6 +29,7 @@ from safelightd import attention, compiling, modelfiles, precision, singlefile, 
 from safelightd import lora as lora_files
 from safelightd.assembly import Order, PinnedKey, PinnedSet, assembled
 from safelightd.device import give_back
+from safelightd.fused import Results
 from safelightd.fusing import fuse
 from safelightd.weights import BadModelFolder
 
@@ -117,6 +119,7 @@ class Loader:
         blocks: the repeated blocks of the components that are loaded block by block; others are loaded whole.
         models_folder: below it are the prepared folders that the plan may name.
         pinned: where the pinned blocks of one job wait for the next.
+        fused: what is kept of such LoRAs in fewer bits, where the plan reads or keeps any.
         controlnet: the folder of the component of that name, which no index has.
         loras: what is added to the published weights on their way, each with its file.
 
@@ -136,6 +139,7 @@ class Loader:
         pinned: PinnedSet | None = None,
         loras: Sequence[tuple[Lora, Path]] = (),
         controlnet: Path | None = None,
+        fused: Results | None = None,
     ) -> None:
         self._folder = folder
         self._plan = plan
@@ -151,7 +155,9 @@ class Loader:
             self._index["controlnet"] = ["diffusers", "FluxControlNetModel"]
             self._component_paths["controlnet"] = str(controlnet)
         self._loras = tuple((lora.sha256, lora.scale, lora.expert) for lora, _ in loras)
-        self._changes = self._read_changes(loras) if loras else lora_files.NOTHING
+        self._fused = fused
+        changes = self._read_changes(loras) if loras else lora_files.NOTHING
+        self._changes = {name: own for name, own in changes.items() if name not in plan.fused}
         self._pinned.drop_unless([self._pinned_key(name) for name in plan.streamed])
 
     def _read_changes(self, loras: Sequence[tuple[Lora, Path]]) -> lora_files.Changes:
@@ -225,6 +231,7 @@ class Loader:
         folder, config = self._source(name), self._config_folder(name)
         modelfiles.check_files(folder, WEIGHTS[library])
         modelfiles.check_class(config, component_class.__name__, library)
+        stem = WEIGHTS[library].removesuffix(".safetensors")
         order = Order(
             folder=folder,
             device=device,
@@ -236,9 +243,17 @@ class Loader:
             changes=self._changes.get(name, {}),
         )
         module = skeleton.build(component_class, config, library)
-        stored = singlefile.weights_of(module, folder, WEIGHTS[library])
         self._shape(name, module, reshape)
-        with assembled(module, stored, order, self._pinned, self._pinned_key(name)) as placed:
+        with ExitStack() as leaving:
+            if name in self._plan.fused:
+                assert self._fused is not None
+                stored = leaving.enter_context(self._fused.reading(name, WEIGHTS[library]))
+            else:
+                stored = singlefile.weights_of(module, folder, WEIGHTS[library])
+            if self._fused and self._plan.keeping and name.startswith("transformer"):
+                keeper = leaving.enter_context(self._fused.keeping(name, folder, config / "config.json", stem))
+                order = replace(order, keeper=keeper)
+            placed = leaving.enter_context(assembled(module, stored, order, self._pinned, self._pinned_key(name)))
             if self._plan.compiled and name.startswith("transformer"):
                 compiling.compile_blocks(placed, order.paths)
             yield placed

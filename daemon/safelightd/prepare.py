@@ -7,15 +7,11 @@ next run. Knows the format of the files; what is in them is `safelightd.precisio
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -29,18 +25,12 @@ from safelight.machine import GIB
 from safelight.models import ModelFacts
 from safelight.plan import Precision
 from safelight.prepared import Manifest, StoredFile
-from safelightd import logs, precision
-from safelightd.claim import claimed
+from safelightd import logs, precision, storedfolder
 from safelightd.outline import DTYPE, Piece, Work, outline, published
 from safelightd.shards import Shard, split
 from safelightd.weights import Reader
 
-SHARD_BYTES = GIB
-"""At most, of one file: it is hashed as soon as it is written, out of the page cache."""
-
 PROGRESS_S = 2.0
-
-VERSIONS = ("torch", "diffusers", "transformers", "torchao", "bitsandbytes", "optimum-quanto")
 
 Say = Callable[[str], None]
 
@@ -152,11 +142,11 @@ def _check_disk(works: Sequence[Work], config: Config, say: Say) -> None:
 
 def _make(work: Work, device: torch.device, say: Say) -> None:
     """Write one folder and give it its name."""
-    unfinished = work.target.with_name(work.target.name + prepared.UNFINISHED)
+    unfinished = storedfolder.unfinished(work.target)
     try:
-        with _emptied(unfinished):
+        with storedfolder.emptied(unfinished, "preparing"):
             files = _write_shards(work, unfinished, device, say)
-            files.append(_write_small(unfinished / work.config.name, work.config.read_bytes()))
+            files.append(storedfolder.write_small(unfinished / work.config.name, work.config.read_bytes()))
             manifest = Manifest(
                 key=work.key,
                 precision=work.precision,
@@ -165,10 +155,10 @@ def _make(work: Work, device: torch.device, say: Say) -> None:
                 source=work.source,
                 files=tuple(files),
                 quantised=sum(piece.quantised for piece in work.pieces),
-                versions=_versions(),
+                versions=prepared.versions(),
             )
             durable.write(unfinished / prepared.MANIFEST, manifest.model_dump_json(indent=1).encode())
-            _put_in_place(unfinished, work.target)
+            storedfolder.put_in_place(unfinished, work.target)
     except OSError as error:
         raise SafelightError(f"{work.name}: {error}. Nothing of it is left; run it again.") from error
     except torch.OutOfMemoryError as error:
@@ -179,30 +169,10 @@ def _make(work: Work, device: torch.device, say: Say) -> None:
     say(f"{work.name} is ready, {_size(manifest.size_bytes)}")
 
 
-@contextmanager
-def _emptied(unfinished: Path) -> Iterator[None]:
-    """Have an empty folder that no other process writes to; what an interrupted run left in it is removed.
-
-    Whatever is there under this name when the block ends is removed, too.
-
-    Raises:
-        SafelightError: another process is writing to it.
-    """
-    with claimed(unfinished, "preparing"):
-        for left in unfinished.iterdir():
-            left.unlink()
-        try:
-            yield
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-
-
 def _write_shards(work: Work, folder: Path, device: torch.device, say: Say) -> list[StoredFile]:
     """Write the weights, and the index where they are several files."""
-    shards = split((piece.entries for piece in work.pieces), SHARD_BYTES)
-    names = [f"{work.stem}.safetensors"]
-    if len(shards) > 1:
-        names = [f"{work.stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    shards = split((piece.entries for piece in work.pieces), storedfolder.SHARD_BYTES)
+    names = storedfolder.names(work.stem, len(shards))
     tell = _progress(work, say)
     pieces = iter(work.pieces)
     files = []
@@ -217,12 +187,7 @@ def _write_shards(work: Work, folder: Path, device: torch.device, say: Say) -> l
                         tell(entry.nbytes)
                     left -= len(piece.entries)
                 files.append(StoredFile(name=name, size_bytes=shard.nbytes, sha256=shard.finish()))
-    if len(shards) > 1:
-        weight_map = {entry.name: name for name, entries in zip(names, shards, strict=True) for entry in entries}
-        index = {"metadata": {"total_size": work.size_bytes}, "weight_map": weight_map}
-        content = json.dumps(index, indent=1).encode()
-        files.append(_write_small(folder / f"{work.stem}.safetensors.index.json", content))
-    return files
+    return [*files, *storedfolder.write_index(folder, work.stem, dict(zip(names, shards, strict=True)))]
 
 
 def _made(piece: Piece, held: Precision, reader: Reader) -> list[torch.Tensor]:
@@ -255,28 +220,6 @@ def _progress(work: Work, say: Say) -> Callable[[int], None]:
         say(f"{work.name}: {_size(done)} of {_size(work.size_bytes)}, {left_s:.0f} s left")
 
     return tell
-
-
-def _write_small(file: Path, content: bytes) -> StoredFile:
-    durable.write(file, content)
-    return StoredFile(name=file.name, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-
-
-def _put_in_place(unfinished: Path, target: Path) -> None:
-    """Give a whole folder its name; one that has it makes way."""
-    replaced = target.with_name(f"{target.name}.replaced{prepared.UNFINISHED}")
-    shutil.rmtree(replaced, ignore_errors=True)
-    durable.sync_folder(unfinished)
-    if target.exists():
-        target.rename(replaced)
-    unfinished.rename(target)
-    durable.sync_folder(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _versions() -> dict[str, str]:
-    found = {name: next(iter(metadata.distributions(name=name)), None) for name in VERSIONS}
-    return {name: distribution.version for name, distribution in found.items() if distribution}
 
 
 def _size(size_bytes: float) -> str:

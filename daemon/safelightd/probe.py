@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
-from safelight import models, prepared
+from safelight import fused, models, prepared
 from safelight.config import Config
 from safelight.errors import NoUsableGpu, SafelightError
 from safelight.machine import GIB, Machine
@@ -76,12 +76,16 @@ def read_machine(config: Config, own: Own = NOTHING) -> Machine:
         BadConfig: a model in the settings is wrong.
     """
     machine = _read_device(config, own)
-    usable = prepared.usable(config.paths.models, models.load(config))
+    table = models.load(config)
+    usable = prepared.usable(config.paths.models, table)
+    kept = fused.usable(config.paths.models, table, prepared.versions()) if config.settings.worker.fused_gib else []
     return machine.model_copy(
         update={
             "compiler": has_compiler(os.environ.get("CC")),
             "pinned_rounds_up": pinned_rounds_up(_torch_version()),
             "prepared": tuple(manifest.name for manifest in usable),
+            "fused": tuple(kept),
+            "fused_room_bytes": fused.room_bytes(config, table, kept),
         }
     )
 

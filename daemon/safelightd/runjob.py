@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from safelight.config import Config
 from safelight.errors import SafelightError
+from safelight.fused import seen
 from safelight.jobspec import JobSpec
 from safelight.ledger import Ledger
 from safelight.machine import Machine
@@ -29,6 +30,7 @@ from safelightd import (
     compiling,
     device,
     embeddings,
+    fused,
     lora,
     metadata,
     outputs,
@@ -57,6 +59,20 @@ class Setting:
 def run_job(
     spec: JobSpec, attempt: int, setting: Setting, watch: Watch, circumstances: Circumstances = NO_CIRCUMSTANCES
 ) -> Receipt:
+    """Return the receipt of `spec`, planned again where a kept result that the plan counted on is damaged or gone.
+
+    Raises:
+        Cancelled: it was asked to stop; no file is left.
+        SafelightError: the job's own fault, said for a person.
+    """
+    try:
+        return _run_job(spec, attempt, setting, watch, circumstances)
+    except fused.Damaged:
+        around = dataclasses.replace(circumstances, without_fused=True)
+        return _run_job(spec, attempt, setting, watch, around)
+
+
+def _run_job(spec: JobSpec, attempt: int, setting: Setting, watch: Watch, circumstances: Circumstances) -> Receipt:
     """Return the receipt of `spec`: its file verified, synced and published, the receipt in the ledger.
 
     Encode, denoise and decode have the device to themselves, one after another: the peak is the largest of the three.
@@ -73,13 +89,15 @@ def run_job(
 
     with watch.phase("plan"):
         machine = probe.read_machine(setting.config, device.own())
-        around = now(circumstances, setting.pinned)
+        around = now(circumstances, setting, spec.model)
         spec = lora.resolved(spec, paths)
         plan = watch.plan = make_plan(spec, machine, setting.models, calibration.load(paths.state), around)
     with watch.phase("load"):
         facts = setting.models[spec.model]
         family, folder = pipelines.family(facts.family), model_folder(facts, paths.models)
         plan = watch.plan = attention.planned(plan, spec, facts, setting.config, machine.gpu)
+        results = fused.results(spec, plan, setting.config, setting.models, machine.gpu)
+        results.note_use()
         loader = Loader(
             folder,
             plan,
@@ -88,6 +106,7 @@ def run_job(
             models_folder=paths.models,
             pinned=setting.pinned,
             loras=lora.files(spec, paths),
+            fused=results,
             controlnet=controlnet_folder(facts, spec.controlnet.model, paths.models) if spec.controlnet else None,
         )
         keys = embeddings.keys(
@@ -126,10 +145,15 @@ def run_job(
         return outputs.publish(receipt_of, file, spec, ledger, paths)
 
 
-def now(circumstances: Circumstances, pinned: PinnedSet) -> Circumstances:
+def now(circumstances: Circumstances, setting: Setting, model: str) -> Circumstances:
     """Return what the worker told, and what this process knows besides."""
-    here, before = compiling.compiled_here(), compiling.compiled_before()
-    return dataclasses.replace(circumstances, compiled_here=here, compiled_before=before, pinned=pinned.held)
+    return dataclasses.replace(
+        circumstances,
+        compiled_here=compiling.compiled_here(),
+        compiled_before=compiling.compiled_before(),
+        pinned=setting.pinned.held,
+        seen=seen(setting.config.paths.models, model),
+    )
 
 
 def receipt_of_done(

@@ -19,6 +19,9 @@ import torch
 
 from safelightd.weights import DTYPES
 
+PIECE_BYTES = 16 * 2**20
+"""Of a tensor, in RAM at a time on its way from a GPU to the file."""
+
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -80,15 +83,29 @@ class Shard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._descriptor)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file, whatever is in it."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write a tensor, of the shape and dtype of its entry, from whatever device it is on."""
         entry = self._entries[name]
         assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype), name
         self._waiting.remove(name)
-        flat = tensor.detach().reshape(-1).contiguous().cpu()
-        self._write(flat.view(torch.uint8).numpy(), self._start + self._offsets[name])
+        flat = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+        for begin in range(0, entry.nbytes, PIECE_BYTES):
+            # Always a copy: memory that numpy has seen cannot be given back by emptying its tensor.
+            piece = flat[begin : begin + PIECE_BYTES].to("cpu", copy=True)
+            self._write(piece.numpy(), self._start + self._offsets[name] + begin)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every tensor has been written."""
+        return not self._waiting
 
     def finish(self) -> str:
         """Force the file to the disk; return its sha256, read back."""

@@ -24,6 +24,7 @@ from safelight.errors import BadConfig, InvalidJob, QueueUnreachable
 from safelight.jobqueue import JobQueue
 from safelight.jobspec import PRIORITIES, JobSpec
 from safelight.ledger import job_id
+from safelight.lora import Lora
 from safelight.machine import Machine
 from safelight.queueserver import AWAY
 from safelight.receipt import Output, Receipt
@@ -421,6 +422,22 @@ def test_what_a_person_types_finds_the_job_it_names_or_those_it_may_mean(queue: 
     assert queue.matching(specs[0].id) == [specs[0].id]
     assert queue.matching("0001") == [specs[0].id, specs[9].id, specs[10].id]
     assert queue.matching("001") == []
+
+
+def test_the_line_tells_whether_another_job_has_the_same_loras(queue: JobQueue) -> None:
+    style = Lora(name="style", sha256="a" * 64)
+    scales = (1.0, 0.5, None, 1.0)
+    own, other, plain, same = (
+        spec.model_copy(update={"loras": (style.model_copy(update={"scale": scale}),) if scale else ()})
+        for spec, scale in zip(jobs(4), scales, strict=True)
+    )
+    queue.submit([other, plain])
+
+    assert not queue.share_loras(own, 50)
+    queue.submit([same])
+    assert queue.share_loras(own, 50)
+    assert not queue.share_loras(own, 1)
+    assert not queue.share_loras(own.model_copy(update={"model": "tiny-flux-dev"}), 50)
 
 
 def test_scripts_get_valid_json_for_any_prompt_and_error(queue: JobQueue) -> None:

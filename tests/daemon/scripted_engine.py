@@ -122,7 +122,7 @@ def run(link: Link, config: settings.Config, ledger: Ledger, message: dict, canc
     word = words[min(message["attempt"], len(words)) - 1]
     note(config, f"start {spec.id}")
     (config.paths.outbox / "engines.log").open("a").write(f"{os.getpid()}\n")
-    told = {name: message[name] for name in ("attempt", "waiting", "overruns", "refused")}
+    told = {name: message[name] for name in ("attempt", "waiting", "again", "overruns", "refused")}
     (config.paths.outbox / "told.log").open("a").write(json.dumps({"id": spec.id, **told}) + "\n")
     plan = plan_of(message)
     link.send("phase", execution, phase="load", plan=plan.model_dump(mode="json"))

@@ -167,7 +167,7 @@ def test_ram_that_cuda_could_not_pin_is_the_hosts_memory() -> None:
 def test_a_plan_heeds_what_the_worker_knows_of_the_job() -> None:
     overrun = Overrun(phase="denoise", memory="device", rung="bf16", predicted_bytes=3)
     found = circumstances_of(
-        {"waiting": 7, "overruns": [overrun.model_dump(mode="json")], "refused": ["nf4"], "attempt": 2}
+        {"waiting": 7, "overruns": [overrun.model_dump(mode="json")], "refused": ["nf4"], "again": True, "attempt": 2}
     )
 
     assert (found.waiting, found.overruns, found.refused) == (7, (overrun,), ("nf4",))

@@ -19,6 +19,7 @@ import pytest
 
 from safelight.jobqueue import JobQueue
 from safelight.jobspec import JobSpec
+from safelight.lora import Lora
 from safelight.plan import Overrun, PhasePrediction, Plan
 from safelight.receipt import Receipt
 from safelightd import calibration, shortage
@@ -56,6 +57,16 @@ def told(worker: Running, spec: JobSpec) -> list[dict[str, Any]]:
     """Return what each attempt of a job was told."""
     lines = (worker.installation.paths.outbox / "told.log").read_text().splitlines()
     return [message for message in map(json.loads, lines) if message.pop("id") == spec.id]
+
+
+def test_a_job_is_told_whether_another_with_its_loras_waits(worker: Running) -> None:
+    style = Lora(name="style", sha256="a" * 64)
+    specs = [spec.model_copy(update={"loras": (style,)}) for spec in specs_of(worker.installation, ["ok", "ok"])]
+    (plain,) = specs_of(worker.installation, ["ok"])
+    worker.queue.submit([*specs, plain])
+    worker.all_in([*specs, plain], "done")
+
+    assert [told(worker, spec)[0]["again"] for spec in (*specs, plain)] == [True, False, False]
 
 
 def engines(worker: Running) -> list[str]:

@@ -21,6 +21,7 @@ from safelight.plan import Plan
 from safelightd import pipelines
 from safelightd.assembly import PinnedSet
 from safelightd.checkpoint import NOWHERE, Checkpoint
+from safelightd.fused import Results
 from safelightd.loading import Loader, controlnet_folder, model_folder
 from safelightd.pipelines import Frame
 from safelightd.progress import Watch
@@ -101,6 +102,7 @@ class Run:
     control_image: Image.Image | None = None
     controlnet: Path | None = None
     """The folder of the ControlNet, where it is not the table's."""
+    fused: Results | None = None
 
     def __post_init__(self) -> None:
         facts = MODELS[self.spec.model]
@@ -114,6 +116,7 @@ class Run:
             models_folder=self.models_folder,
             pinned=self.pinned,
             loras=self.loras,
+            fused=self.fused,
             controlnet=self._controlnet(facts),
         )
         self.watch = Watch(self.sent.append, self.stop, NoMeter())

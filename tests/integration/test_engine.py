@@ -33,7 +33,8 @@ def breaks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_error_that_breaks_cuda_is_told_in_its_own_words(breaks: None, installation: Installation) -> None:
     (spec,) = specs_of(installation, ["a fox"])
     ours, theirs = (Link(end) for end in socket.socketpair())
-    message = {"spec": spec.model_dump(mode="json"), "attempt": 1, "waiting": 1, "overruns": [], "refused": []}
+    asked = {"attempt": 1, "waiting": 1, "again": False, "overruns": [], "refused": []}
+    message = {"spec": spec.model_dump(mode="json"), **asked}
 
     goes_on = Engine(installation.config, theirs)._answer({"execution": "job_1", **message}, setting_of(installation))
     theirs.close()

@@ -49,14 +49,16 @@ def list_models(client: Client, *, as_json: bool) -> None:
     of it is; BF16 its size in memory unless it is held in less. HERE tells one that is whole from one that is being
     pulled, or was until something stopped it, from one that lacks files, and from one whose disk has gone. CONTROLNETS
     says the same of what may lead it. PREPARED is what `safelight models prepare` has stored; one made of other weights
-    than are there now is not used.
+    than are there now is not used. What is kept of jobs with LoRAs ([worker] fused_gib) stands behind it.
     """
-    from safelight import display, inventory
+    from safelight import display, fused, inventory
     from safelight.models import folder
 
     defaults = client.config.settings.defaults
     default_keys = (defaults.image_model, defaults.video_model)
     stored = _prepared(client)
+    kept_in = client.config.paths.models / fused.FOLDER
+    kept = {facts.key: fused.held_bytes(kept_in / facts.key) for facts in client.models.values()}
     standings = {facts.key: inventory.standing(facts, client.config.paths.models) for facts in client.models.values()}
     rows = [
         {
@@ -78,6 +80,7 @@ def list_models(client: Client, *, as_json: bool) -> None:
             "repository": facts.repository,
             "prepared": stored.get(facts.key, []),
             "controlnets": _controlnets(client, facts),
+            "fused_bytes": kept[facts.key],
         }
         for facts in client.models.values()
     ]
@@ -94,7 +97,7 @@ def list_models(client: Client, *, as_json: bool) -> None:
             "tiny" if facts.tiny else display.gib(2 * sum(facts.components.values())),
             _here(standings[facts.key], facts),
             ", ".join(f"{net['key']} {net['here']}" for net in _controlnets(client, facts)) or "-",
-            _shown(stored.get(facts.key, [])),
+            _shown(stored.get(facts.key, []), kept[facts.key]),
             facts.licence,
             ", ".join([str(folder(facts, client.config.paths.models)), *facts.component_paths.values()]),
         ]
@@ -163,10 +166,13 @@ def _prepared(client: Client) -> dict[str, list[dict[str, object]]]:
     return found
 
 
-def _shown(stored: list[dict[str, object]]) -> str:
-    words = (
+def _shown(stored: list[dict[str, object]], kept_bytes: int) -> str:
+    from safelight import display
+
+    words = [
         f"{row['precision']} {row['component']}{'' if row['current'] else ' (of other weights)'}" for row in stored
-    )
+    ]
+    words += [f"{display.gib(kept_bytes)} with LoRAs"] if kept_bytes else []
     return ", ".join(words) or "-"
 
 
@@ -269,6 +275,7 @@ def _read(client: Client, registration: Registration) -> list[str]:
 @models.command()
 @click.argument("key")
 @click.option("--yes", is_flag=True, help="Do not ask before files are removed.")
+@click.option("--fused", "only_fused", is_flag=True, help="Only what is kept of its jobs with LoRAs, without asking.")
 @click.option(
     "--delete",
     "doomed",
@@ -279,17 +286,21 @@ def _read(client: Client, registration: Registration) -> list[str]:
 )
 @pass_client
 @click.pass_context
-def rm(ctx: click.Context, client: Client, key: str, *, yes: bool, doomed: tuple[Path, ...]) -> None:
+def rm(ctx: click.Context, client: Client, key: str, *, yes: bool, only_fused: bool, doomed: tuple[Path, ...]) -> None:
     """Remove a model from safelight.
 
     A registered one is forgotten: its own files stay, unless --delete names them. A pulled one is removed, after a
-    question or with --yes. What was prepared of either goes with it. Of a folder that you put below the models folder
-    by hand, nothing is touched.
+    question or with --yes. What was prepared or kept of either goes with it. Of a folder that you put below the models
+    folder by hand, nothing is touched. With --fused the model stays, and what jobs have kept of its LoRAs goes.
     """
     from safelight import display, removal
     from safelight.errors import Fault, InvalidJob
 
     config = client.config
+    if only_fused:
+        if doomed:
+            raise click.UsageError("--delete is for files of your own, and --fused leaves those alone.")
+        ctx.exit(_empty_fused(client, key))
     plan = removal.plan(key, config, client.models, [place.expanduser().absolute() for place in doomed])
     for place in plan.doomed:
         click.echo(f"{place}: {display.gib(removal.size_bytes(place))}", err=True)
@@ -306,6 +317,24 @@ def rm(ctx: click.Context, client: Client, key: str, *, yes: bool, doomed: tuple
     except OSError as error:
         raise _unwritable(client, error) from error
     click.echo(f"{key} is {'forgotten' if plan.registered else 'removed'}")
+
+
+def _empty_fused(client: Client, key: str) -> int:
+    """Remove what is kept of a model's LoRAs; return the exit code."""
+    from safelight import display, removal
+    from safelight.errors import Fault, InvalidJob
+    from safelight.models import KEY
+
+    if not KEY.fullmatch(key):
+        raise InvalidJob([Fault(key, "is not a model", f"Known: {', '.join(client.models.near(key))}.")])
+    try:
+        freed, left = removal.empty_fused(key, client.config)
+    except OSError as error:
+        raise _unwritable(client, error) from error
+    for place in left:
+        click.echo(f"{place}: a job uses it. Run this again when it is done.", err=True)
+    click.echo(f"{display.gib(freed)} of {key} with LoRAs removed")
+    return 1 if left else 0
 
 
 @models.command()
@@ -370,13 +399,13 @@ def pull(ctx: click.Context, key: str, *, controlnet: str | None, yes: bool, for
 @pass_client
 @click.pass_context
 def verify(ctx: click.Context, client: Client, key: str | None) -> None:
-    """Read what was pulled, registered or prepared and compare it with its digests.
+    """Read what was pulled, registered, prepared or kept and compare it with its digests.
 
     All models, or one. A file of the hub's cache is compared with its name there. Any other registered file is read for
     the first time then, and compared with that from then on; stopped, it goes on with the next file. Exit code 1 when a
     file is damaged; the line says which, and what to do.
     """
-    from safelight import prepared, pulled, registered
+    from safelight import fused, prepared, pulled, registered
     from safelight.errors import Fault, InvalidJob
 
     if key is not None and key not in client.models:
@@ -395,6 +424,10 @@ def verify(ctx: click.Context, client: Client, key: str | None) -> None:
         if key in (None, folder.parts[-3]):
             found += 1
             faults += _told(prepared.damage(folder), f"{'/'.join(folder.parts[-3:])} is as it was written")
+    for folder in fused.folders(client.config.paths.models):
+        if key in (None, folder.parts[-4]):
+            found += 1
+            faults += _told(fused.damage(folder), f"{'/'.join(folder.parts[-4:])} is as it was written")
     if not found:
         click.echo(f"nothing{f' of {key}' if key else ''} is pulled, registered or prepared", err=True)
     ctx.exit(1 if faults else 0)
