@@ -20,7 +20,7 @@ from tests.conftest import Installation
 from tests.daemon.test_worker import specs_of
 from tests.integration.lora_files import rescaled, step_distilled, weights_of
 from tests.integration.rendering import MODELS, Run, plan_for, spec_for
-from tests.integration.test_lora_jobs import run as run_job
+from tests.integration.warm_engine import receipts
 
 MODEL = "tiny-wan-t2v-a14b"
 AUTHORS: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 1.0, "guidance_scale_2": 1.0, "flow_shift": 5.0}
@@ -160,7 +160,7 @@ def test_the_receipt_names_both_files_by_digest_and_for_which_expert_each_was(
         loras="lightning/high_noise_model:1:high, lightning/low_noise_model:1:low",
     )  # fmt: skip
 
-    receipt = run_job(spec, installation)
+    receipt = receipts(installation)(spec)
 
     of_files = {expert: lora for expert, ((lora, _), _) in named.items()}
     assert [(lora.expert, lora.sha256, lora.size_bytes) for lora in receipt.spec.loras] == [
