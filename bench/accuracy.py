@@ -22,12 +22,13 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.pool import Pool
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,8 @@ FIRST_FRAME_DB = 25.0
 LOST_MAX = 2.0
 """Points of percent that a precision may lose which the planner chooses by itself."""
 CHOSEN_BY_AUTO = ("bf16", "fp16", "fp8-dynamic", "fp8-weight-only", "int8-weight-only", "nf4", "int8-dynamic")
+
+NO_PATHS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -98,21 +101,21 @@ def main() -> int:
 def _compared(
     facts: ModelFacts, folder: Path, others: list[Technique], arguments: argparse.Namespace, readers: Pool
 ) -> Iterator[dict[str, Any]]:
-    asked = _asked(facts, arguments.prompts)
+    asked = ask(facts, arguments.prompts)
     exact: Any = None
     resident: dict[str, Any] = {}
     right: list[bool] = []
     for technique in [Technique("float32", {"dtype": "float32", "precision": "fp32"}), *others]:
         began = time.perf_counter()
         try:
-            shown = _rendered(facts, folder, technique, asked, arguments)
+            shown = rendered(facts, folder, technique, asked, arguments.device)
         except Exception as error:  # noqa: BLE001 - a technique that fails is a result
             line: dict[str, Any] = {"plan": technique.name, "error": f"{type(error).__name__}: {error}"[:300]}
         else:
-            answers = _verdicts(facts, asked, shown, readers)
+            answers = verdicts(facts, asked, shown, readers)
             exact, right = (shown, [answer["all"] for answer in answers]) if exact is None else (exact, right)
             line = _line(technique.name, asked, answers, right, shown, exact)
-            same = resident.setdefault(_plan(facts, technique, arguments).precision, shown)
+            same = resident.setdefault(plan_of(facts, technique, arguments.device).precision, shown)
             line["differs_from_resident"] = int(np.abs(shown.astype(np.int16) - same.astype(np.int16)).max())
             line["seconds"] = round(time.perf_counter() - began, 1)
         print(json.dumps(line), flush=True)
@@ -126,7 +129,7 @@ def _compared(
         yield line
 
 
-def _asked(facts: ModelFacts, count: int) -> Asked:
+def ask(facts: ModelFacts, count: int) -> Asked:
     clip = facts.kind == "video"
     world = World("cpu", SEED)
     scenes = world.scenes(count, "held out", clip=clip)
@@ -155,10 +158,12 @@ def _plans(facts: ModelFacts) -> list[Technique]:
 
 
 @contextmanager
-def _pipeline(facts: ModelFacts, folder: Path, plan: Plan) -> Iterator[Any]:
+def _pipeline(
+    facts: ModelFacts, folder: Path, plan: Plan, component_paths: Mapping[str, str] = NO_PATHS
+) -> Iterator[Any]:
     """Have the stock pipeline with modules as the loader holds and moves them for this plan."""
     pinned = PinnedSet(limit_bytes=2**30)
-    loader = Loader(folder, plan, blocks=facts.blocks, pinned=pinned)
+    loader = Loader(folder, plan, component_paths, blocks=facts.blocks, pinned=pinned)
     names = list(facts.components)
     with ExitStack() as held:
         parts = {name: held.enter_context(loader.component(name, plan.device)) for name in names}
@@ -173,27 +178,29 @@ def _pipeline(facts: ModelFacts, folder: Path, plan: Plan) -> Iterator[Any]:
     held_by.release()
 
 
-def _plan(facts: ModelFacts, technique: Technique, arguments: argparse.Namespace) -> Plan:
+def plan_of(facts: ModelFacts, technique: Technique, device: str) -> Plan:
+    """Return the plan of a technique: in bf16 with everything on the device, but for what it changes."""
     base = Plan(
-        model=facts.key, device=arguments.device, dtype="bfloat16", precision="bf16", offload="model",
-        vae_tiling=False, text_encoder_device=arguments.device,
+        model=facts.key, device=device, dtype="bfloat16", precision="bf16", offload="model",
+        vae_tiling=False, text_encoder_device=device,
     )  # fmt: skip
     return base.model_copy(update=technique.plan)
 
 
 @torch.no_grad()
-def _rendered(
-    facts: ModelFacts, folder: Path, technique: Technique, asked: Asked, arguments: argparse.Namespace
-) -> Any:
-    """Return (prompts, [T,] H, W, 3) uint8."""
-    plan = _plan(facts, technique, arguments)
+def rendered(
+    facts: ModelFacts, folder: Path, technique: Technique, asked: Asked, device: str,
+    component_paths: Mapping[str, str] = NO_PATHS,
+) -> Any:  # fmt: skip
+    """Return (prompts, [T,] H, W, 3) uint8; `component_paths` as the daemon's loader takes them."""
+    plan = plan_of(facts, technique, device)
     size = {"width": facts.defaults.width, "height": facts.defaults.height}
     steps = {"num_inference_steps": facts.defaults.num_inference_steps, "output_type": "np"}
     shown = []
     cache = caches.read(plan.cache) if plan.cache else None
     # first-block decides by all that a forward sees: one prompt, as in a job.
     at_once = 1 if cache and cache.kind == "first-block" else AT_ONCE[facts.family]
-    with _pipeline(facts, folder, plan) as pipe:
+    with _pipeline(facts, folder, plan, component_paths) as pipe:
         pipe.set_progress_bar_config(disable=True)
         for first in range(0, len(asked.prompts), at_once):
             prompts = asked.prompts[first : first + at_once]
@@ -214,7 +221,7 @@ def _from_pictures(
     facts: ModelFacts, folder: Path, asked: Asked, arguments: argparse.Namespace, readers: Pool
 ) -> dict[str, Any]:
     """Animate each clip's true first frame, one at a time: the stock pipeline takes one picture for a batch."""
-    plan = _plan(facts, Technique("float32", {"dtype": "float32", "precision": "fp32"}), arguments)
+    plan = plan_of(facts, Technique("float32", {"dtype": "float32", "precision": "fp32"}), arguments.device)
     count = min(len(asked.prompts), arguments.from_pictures)
     shown = []
     with _pipeline(facts, folder, plan) as pipe:
@@ -236,7 +243,7 @@ def _from_pictures(
     return {
         "plan": "float32, from pictures", "prompts": count,
         "first_frame_psnr_db": round(float(np.mean(kept)), 2), "first_frame_psnr_db_min": round(min(kept), 2),
-        **accuracy(some.scenes, _verdicts(facts, some, shown, readers)),
+        **accuracy(some.scenes, verdicts(facts, some, shown, readers)),
     }  # fmt: skip
 
 
@@ -251,7 +258,7 @@ def _generators(first: int, count: int) -> list[torch.Generator]:
     return [torch.Generator("cpu").manual_seed(SEED + first + i) for i in range(count)]
 
 
-def _verdicts(facts: ModelFacts, asked: Asked, shown: Any, readers: Pool) -> list[dict[str, bool]]:
+def verdicts(facts: ModelFacts, asked: Asked, shown: Any, readers: Pool) -> list[dict[str, bool]]:
     read = clip_verdict if facts.kind == "video" else verdict
     return readers.starmap(read, zip(asked.scenes, shown, strict=True), chunksize=READ_AT_ONCE)
 

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from bench import layouts
 
 from safelightd import tiny
-from tests import other_layouts as layouts
 from tests.conftest import Installation
 from tests.e2e.test_chaos import Daemon
 from tests.e2e.test_readme import SETTINGS, block, shell

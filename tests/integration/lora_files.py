@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from bench.layouts import wan_of_authors
 from safetensors.torch import load_file, save_file
 
 from safelight.lora import Lora
 from safelightd.loading import model_folder
 from tests.integration.rendering import MODELS
-from tests.other_layouts import wan_of_authors
 
 RANK = 4
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench import layouts
 from click.testing import Result
 
 from safelight import config as settings
 from safelight import models, registered
 from safelight.models import Models
 from safelightd import tiny
-from tests import other_layouts as layouts
 from tests.cli_steps import runner
 from tests.conftest import Installation
 

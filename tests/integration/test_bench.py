@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bench import cases, fullsize, gpu_cache, gpu_video, gpu_video_a14b, shapes
+import torch
+from bench import cases, fullsize, gpu_cache, gpu_files, gpu_video, gpu_video_a14b, shapes
 
 from safelight import caches, models
 
@@ -79,6 +81,59 @@ def test_an_expert_that_is_all_on_the_gpu_is_what_the_largest_clip_on_16_gb_is_j
     assert (step["measured"], step["ok"]) == (1.2, False)
     assert (swap["measured"], swap["ok"]) == (11.0, False)
     assert len(gpu_video_a14b.step_bars([case])) == 1
+
+
+def test_single_files_are_tried_in_little(capsys: pytest.CaptureFixture[str]) -> None:
+    code = gpu_files.main(["--tiny"])
+    first, *tried, left_out = map(json.loads, capsys.readouterr().out.splitlines())
+
+    assert code == 0, tried
+    assert (first["layout"], first["prompts"]) == ("published", 2)
+    assert [(line["layout"], line["plan"]) for line in tried if "layout" in line] == [
+        ("bf16 authors", "bf16"),
+        ("fp8 scaled", "bf16"),
+        ("fp8 scaled", "int8-weight-only"),
+        ("fp8 scaled", "nf4"),
+        ("Q4_0", "bf16"),
+    ]
+    assert [line["decoder"] for line in tried if "decoder" in line] == ["Q6_K", "fp8_e4m3 by row"]
+    assert all(line["finite"] > line["numbers"] / 2 for line in tried if "decoder" in line)
+    assert "Q4_K" in left_out["left_out"]
+
+
+def test_weights_are_the_same_only_with_the_same_bits_and_dtype() -> None:
+    zeros = torch.zeros(2, 3)
+
+    assert gpu_files._same_bits(zeros, zeros.clone())
+    assert not gpu_files._same_bits(zeros, -zeros)
+    assert not gpu_files._same_bits(zeros, zeros.int())
+    assert not gpu_files._same_bits(zeros, zeros.view(3, 2))
+
+
+def exact_line(**changes: Any) -> dict[str, Any]:
+    same = {"lost_points": 0.0, "largest_difference": 0, "streamed_differs": {"ram": 0}, "weights_differing": 0}
+    return same | changes
+
+
+@pytest.mark.parametrize(
+    ("layout", "plan", "prompts", "changes", "ok"),
+    [
+        ("fp8", "bf16", 64, {"lost_points": 10.0, "largest_difference": 90}, True),
+        ("fp8", "bf16", 64, {"lost_points": 10.1}, False),
+        ("fp8", "bf16", 8, {"lost_points": 12.5}, True),
+        ("Q4_0", "bf16", 64, {"lost_points": 50.0}, True),
+        ("fp8", "nf4", 64, {"lost_points": 50.0}, True),
+        ("Q4_0", "bf16", 64, {"weights_differing": 1}, False),
+        ("fp8", "nf4", 64, {"streamed_differs": {"ram": 1}}, False),
+        ("bf16 authors", "bf16", 64, {"largest_difference": 1}, False),
+    ],
+)
+def test_a_layout_is_judged_by_its_bits(
+    layout: str, plan: str, prompts: int, changes: dict[str, Any], ok: bool
+) -> None:
+    of_name = {each.name: each for each in gpu_files._layouts("flux", tiny=False)}
+
+    assert gpu_files._is_held(of_name[layout], plan, prompts, exact_line(**changes)) is ok
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")

@@ -8,11 +8,11 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from bench import layouts
 from safetensors.torch import load_file
 
 from safelight.errors import InvalidJob
 from safelightd.loading import Loader, model_folder
-from tests import other_layouts as layouts
 from tests.integration.lora_files import random_lora
 from tests.integration.rendering import MODELS, PLACEMENTS, Run, plan_for, spec_for
 

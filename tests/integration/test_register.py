@@ -14,13 +14,13 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from bench import layouts
 
 from safelight import config as settings
 from safelight import register, registered
 from safelight.errors import InvalidJob
 from safelight.paths import SYSTEM_CONFIG
 from safelightd.loading import model_folder
-from tests import other_layouts as layouts
 from tests.cli_steps import runner
 from tests.conftest import Installation
 from tests.integration import registering

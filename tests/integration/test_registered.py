@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bench import layouts
 from click.testing import Result
 
 from safelight import config as settings
@@ -20,7 +21,6 @@ from safelightd import holds, pull
 from safelightd.claim import claimed
 from safelightd.loading import BadModelFolder, model_folder
 from safelightd.prepare import prepare
-from tests import other_layouts as layouts
 from tests.cli_steps import process, runner
 from tests.conftest import Installation
 from tests.integration import registering

@@ -1,6 +1,6 @@
 """Transformers in single files, in the layouts that other programs use: the bits of diffusers' folder, and jobs.
 
-What is read is compared with weights turned into each layout by hand (tests/other_layouts.py) and with the reference
+What is read is compared with weights turned into each layout by hand (bench/layouts.py) and with the reference
 decoder of GGUF.
 """
 
@@ -15,13 +15,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from bench import layouts
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
 from safelightd import singlefile, skeleton
 from safelightd.loading import Loader, model_folder
 from safelightd.weights import BadModelFolder, Reader, Stored
-from tests import other_layouts as layouts
 from tests.integration.rendering import MODELS, PLACEMENTS, Run, plan_for, spec_for
 
 FLUX = "tiny-flux-dev"

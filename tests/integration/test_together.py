@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from bench import layouts
 
 from safelight import inputs
 from safelight.caches import Cache
@@ -18,7 +19,6 @@ from safelight.jobspec import JobSpec
 from safelight.lora import Lora
 from safelightd import checkpoint, metadata, tiny
 from safelightd.assembly import PinnedSet
-from tests import other_layouts as layouts
 from tests.conftest import Installation
 from tests.daemon.test_worker import specs_of
 from tests.integration import registering
