@@ -7,7 +7,7 @@ a forward that will leave blocks out, so that nothing passes for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -47,36 +47,38 @@ def caching(
     if cache is None:
         yield _uncached
         return
-    asked, ran = 0, [0]
+    asked, ran, began = 0, [0], [0]
     paths = [name for name, part in transformer.named_children() if _is_blocks(part)]
     blocks = [block for _, block in running_order(transformer, paths)]
-    _count(blocks[-1], ran)
-    began = [0]
-    _count(blocks[0], began)
-    transformer.enable_cache(_config(cache, dtype))
-    _tell_when_decided(blocks, began)
+    with ExitStack() as leaving:
+        leaving.enter_context(_counting(blocks[-1], ran))
+        leaving.enter_context(_counting(blocks[0], began))
+        transformer.enable_cache(_config(cache, dtype))
+        leaving.callback(transformer.disable_cache)
+        # Else its tensors live as long as a name points at it.
+        leaving.callback(transformer._reset_stateful_cache)  # noqa: SLF001 - diffusers has no other
+        leaving.enter_context(_telling_when_decided(blocks, began))
 
-    @contextmanager
-    def around(prompt: int) -> Iterator[None]:
-        nonlocal asked
-        _say(blocks, left_out=False)
-        with transformer.cache_context(PROMPTS[prompt]):
-            yield
-        asked += 1
+        @contextmanager
+        def around(prompt: int) -> Iterator[None]:
+            nonlocal asked
+            _say(blocks, left_out=False)
+            with transformer.cache_context(PROMPTS[prompt]):
+                yield
+            asked += 1
 
-    try:
-        yield around
-    finally:
-        tell(asked, asked - ran[0])
-        transformer._reset_stateful_cache()  # noqa: SLF001 - else its tensors live as long as a name points at it
-        transformer.disable_cache()
+        try:
+            yield around
+        finally:
+            tell(asked, asked - ran[0])
 
 
 def _is_blocks(part: nn.Module) -> bool:
     return isinstance(part, nn.ModuleList) and len(part) > 0
 
 
-def _count(block: nn.Module, ran: list[int]) -> None:
+@contextmanager
+def _counting(block: nn.Module, ran: list[int]) -> Iterator[None]:
     """Count how often a block computes: a cache that skips it does not ask for this forward."""
     forward = block.forward
 
@@ -84,10 +86,12 @@ def _count(block: nn.Module, ran: list[int]) -> None:
         ran[0] += 1
         return forward(*given, **named)
 
-    block.forward = counted
+    with _going_through(block, counted):
+        yield
 
 
-def _tell_when_decided(blocks: Sequence[nn.Module], began: list[int]) -> None:
+@contextmanager
+def _telling_when_decided(blocks: Sequence[nn.Module], began: list[int]) -> Iterator[None]:
     """Say of all blocks, once the first has run or was left out, whether they compute in this forward."""
     first = blocks[0]
     forward = first.forward
@@ -100,7 +104,22 @@ def _tell_when_decided(blocks: Sequence[nn.Module], began: list[int]) -> None:
         _say(blocks, left_out=not computes)
         return made
 
-    first.forward = decided
+    with _going_through(first, decided):
+        yield
+
+
+@contextmanager
+def _going_through(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Have a block's forward replaced until this ends."""
+    before = vars(block).get("forward")
+    block.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del block.forward
+        else:
+            block.forward = before
 
 
 def _say(blocks: Sequence[nn.Module], *, left_out: bool) -> None:

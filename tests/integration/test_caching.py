@@ -10,6 +10,7 @@ import torch
 
 from safelight.caches import Cache
 from safelightd import runjob, streaming
+from safelightd.caching import caching
 from safelightd.loading import Loader, model_folder
 from safelightd.progress import Cancelled
 from tests.conftest import Installation
@@ -70,6 +71,20 @@ def test_a_threshold_of_nothing_leaves_the_bits_as_they_are(job: str, tiny_model
 
     assert torch.equal(cached.latents(), run_of(JOBS[job], tiny_models_folder, None).latents())
     assert (cached.watch.forwards, cached.watch.skipped) == (forwards_of(cached), 0)
+
+
+@pytest.mark.parametrize("kind", EAGER)
+def test_a_transformer_that_had_a_cache_is_as_it_was(kind: str, tiny_models_folder: Path) -> None:
+    """What is left around its blocks would grow with each cache, until Python's stack ends."""
+    run = run_of(JOBS["FLUX"], tiny_models_folder, EAGER[kind])
+    with run.loader.component("transformer", "cpu") as transformer:
+        blocks = [block for part in transformer.children() if isinstance(part, torch.nn.ModuleList) for block in part]
+        before = [block.forward for block in blocks]
+        for _ in range(3):
+            with caching(transformer, run.spec.cache, torch.float32, lambda _asked, _skipped: None):
+                assert blocks[0].forward != before[0]
+
+        assert [block.forward for block in blocks] == before
 
 
 @pytest.mark.parametrize("kind", EAGER)
