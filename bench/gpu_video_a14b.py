@@ -46,7 +46,7 @@ PARTS = ("resident", "compiled", "cases")
 PRECISIONS = ("fp8-dynamic", "fp8-weight-only", "nf4", "bf16")
 
 SIZE = (832, 480, 81)
-FITS = {16: ("832x480x81", "832x480x49"), 12: ("832x480x81", "832x480x49"), 8: ("832x480x49",)}
+FITS = {16: ("832x480x81", "832x480x49"), 12: ("832x480x81", "832x480x49"), 8: ("832x480x81", "832x480x49")}
 """What must run on a card of so many GB."""
 
 STEP_SHARE = 1.15

@@ -26,6 +26,10 @@ FAMILIES: dict[str, tuple[Precision, ...]] = {
 """What the words of a job stand for. auto leaves fp8-quanto out: fp8-weight-only is as good and can be streamed."""
 
 
+COMPILED_EXPERTS: tuple[Precision, ...] = (*PLAIN, "fp8-dynamic")
+"""What is compiled of Wan by itself where a model has two experts: of A14B fp8-dynamic was measured, a step at 0.71 of
+bf16 that is resident and eager; of the 5B bf16 alone (docs/numbers.md). Others where a person asks."""
+
 AUTO_PLACEMENTS: tuple[Placement, ...] = ("model", "partial", "leaf", "sequential")
 """Not block: partial with all blocks streamed is the same, and pins less."""
 
@@ -42,7 +46,7 @@ def dtype_of(precision: Precision, machine: Machine) -> Dtype:
     return "float16" if precision == "fp16" or pace.capability(machine) < (8, 0) else "bfloat16"
 
 
-def ways(spec: JobSpec, machine: Machine) -> tuple[list[Way], list[str]]:
+def ways(spec: JobSpec, facts: ModelFacts, machine: Machine) -> tuple[list[Way], list[str]]:
     """Return the ways that the job allows and this machine has, and why others do not go."""
     placements: Sequence[Any] = AUTO_PLACEMENTS if spec.offload == "auto" else (spec.offload,)
     switches = {"auto": (False, True), "on": (True,), "off": (False,)}
@@ -53,9 +57,8 @@ def ways(spec: JobSpec, machine: Machine) -> tuple[list[Way], list[str]]:
         )
     ]
     if spec.compile == "auto" and spec.kind == "video":
-        # Of Wan only plain weights have been compiled and measured: 1,117 ms a forward became 924 (TI2V-5B,
-        # 1280x704x121, H100, torch 2.11, 2026-11-22). Others where a person asks.
-        every = [way for way in every if not way.compiled or way.precision in PLAIN]
+        compiled = COMPILED_EXPERTS if "transformer_2" in facts.blocks else PLAIN
+        every = [way for way in every if not way.compiled or way.precision in compiled]
     if spec.precision == "auto":
         every = [way for way in every if way.precision != "fp16" or pace.capability(machine) < (8, 0)]
     if spec.low_cpu_mem_usage == "auto":
@@ -72,14 +75,14 @@ def ways(spec: JobSpec, machine: Machine) -> tuple[list[Way], list[str]]:
     return legal, list(dict.fromkeys(reason for way in asked if (reason := refused(way, machine))))
 
 
-def encoder_reasons(spec: JobSpec, machine: Machine) -> list[str]:
+def encoder_reasons(spec: JobSpec, facts: ModelFacts, machine: Machine) -> list[str]:
     """Return why the text encoder cannot be held as the job insists; nothing where it can."""
     asked = spec.text_encoder_precision
     if asked == "auto":
         return []
     if asked == "fp8-dynamic":
         return ["text_encoder_precision fp8-dynamic is not offered: it pays over many steps. Use fp8-weight-only."]
-    dtypes = {dtype_of(way.precision, machine) for way in ways(spec, machine)[0]}
+    dtypes = {dtype_of(way.precision, machine) for way in ways(spec, facts, machine)[0]}
     plain: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16"}
     if asked in plain:
         other = f"text_encoder_precision {asked} is not what the job computes in. Leave it out."
@@ -148,7 +151,7 @@ def denoise_rungs(
     calibration: Calibration,
 ) -> Iterator[Rung]:  # fmt: skip
     """Yield the ways to denoise. `room_bytes` is what the device has for it: partial residency fills it."""
-    for way in ways(spec, machine)[0]:
+    for way in ways(spec, facts, machine)[0]:
         if way.precision in circumstances.refused and spec.precision in FAMILIES:
             continue
         held = before.model_copy(

@@ -58,7 +58,7 @@ def make_plan(
     facts = models[spec.model]
     if spec.backend == "wan-cli":
         return _plan_of_own_program(spec, facts, machine)
-    _refuse_unoffered(spec, machine, circumstances.refused)
+    _refuse_unoffered(spec, facts, machine, circumstances.refused)
     try:
         return _plan(spec, facts, machine, calibration, circumstances)
     except _Lacking as lacking:
@@ -81,7 +81,7 @@ def _plan_of_own_program(spec: JobSpec, facts: ModelFacts, machine: Machine) -> 
     return wan_cli_plan.plan_of(spec, facts, machine)
 
 
-def _refuse_unoffered(spec: JobSpec, machine: Machine, refused: Sequence[str]) -> None:
+def _refuse_unoffered(spec: JobSpec, facts: ModelFacts, machine: Machine, refused: Sequence[str]) -> None:
     """Raise InvalidJob where the job insists on what this device has no way for, all reasons at once."""
     where = spec.id or spec.model
     if machine.device == "cpu":
@@ -101,9 +101,9 @@ def _refuse_unoffered(spec: JobSpec, machine: Machine, refused: Sequence[str]) -
         if faults:
             raise InvalidJob(faults)
         return
-    ways, reasons = ladder.ways(spec, machine)
+    ways, reasons = ladder.ways(spec, facts, machine)
     faults = [Fault(where, *_parted(reason)) for reason in (reasons if not ways else ())]
-    faults += [Fault(where, *_parted(reason)) for reason in ladder.encoder_reasons(spec, machine)]
+    faults += [Fault(where, *_parted(reason)) for reason in ladder.encoder_reasons(spec, facts, machine)]
     is_open = spec.precision in ladder.FAMILIES
     if ways and is_open and not [way for way in ways if way.precision not in refused]:
         remedy = "The weights may be damaged; fetch the model anew."

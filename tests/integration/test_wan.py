@@ -65,6 +65,23 @@ def test_our_loop_gives_the_bits_of_the_stock_pipeline(fields: dict[str, Any], t
     assert all(np.array_equal(a, b) for a, b in zip(pictures, frames, strict=True))
 
 
+@pytest.mark.parametrize("job", ["5B from text", "5B from a picture", "A14B from text", "A14B from a picture"])
+@pytest.mark.parametrize("size", [(64, 96, 5), (32, 128, 13), (160, 32, 21), (64, 32, 121)], ids=str)
+def test_upright_narrow_and_long_clips_are_those_of_the_stock_pipeline(
+    size: tuple[int, int, int], job: str, tiny_models_folder: Path
+) -> None:
+    width, height, num_frames = size
+    asked = {"width": width, "height": height, "num_frames": num_frames, "num_inference_steps": 2}
+    run = run_of(JOBS[job] | asked, tiny_models_folder)
+    latents, pictures = stock_answer(run)
+
+    frames = run.decode(ours := run.latents())
+
+    assert torch.equal(latents, ours)
+    assert [frame.shape for frame in frames] == [(height, width, 3)] * num_frames
+    assert all(np.array_equal(a, b) for a, b in zip(pictures, frames, strict=True))
+
+
 @pytest.mark.parametrize("job", ["5B from a picture", "A14B from text"])
 def test_steps_are_counted_frames_move_and_each_phase_leaves_no_component(job: str, tiny_models_folder: Path) -> None:
     run = run_of(JOBS[job], tiny_models_folder)
