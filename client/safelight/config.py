@@ -106,7 +106,7 @@ class WorkerSection(_Section):
     host_cache_gib: Gib = "auto"
     attention: Literal["auto"] | Attention = "auto"
     embeddings_gib: float = Field(default=2, ge=0)
-    fused_gib: float = Field(default=32, ge=0)
+    fused_gib: float = Field(default=0, ge=0)
     checkpoint_s: float = Field(default=60, ge=0)
     release: Literal["warm", "process"] = "warm"
     idle_exit_s: float = Field(default=600, ge=0)

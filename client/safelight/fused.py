@@ -37,6 +37,9 @@ RESTS_S = 3600.0
 """A set that was used within this time is not removed for another: jobs that take turns with more LoRAs than there is
 room for would else write a set each, all night."""
 
+FREE_TIMES = 3
+"""So many times [policy] min_free_disk_gib is left free: below one no job starts, and outputs come after this."""
+
 SEEN_S = 30 * 86_400.0
 """After so long it is forgotten that LoRAs were used."""
 
@@ -87,8 +90,7 @@ def set_folder(models_folder: Path, name: str) -> Path:
 
 def sets(models_folder: Path, key: str = "*") -> list[Path]:
     """Return every set, finished or not, the least recently used first."""
-    found = [at for at in (models_folder / FOLDER).glob(f"{key}/*/*") if at.is_dir()]
-    return sorted(found, key=_used_at)
+    return sorted((at for at in _below(models_folder, f"{key}/*/*") if at.is_dir()), key=_used_at)
 
 
 def seen(models_folder: Path, key: str) -> frozenset[str]:
@@ -98,15 +100,23 @@ def seen(models_folder: Path, key: str) -> frozenset[str]:
 
 def folders(models_folder: Path, key: str = "*") -> Iterator[Path]:
     """Yield every finished folder, in order."""
-    for found in sorted((models_folder / FOLDER).glob(f"{key}/*/*/*/{MANIFEST}")):
+    for found in sorted(_below(models_folder, f"{key}/*/*/*/{MANIFEST}")):
         if not found.parent.name.endswith(UNFINISHED):
             yield found.parent
 
 
 def leftovers(models_folder: Path) -> list[Path]:
     """Return what is not finished: it is being written or removed, or a process that did so was ended."""
-    found = (models_folder / FOLDER).glob("*/*/*/*")
+    found = _below(models_folder, "*/*/*/*")
     return [at for at in found if at.is_dir() and (at.name.endswith(UNFINISHED) or not (at / MANIFEST).is_file())]
+
+
+def _below(models_folder: Path, pattern: str) -> list[Path]:
+    """Return what matches; nothing where another process removes a folder just now, or where the disk has gone."""
+    try:
+        return list((models_folder / FOLDER).glob(pattern))
+    except OSError:  # a cache: to look again for the next job costs nothing, and this one must not fail
+        return []
 
 
 def _name(at: Path) -> str:
@@ -141,9 +151,8 @@ def trouble(found: Path, table: Models, versions: Mapping[str, str]) -> str | No
             return "its model is not known any more"
         if (manifest.arithmetic, manifest.versions) != (VERSION, versions):
             return "other versions of the libraries are installed"
-        if not prepared.is_current(
-            manifest, prepared.component_folder(table[manifest.key], _models_folder(found), manifest.component)
-        ):
+        published = prepared.component_folder(table[manifest.key], _models_folder(found), manifest.component)
+        if not prepared.is_current(manifest, published, touched=False):
             return "the published weights are others now"
     except DamagedFolder as error:
         return str(error)
@@ -191,17 +200,17 @@ def damage(found: Path) -> list[str]:
 def held_bytes(at: Path) -> int:
     """Return what lies below a folder."""
     total = 0
-    for file in at.rglob("*"):
-        try:
-            total += file.stat().st_size if file.is_file() else 0
-        except OSError:
-            continue  # another process removes it just now
+    for folder, _, files in os.walk(at):  # which passes over what vanishes
+        for file in files:
+            with suppress(OSError):  # another process removes it just now
+                total += (Path(folder) / file).stat().st_size
     return total
 
 
 def limits(config: Config) -> tuple[int, int]:
-    """Return how many bytes may be kept, and how many of the disk stay free."""
-    return int(config.settings.worker.fused_gib * GIB), int(config.settings.policy.min_free_disk_gib * GIB)
+    """Return how many bytes may be kept, and how many of the disk stay free of them."""
+    reserve = int(FREE_TIMES * config.settings.policy.min_free_disk_gib * GIB)
+    return int(config.settings.worker.fused_gib * GIB), reserve
 
 
 def room_bytes(config: Config, table: Models, whole: Sequence[str], now: float | None = None) -> int:
@@ -223,6 +232,19 @@ def room_bytes(config: Config, table: Models, whole: Sequence[str], now: float |
             going += size
     free = free_bytes(folder) + going - reserve
     return max(min(limit - staying, free), 0)
+
+
+def give_way(config: Config, beside: Path) -> None:
+    """Remove sets, the least recently used first, until [policy] min_free_disk_gib is free where `beside` is.
+
+    Raises:
+        OSError: one cannot be removed.
+    """
+    folder, least = config.paths.models, int(config.settings.policy.min_free_disk_gib * GIB)
+    for at in sets(folder):
+        if free_bytes(folder) >= least or _place(folder).stat().st_dev != beside.stat().st_dev:
+            return
+        remove_set(at)
 
 
 def free_bytes(models_folder: Path) -> int:
@@ -267,7 +289,7 @@ def _used_at(at: Path) -> float:
 
 
 def remove_set(at: Path) -> bool:
-    """Remove a set; False where a process reads or writes any of it."""
+    """Remove a set; False where a process reads or writes any of it, or just made it anew."""
     with ExitStack() as locks:
         inner = [folder for folder in at.glob("*") if folder.is_dir()]
         if not all(locks.enter_context(_locked(folder)) for folder in inner):
@@ -300,7 +322,7 @@ def _locked(folder: Path) -> Iterator[bool]:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield True
+        yield os.fstat(descriptor).st_ino == folder.stat().st_ino
     except BlockingIOError:
         yield False
     finally:

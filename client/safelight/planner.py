@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -60,7 +61,7 @@ def make_plan(
         return _plan_of_own_program(spec, facts, machine)
     _refuse_unoffered(spec, facts, machine, circumstances.refused)
     try:
-        return _plan(spec, facts, machine, calibration, circumstances)
+        return _with_what_is_kept(spec, facts, machine, calibration, circumstances)
     except _Lacking as lacking:
         advice = _what_would_fit(spec, facts, machine, calibration, circumstances)
         problem = (
@@ -69,6 +70,29 @@ def make_plan(
         )
         remedy = f"{max(lacking.there_bytes, 0) / GIB:.1f} GiB is free. {advice}"
         raise DoesNotFit([Fault(spec.id or spec.model, problem, remedy)]) from None
+
+
+def _with_what_is_kept(
+    spec: JobSpec, facts: ModelFacts, machine: Machine, calibration: Calibration, circumstances: Circumstances
+) -> Plan:
+    """Return the plan with the results that are kept of its LoRAs, or are to be, counted.
+
+    What is kept decides nothing about the pixels: the precision is that of a machine that keeps nothing, unless none
+    would fit there.
+    """
+    if not spec.loras or circumstances.without_fused:
+        return _plan(spec, facts, machine, calibration, circumstances)
+    try:
+        plan = _plan(spec, facts, machine, calibration, dataclasses.replace(circumstances, without_fused=True))
+    except _Lacking:
+        return _plan(spec, facts, machine, calibration, circumstances)
+    if not plan.is_quantised:
+        return plan
+    same = spec.model_copy(update={"precision": plan.precision, "compile": "on" if plan.compiled else "off"})
+    try:
+        return _plan(same, facts, machine, calibration, circumstances)
+    except _Lacking:  # what keeping takes beside it does not fit
+        return plan
 
 
 def _plan_of_own_program(spec: JobSpec, facts: ModelFacts, machine: Machine) -> Plan:

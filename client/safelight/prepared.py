@@ -189,8 +189,11 @@ def source(published: Path) -> Source:
     return Source(folder=str(published), files=files)
 
 
-def is_current(manifest: Manifest, published: Path) -> bool:
+def is_current(manifest: Manifest, published: Path, *, touched: bool = True) -> bool:
     """Whether a prepared component was made from what is in this folder now.
+
+    Args:
+        touched: files of other times are looked into: they may have been copied. Else they are others.
 
     Where nothing is left there, nothing speaks against it: published weights may be deleted once they are prepared.
     Files of the same names, sizes and times are taken for the same without being read.
@@ -200,7 +203,9 @@ def is_current(manifest: Manifest, published: Path) -> bool:
         return True
     then = manifest.source.files
     if now == [(file.name, file.size_bytes, file.mtime_ns) for file in then]:
-        return True
+        return touched or manifest.source.folder == str(published)
+    if not touched:
+        return False
     if [name_and_size[:2] for name_and_size in now] != [(file.name, file.size_bytes) for file in then]:
         return False
     return all(

@@ -211,8 +211,6 @@ def assembled(
             if moving:
                 buffers.append(_streamed(module, moving, order, reader, pinned, key, leaving))
             reader.finish()
-        if order.keeper:
-            order.keeper.finish()
         _settle_buffers(module, order.device)
         yield module.eval()
 

@@ -102,6 +102,14 @@ class Results:
             keeper = Keeper(self, component, published, config, stem)
             leaving.callback(keeper.close)
             yield keeper
+            keeper.finish()  # synced while the block went on: a slow disk does not hold up the GPU
+
+    def check_disk(self, needed_bytes: int) -> None:
+        """Raise SafelightError where so much does not fit any more: others write to the disk meanwhile."""
+        _, reserve = fused.limits(self.config)
+        free = fused.free_bytes(self.config.paths.models)
+        if free - needed_bytes < reserve:
+            raise SafelightError(f"{free / 2**30:.1f} GiB are free, of which {reserve / 2**30:.1f} stay free")
 
     def make_room(self, component: str, needed_bytes: int) -> None:
         """Remove what is of no use, then the least recently used sets, until this one fits.
@@ -189,6 +197,9 @@ def _is_damaged(found: Path) -> bool:
 
 
 def _given_up(found: Path, error: Exception) -> Damaged:
+    if isinstance(error, OSError) and error.errno not in (errno.EIO, errno.ENOENT):
+        log.warning("fused.not_read", folder=found, error=error)  # no fault of the folder's
+        return Damaged(f"{found}: {error}")
     log.warning("fused.damaged", folder=found, error=error, remedy="it is removed, and made anew by a later job")
     if found.is_dir():
         _removed(found, "damaged")
@@ -245,6 +256,8 @@ class Keeper:
                 return  # another process has made it meanwhile
             self._source = prepared.source(self._published)
             self._claim.enter_context(storedfolder.emptied(self._unfinished, "keeping"))
+            if self._target.exists():
+                raise SafelightError("another process has made it")
             self._thread = self._claim.enter_context(ThreadPoolExecutor(1, "keeper"))
             shards = split(([entry] for entry in entries), storedfolder.SHARD_BYTES)
             self._shards = dict(zip(storedfolder.names(self._stem, len(shards)), shards, strict=True))
@@ -258,6 +271,7 @@ class Keeper:
             for name, tensor in tensors.items():
                 file = self._shard_of[name]
                 if file not in self._begun:
+                    self._own.check_disk(sum(entry.nbytes for entry in self._shards[file]))
                     self._begun[file] = Shard(self._unfinished / file, self._shards[file])
                 self._begun[file].write(name, tensor)
                 if self._begun[file].is_whole:

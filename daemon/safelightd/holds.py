@@ -10,7 +10,7 @@ from datetime import datetime
 from datetime import time as wall_time
 from pathlib import Path
 
-from safelight import durable, registered
+from safelight import durable, fused, registered
 from safelight.config import Config
 from safelight.jobspec import PRIORITIES
 from safelight.machine import GIB
@@ -114,17 +114,22 @@ def _user(file: Path, queue_says: str | None) -> str | None:
 
 
 def _disk(config: Config) -> str | None:
-    """Publishing and the ledger need room: no job starts that could not be kept."""
+    """Publishing and the ledger need room: no job starts that could not be kept. What is kept of LoRAs makes way."""
     least = config.settings.policy.min_free_disk_gib * GIB
     for folder in (config.paths.outbox, config.paths.state):
         there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        stat = os.statvfs(there)
-        free = stat.f_bavail * stat.f_frsize
-        if free < least:
+        if _free_bytes(there) < least:
+            fused.give_way(config, there)
+        if (free := _free_bytes(there)) < least:
             return f"{free / GIB:.1f} GiB free at {folder}, less than min_free_disk_gib = {least / GIB:g}"
         if not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
             return f"nothing can be written to {there}: mounted read-only, or not this user's"
     return None
+
+
+def _free_bytes(folder: Path) -> int:
+    stat = os.statvfs(folder)
+    return stat.f_bavail * stat.f_frsize
 
 
 def _models(config: Config) -> str | None:

@@ -201,8 +201,11 @@ class Loader:
             with self._placed(name, place, reshape or _as_it_is) as module:
                 yield module
         except BaseException as error:
-            # A traceback holds every frame it passed, and those hold activations.
-            traceback.clear_frames(error.__traceback__)
+            # A traceback holds every frame it passed, and those hold activations; so does that of a cause.
+            passed: BaseException | None = error
+            while passed:
+                traceback.clear_frames(passed.__traceback__)
+                passed = passed.__cause__ or passed.__context__
             raise
         finally:
             give_back()

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -65,11 +66,11 @@ def run_job(
         Cancelled: it was asked to stop; no file is left.
         SafelightError: the job's own fault, said for a person.
     """
-    try:
+    with suppress(fused.Damaged):  # said in the log; only outside of this block is the memory of its frames free
         return _run_job(spec, attempt, setting, watch, circumstances)
-    except fused.Damaged:
-        around = dataclasses.replace(circumstances, without_fused=True)
-        return _run_job(spec, attempt, setting, watch, around)
+    device.release()
+    watch.forwards = watch.skipped = 0
+    return _run_job(spec, attempt, setting, watch, dataclasses.replace(circumstances, without_fused=True))
 
 
 def _run_job(spec: JobSpec, attempt: int, setting: Setting, watch: Watch, circumstances: Circumstances) -> Receipt:
@@ -97,7 +98,6 @@ def _run_job(spec: JobSpec, attempt: int, setting: Setting, watch: Watch, circum
         family, folder = pipelines.family(facts.family), model_folder(facts, paths.models)
         plan = watch.plan = attention.planned(plan, spec, facts, setting.config, machine.gpu)
         results = fused.results(spec, plan, setting.config, setting.models, machine.gpu)
-        results.note_use()
         loader = Loader(
             folder,
             plan,
@@ -139,6 +139,7 @@ def _run_job(spec: JobSpec, attempt: int, setting: Setting, watch: Watch, circum
         verify.output(file, spec)
     with watch.phase("publish"):
         device.release()
+        results.note_use()
         receipt_of = receipt_of_done(
             spec, plan, machine, attempt, started_at, watch, metadata.versions(), around.overruns, stored
         )

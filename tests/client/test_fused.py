@@ -84,6 +84,20 @@ def test_a_job_whose_loras_come_again_keeps_what_it_makes_and_counts_the_time_on
     assert later == pytest.approx(after.seconds - sum(p.once_seconds for p in after.predicted.values()), abs=0.1)
 
 
+@pytest.mark.parametrize("vram_gib", [6.8, 10.8, 14.8, 22.8, 78.0])
+@pytest.mark.parametrize("steps", [4, 28])
+@pytest.mark.parametrize("waiting", [1, 10])
+def test_what_is_kept_or_will_be_decides_nothing_about_the_pixels(vram_gib: float, steps: int, waiting: int) -> None:
+    spec = with_loras(precision="auto", num_inference_steps=steps)
+    names = [set_of(spec, precision) for precision in ("fp8-dynamic", "nf4", "int8-weight-only")]
+    none = plan_of(spec, gpu(vram_gib), waiting=waiting)
+    around = {"waiting": waiting, "again": True, "seen": frozenset(names)}
+    for machine in (roomy(vram_gib=vram_gib), roomy(*(f"{name}/transformer" for name in names), vram_gib=vram_gib)):
+        plan = plan_of(spec, machine, **around)
+
+        assert (plan.precision, plan.dtype, plan.compiled) == (none.precision, none.dtype, none.compiled)
+
+
 def test_what_is_kept_is_read_in_half_the_time_and_needs_no_more_memory() -> None:
     made = plan_of(with_loras(), roomy())
     read = plan_of(with_loras(), roomy(f"{set_of(with_loras())}/transformer"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from safelight.models import Models
 from safelight.plan import Plan
 from safelight.receipt import Receipt
 from safelight.rung import Circumstances
-from safelightd import fused, probe, runjob, tiny
+from safelightd import fused, holds, probe, runjob, tiny
 from safelightd.assembly import PinnedSet
 from safelightd.embeddings import Cache
 from safelightd.loading import Loader, model_folder
@@ -60,7 +61,7 @@ def own(installation: Installation, tiny_models_folder: Path) -> Installation:
         tiny.build(key, tiny_models_folder / key)
         shutil.copytree(tiny_models_folder / key, folder / key)
     random_lora(folder / "loras/style.safetensors", FLUX, folder)
-    return changed(installation, str(tiny_models_folder), str(folder))
+    return limited(changed(installation, str(tiny_models_folder), str(folder)), 32)
 
 
 def changed(installation: Installation, before: str, after: str) -> Installation:
@@ -72,7 +73,8 @@ def changed(installation: Installation, before: str, after: str) -> Installation
 
 
 def limited(installation: Installation, gib: float) -> Installation:
-    return changed(installation, "[worker]", f"[worker]\nfused_gib = {gib!r}")
+    (before,) = re.findall(r"\[worker\]\n(?:fused_gib = .*\n)?", installation.config.source.read_text())
+    return changed(installation, before, f"[worker]\nfused_gib = {gib!r}\n")
 
 
 def lora_of(own: Installation, scale: float = 1.0, seed: int = 1, model: str = FLUX) -> tuple[Lora, Path]:
@@ -527,6 +529,12 @@ def other_weights(own: Installation, _patch: pytest.MonkeyPatch) -> None:
     tiny_file.write_text(tiny_file.read_text() + " ")
 
 
+def weights_of_the_same_edges(own: Installation, _patch: pytest.MonkeyPatch) -> None:
+    """As a merge of the same model: its first and last MiB may be those of the one that it takes the place of."""
+    (file,) = (own.paths.models / FLUX / "transformer").glob("*.safetensors")
+    os.utime(file, (0, 0))
+
+
 def other_libraries(_own: Installation, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(prepared, "LIBRARIES", ("torch",))
 
@@ -535,7 +543,7 @@ def other_arithmetic(_own: Installation, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(kept, "VERSION", 2)
 
 
-@pytest.mark.parametrize("change", [other_weights, other_libraries, other_arithmetic])
+@pytest.mark.parametrize("change", [other_weights, weights_of_the_same_edges, other_libraries, other_arithmetic])
 def test_a_stale_result_is_not_used_and_removed(
     change: Any, own: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -547,6 +555,41 @@ def test_a_stale_result_is_not_used_and_removed(
     fused.tidy(own.config, own.models)
     assert files_below(own) == []
     assert folder.exists()  # that its LoRAs were used is remembered
+
+
+def test_what_is_kept_makes_way_for_jobs_where_the_disk_is_short(own: Installation) -> None:
+    folder = keep(own, lora_of(own))
+    short = changed(own, "min_free_disk_gib = 0", "min_free_disk_gib = 1e9")
+
+    reasons = holds.read(short.config, user_hold=None, gpu=None)
+
+    assert "min_free_disk_gib" in reasons["disk"]
+    assert not folder.exists()
+
+
+def test_folders_that_come_and_go_meanwhile_disturb_no_plan(own: Installation) -> None:
+    begun, over = threading.Event(), threading.Event()
+
+    def churn() -> None:
+        at = kept.set_folder(own.paths.models, f"{FLUX}/{PRECISION}/{'0' * 16}")
+        while not over.is_set():
+            (at / "transformer").mkdir(parents=True, exist_ok=True)
+            (at / "transformer" / "manifest.json").write_text("{}")
+            shutil.rmtree(own.paths.models / kept.FOLDER, ignore_errors=True)
+            begun.set()
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        assert begun.wait(10)
+        for _ in range(300):
+            usable = whole(own)
+            assert usable == []
+            assert kept.room_bytes(own.config, own.models, usable) > 0
+            assert kept.seen(own.paths.models, FLUX) <= {f"{FLUX}/{PRECISION}/{'0' * 16}"}
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_a_result_in_the_place_of_another_is_not_used(own: Installation) -> None:
