@@ -34,6 +34,10 @@ WatchdogSec, for nothing else is said meanwhile."""
 RESERVE_BYTES = 2 * GIB
 """RAM left to the desktop and the kernel; not promised to a job."""
 
+PINNED_SHARE = 0.75
+"""Of RAM in all, that a job may take beside a GPU, whatever is available: what is pinned cannot be swapped out, and the
+page cache needs the rest. 24 of 32 GiB."""
+
 CORES = {(6, 0): 64, (7, 0): 64, (7, 2): 64, (7, 5): 64, (8, 0): 64}
 """CUDA cores of a multiprocessor by capability, where they are not CORES_SINCE (helper_cuda.h of NVIDIA's samples)."""
 
@@ -101,7 +105,8 @@ def _read_device(config: Config, own: Own) -> Machine:
     machine = _read_gpu(worker.gpu)
     machine = machine.model_copy(
         update={
-            "ram_total_bytes": ram_total, "ram_available_bytes": ram_available, "cpus": cpus,
+            "ram_total_bytes": ram_total, "cpus": cpus,
+            "ram_available_bytes": beside_a_gpu(ram_total, ram_available),
             "vram_free_bytes": min(machine.vram_free_bytes + own.device_bytes, machine.vram_total_bytes),
         }
     )  # fmt: skip
@@ -193,6 +198,11 @@ def _torch_version() -> str:
         return metadata.version("torch")
     except metadata.PackageNotFoundError:
         return ""
+
+
+def beside_a_gpu(ram_total: int, ram_available: int) -> int:
+    """Return what a job may take of RAM that is available, where it pins some of it for a GPU."""
+    return min(ram_available, int(PINNED_SHARE * ram_total))
 
 
 def _ram(own_bytes: int) -> tuple[int, int]:

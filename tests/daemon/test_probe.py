@@ -140,6 +140,11 @@ def test_a_person_may_lower_what_a_job_may_take_and_cannot_raise_it(installation
     assert abs(raised - available) < GIB
 
 
+@pytest.mark.parametrize(("available", "promised"), [(28, 24), (24, 24), (10, 10)])
+def test_a_job_beside_a_gpu_leaves_a_quarter_of_ram_to_the_page_cache(available: int, promised: int) -> None:
+    assert probe.beside_a_gpu(32 * GIB, available * GIB) == promised * GIB
+
+
 def test_what_an_engine_holds_itself_is_there_for_its_next_job(installation: Installation) -> None:
     """Else the blocks that stay pinned from one job to the next would make the next one's plan smaller."""
     before = probe.read_machine(installation.config).ram_available_bytes

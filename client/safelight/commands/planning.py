@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from safelight.submit import Forecast
 
 ASSUMED_VRAM_GIB, ASSUMED_VRAM_FREE_GIB = 16, 15
-ASSUMED_RAM_GIB, ASSUMED_RAM_FREE_GIB = 32, 28
+ASSUMED_RAM_GIB, ASSUMED_RAM_FREE_GIB = 32, 24
 """The machine safelight is made for, with a desktop that takes its share of it."""
 
 
