@@ -102,6 +102,11 @@ class Paths:
         return self.outbox / ".unfinished"
 
     @property
+    def digests(self) -> Path:
+        """How far the daemon is with the digests of registered models."""
+        return self.state / "digests.json"
+
+    @property
     def embeddings(self) -> Path:
         """What prompts were encoded to."""
         return self.state / "embeddings"

@@ -6,9 +6,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -75,6 +80,17 @@ class FileDigest(BaseModel):
     sha256: str
 
 
+@dataclass(frozen=True)
+class Digested:
+    """How much of a registered model has digests."""
+
+    lacking: tuple[Path, ...]
+    """Its files that have none."""
+    done_bytes: int
+    """Of the files that have one."""
+    total_bytes: int
+
+
 class Digests(BaseModel):
     """What was read of a registered model, by the paths of its files."""
 
@@ -130,9 +146,10 @@ def write(models_folder: Path, registration: Registration) -> None:
 
 def forget(models_folder: Path, key: str) -> None:
     """Remove a registration; the files that it names are left alone."""
-    for file in (file_of(models_folder, key), _digests_file(models_folder, key)):
-        file.unlink(missing_ok=True)
-    durable.sync_folder(models_folder / FOLDER)
+    with _alone(models_folder):
+        for file in (file_of(models_folder, key), _digests_file(models_folder, key)):
+            file.unlink(missing_ok=True)
+        durable.sync_folder(models_folder / FOLDER)
 
 
 def unmounted(registration: Registration) -> Path | None:
@@ -181,21 +198,18 @@ def verify(models_folder: Path, registration: Registration, tell: Tell) -> tuple
         of = sum(file.stat().st_size for file in files)
     except OSError as error:
         return 0, [f"{error.filename}: {error.strerror}. {remedy(registration.key)}"]
-    place = _digests_file(models_folder, registration.key)
-    known = _read_digests(place)
+    known = _read_digests(_digests_file(models_folder, registration.key))
     done, new, wrong = 0, 0, []
     for file in files:
         try:
-            found = _digest(file, partial(_told, tell, file, done, of))
+            found = digest(file, partial(_told, tell, file, done, of))
         except OSError as error:
             wrong.append(f"{file}: cannot be read ({error.strerror}). {remedy(registration.key)}")
             continue
         done += found.size_bytes
         meant = _named(file, found) or known.get(str(file))
         if meant is None:
-            new += 1
-            known[str(file)] = found
-            durable.write(place, Digests(files=known).model_dump_json(indent=1).encode())
+            new += remember(models_folder, registration, file, found)
         elif meant != found:
             wrong.append(f"{file}: its bytes are not those that it had. {remedy(registration.key)}")
     return new, wrong
@@ -206,14 +220,39 @@ def remedy(key: str) -> str:
     return f"Put back what was there, or register it anew: safelight models rm {key}, then safelight models add."
 
 
-def digested(models_folder: Path, registration: Registration) -> bool:
-    """Whether every file of a model has been read once."""
-    try:
-        files = files_of(registration)
-    except OSError:
-        return False
+def digested(models_folder: Path, registration: Registration) -> Digested:
+    """Return which files of a model have not been read once; those that the hub's cache names by a digest need not be.
+
+    Raises:
+        OSError: a place is gone, or cannot be read.
+    """
     known = _read_digests(_digests_file(models_folder, registration.key))
-    return all(str(file) in known or _blob_name(file) for file in files)
+    sizes = {file: file.stat().st_size for file in files_of(registration)}
+    lacking = {file: size for file, size in sizes.items() if not (str(file) in known or _blob_name(file))}
+    total = sum(sizes.values())
+    return Digested(tuple(lacking), total - sum(lacking.values()), total)
+
+
+def remember(models_folder: Path, registration: Registration, file: Path, found: FileDigest) -> bool:
+    """Write down what a file is, unless that is known; False where the model was forgotten, or registered anew."""
+    with _alone(models_folder):
+        if read(models_folder, registration.key) != registration:
+            return False
+        place = _digests_file(models_folder, registration.key)
+        known = {str(file): found, **_read_digests(place)}
+        durable.write(place, Digests(files=known).model_dump_json(indent=1).encode())
+    return True
+
+
+@contextmanager
+def _alone(models_folder: Path) -> Iterator[None]:
+    """Change what is known of a model while no other process does: the daemon and a person may read it at once."""
+    descriptor = os.open(models_folder / FOLDER, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _digests_file(models_folder: Path, key: str) -> Path:
@@ -231,13 +270,22 @@ def _told(tell: Tell, file: Path, before: int, of: int, nbytes: int) -> None:
     tell(file, before + nbytes, of)
 
 
-def _digest(file: Path, tell: Callable[[int], None]) -> FileDigest:
+def digest(file: Path, tell: Callable[[int], None]) -> FileDigest:
+    """Read a file, telling how many bytes that are so far.
+
+    Raises:
+        OSError: it cannot be read, or it was changed or replaced while it was.
+    """
     sha256, size = hashlib.sha256(), 0
     with file.open("rb") as stream:
+        before = os.fstat(stream.fileno())
         while chunk := stream.read(CHUNK_BYTES):
             sha256.update(chunk)
             size += len(chunk)
             tell(size)
+    after = file.stat()
+    if any(getattr(before, name) != getattr(after, name) for name in ("st_ino", "st_size", "st_mtime_ns")):
+        raise OSError(errno.ESTALE, "it was changed while it was read", str(file))
     return FileDigest(size_bytes=size, sha256=sha256.hexdigest())
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from safelight import config as settings
-from safelight import durable
+from safelight import durable, registered
 from safelight.config import Config, PathsSection, Settings
 from safelight.errors import BadConfig, SafelightError
 from safelight.paths import SYSTEM_CONFIG, SYSTEM_RUNTIME, Paths
@@ -40,7 +40,7 @@ _RULE = "etc/polkit-1/rules.d/50-safelight.rules"
 
 _SYSTEM_UNITS = "etc/systemd/system"
 _GPU = re.compile(r"[0-9A-Za-z:_.-]{1,120}")
-_PLACEHOLDER = re.compile(r"@(safelightd|environment|state|inbox|outbox|models|families|gpu|person)@")
+_PLACEHOLDER = re.compile(r"@(safelightd|environment|state|inbox|outbox|models|registered|families|gpu|person)@")
 _WORKER = re.compile(r"^Wants=(safelight-worker@\S+)$", re.MULTILINE)
 _PLAIN_WORD = re.compile(r"[\w./:=,+@-]+", re.ASCII)
 
@@ -66,6 +66,8 @@ def render(kind: Kind, *, program: Path, config: Config, gpu: str) -> dict[str, 
         "gpu": gpu,
         "person": json.dumps("safelight" if kind == "system" else pwd.getpwuid(os.getuid()).pw_name),
         **{name: _word(str(getattr(config.paths, name))) for name in SYSTEM_FOLDERS},
+        # PathChanged= takes the rest of its line: nothing in it is quoted, and % alone means something
+        "registered": str(config.paths.models / registered.FOLDER).replace("%", "%%"),
     }
     unwanted = () if local else ("PrivateNetwork=", "IPAddressDeny=")
     texts = {}
@@ -323,6 +325,7 @@ class _Machine:
             return [["systemctl", f"--root={self.root}", "disable", *names]] if self.kind == "system" else []
         # Stopping the target returns before its services have stopped, so they are named.
         services = ["safelight-worker@*.service", "safelight-inbox.service", "safelight-redis.service"]
+        services += ["safelight-digests.path", "safelight-digests.service"]
         return [
             [*self.systemctl_words, "disable", *names],
             [*self.systemctl_words, "stop", "safelight.target", *services],

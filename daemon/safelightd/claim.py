@@ -11,18 +11,22 @@ from pathlib import Path
 from safelight.errors import SafelightError
 
 
+class AlreadyClaimed(SafelightError):
+    """Another process has the folder."""
+
+
 @contextmanager
 def claimed(folder: Path, doing: str) -> Iterator[None]:
     """Have a folder, made where it is missing, that no other process has claimed; the kernel ends a dead one's claim.
 
     Raises:
-        SafelightError: another process has it; `doing` says what it does.
+        AlreadyClaimed: another process has it; `doing` says what it does.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if not _is_locked(descriptor, folder):
-            raise SafelightError(f"{folder}: another process is {doing} this. Wait for it.")
+            raise AlreadyClaimed(f"{folder}: another process is {doing} this. Wait for it.")
         yield
     finally:
         os.close(descriptor)

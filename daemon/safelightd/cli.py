@@ -66,6 +66,15 @@ def worker(config: Config, gpu: str | None) -> int:
 
 @group.command()
 @click.pass_obj
+def digests(config: Config) -> int:
+    """Read registered models that have no digests yet, and end."""
+    from safelightd import digesting
+
+    return digesting.serve(config)
+
+
+@group.command()
+@click.pass_obj
 def up(config: Config) -> int:
     """Run server, inbox and worker in the foreground until Ctrl-C."""
     from safelightd.supervisor import Supervisor

@@ -1,7 +1,8 @@
 """`safelight up`: server, inbox and worker in the foreground, for people without systemd.
 
 Whichever dies is started again; one that cannot work (exit 2 or 3) ends all. Ctrl-C or SIGTERM stops the worker
-first, so that its job keeps its place, and the server last.
+first, so that its job keeps its place, and the server last. Digests are made by a process that ends by itself, started
+when models were registered.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import IO
 
-from safelight import queueserver
+from safelight import queueserver, registered
 from safelight.config import Config
 from safelight.errors import QueueUnreachable
 from safelightd import linux
@@ -27,6 +28,12 @@ RESTART_S = (0.1, 0.5, 2.0, 10.0)
 
 HOPELESS = (2, 3)
 """Exit codes that a restart does not change: usage, and bad settings or installation."""
+
+DIGESTS = "digests"
+"""Is over when there is nothing left to read, and never started again for how it ended."""
+
+REGISTERED_S = 5.0
+"""Between two looks, a stat each, at whether something was registered."""
 
 STOP_S = 40.0
 """For one process to end politely: an engine looks for a stop between the blocks of a step and is killed after 30 s."""
@@ -51,13 +58,14 @@ class Supervisor:
     def __init__(self, config: Config, names: Sequence[str] | None = None, stderr: IO[bytes] | None = None) -> None:
         embedded = ["redis"] if config.embedded else []
         self._config = config
-        self._names = list(names or [*embedded, "inbox", "worker"])
+        self._names = list(names or [*embedded, "inbox", DIGESTS, "worker"])
         self._stderr = stderr
         self._children: dict[str, Child] = {}
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
         self._stopping = False
         self._status = 0
+        self._registered = 0
 
     def run(self, until: Callable[[], bool] | None = None, poll_s: float | None = None) -> int:
         """Run until a signal, until one process is hopeless, or until `until` says so (asked every `poll_s`).
@@ -72,11 +80,13 @@ class Supervisor:
             for name in self._names:
                 if self._stopping:
                     break
-                self._start(name)
+                if name != DIGESTS:
+                    self._start(name)
                 if name == "redis":
                     self._await_server()
             while not self._stopping and not (until and until()):
-                self._await_change(poll_s)
+                self._start_digests()
+                self._await_change(poll_s or REGISTERED_S)
         finally:
             self._stop_all()
         return self._status
@@ -99,6 +109,15 @@ class Supervisor:
         )
         self._children[name] = Child(name, process, os.pidfd_open(process.pid), restarts=restarts)
         log.info("started", process=name, pid=process.pid)
+
+    def _start_digests(self) -> None:
+        """Have digests made where something was registered since they last were; also once after digests were."""
+        if DIGESTS not in self._names or DIGESTS in self._children:
+            return
+        stamp = registered.stamp(self._config.paths.models)
+        if stamp != self._registered:
+            self._registered = stamp
+            self._start(DIGESTS)
 
     def _await_server(self) -> None:
         """Start the others once the server answers; a hopeless server ends all."""
@@ -123,6 +142,11 @@ class Supervisor:
         os.close(child.watched)
         del self._children[child.name]
         if self._stopping:
+            return
+        if child.name == DIGESTS:
+            log.info("ended", process=child.name, status=status)
+            if status:  # what it tried to write changed the folder, and is no reason to try again
+                self._registered = registered.stamp(self._config.paths.models)
             return
         if status in HOPELESS:
             log.error("hopeless", process=child.name, status=status)

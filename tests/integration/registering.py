@@ -71,7 +71,7 @@ def in_cache(disk: Path, key: str, repository: str) -> Path:
     (at / "refs").mkdir()
     (at / "refs/main").write_text(snapshot.name)
     for file in sorted(file for file in (disk / key).rglob("*") if file.is_file()):
-        digest = registered._digest(file, lambda _nbytes: None).sha256
+        digest = registered.digest(file, lambda _nbytes: None).sha256
         shutil.copy(file, at / "blobs" / digest)
         link = snapshot / file.relative_to(disk / key)
         link.parent.mkdir(parents=True, exist_ok=True)

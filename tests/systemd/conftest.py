@@ -43,7 +43,7 @@ def written(kind: service.Kind, config: Config, folder: Path, program: Path) -> 
     folder.mkdir()
     for name, text in service.render(kind, program=program, config=config_of(kind, config), gpu=GPU).items():
         (folder / name).write_text(text)
-    return sorted(path for path in folder.iterdir() if path.suffix in {".service", ".target"})
+    return sorted(path for path in folder.iterdir() if path.suffix in {".service", ".target", ".path"})
 
 
 @pytest.fixture

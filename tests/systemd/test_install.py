@@ -22,7 +22,14 @@ needs_root = pytest.mark.skipif(
     reason="needs root, systemd-sysusers and systemd-tmpfiles to give folders to an account",
 )
 
-USER_UNITS = ["safelight-inbox.service", "safelight-redis.service", "safelight-worker@.service", "safelight.target"]
+USER_UNITS = [
+    "safelight-digests.path",
+    "safelight-digests.service",
+    "safelight-inbox.service",
+    "safelight-redis.service",
+    "safelight-worker@.service",
+    "safelight.target",
+]
 
 
 def tree(folder: Path) -> dict[str, tuple[int, str]]:
@@ -44,7 +51,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "root"
 
 
-def test_a_person_gets_four_units_and_a_settings_file(config: Config, home: Path, root: Path) -> None:
+def test_a_person_gets_six_units_and_a_settings_file(config: Config, home: Path, root: Path) -> None:
     install(config, root)
 
     units = root / home.relative_to("/") / ".config/systemd/user"

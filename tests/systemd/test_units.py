@@ -24,9 +24,11 @@ EXPOSURE_MAX = {
     ("system", "safelight-redis.service"): 0.4,
     ("system", "safelight-inbox.service"): 0.4,
     ("system", "safelight-worker@.service"): 1.2,
+    ("system", "safelight-digests.service"): 0.4,
     ("user", "safelight-redis.service"): 6.1,
     ("user", "safelight-inbox.service"): 6.1,
     ("user", "safelight-worker@.service"): 6.3,
+    ("user", "safelight-digests.service"): 6.1,
 }
 """Measured with `systemd-analyze security --offline=true` of systemd 252, 2026-11-22: 0 is best. safelight-gpu.service
 loads kernel modules as root and is not in it."""
@@ -150,6 +152,35 @@ def test_daemons_restart_unless_restarting_cannot_help(kind: Kind, config: Confi
             "OOMPolicy": ["continue"],
         }
         assert {key: values(units[name], key) for key in expected} == expected, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_digests_are_made_after_everybody_else_and_hold_up_no_start(kind: Kind, config: Config) -> None:
+    """The target, and with it the boot, waits for a oneshot service; a start limit would end the path's watch."""
+    units = rendered(kind, config)
+    expected = {
+        "Type": ["exec"],
+        "Restart": ["no"],
+        "StartLimitIntervalSec": ["0"],
+        "Nice": ["19"],
+        "IOSchedulingClass": ["idle"],
+        "PartOf": ["safelight.target"],
+        "RestrictAddressFamilies": ["AF_UNIX"],
+        "PrivateNetwork": ["yes"] if kind == "system" else [],
+    }
+
+    wants = " ".join(values(units["safelight.target"], "Wants")).split()
+    assert {"safelight-digests.path", "safelight-digests.service"} <= set(wants)
+    assert {key: values(units["safelight-digests.service"], key) for key in expected} == expected
+
+
+def test_the_folder_that_is_watched_is_named_as_a_path_unit_reads_it(config: Config) -> None:
+    """PathChanged= knows no quotes, and % alone means something to it."""
+    odd = replace(config, paths=replace(config.paths, models=Path("/data/a b%i")))
+
+    text = service.render("user", program=Path("/bin/true"), config=odd, gpu=GPU)["safelight-digests.path"]
+
+    assert values(text, "PathChanged") == ["/data/a b%%i/registered"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

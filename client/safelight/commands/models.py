@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -47,9 +47,10 @@ def list_models(client: Client, *, as_json: bool) -> None:
     Models of your own are registered (`safelight models add`), or go into the settings file as [models.KEY]. Marked *
     is what a job gets that names no model. STORED is what most of its transformer is held as on disk, and how large all
     of it is; BF16 its size in memory unless it is held in less. HERE tells one that is whole from one that is being
-    pulled, or was until something stopped it, from one that lacks files, and from one whose disk has gone. CONTROLNETS
-    says the same of what may lead it. PREPARED is what `safelight models prepare` has stored; one made of other weights
-    than are there now is not used. What is kept of jobs with LoRAs ([worker] fused_gib) stands behind it.
+    pulled, or was until something stopped it, from one that lacks files, and from one whose disk has gone; and says how
+    much of a registered one has digests, until all has. CONTROLNETS says the same of what may lead it. PREPARED is
+    what `safelight models prepare` has stored; one made of other weights than are there now is not used. What is kept
+    of jobs with LoRAs ([worker] fused_gib) stands behind it.
     """
     from safelight import display, fused, inventory
     from safelight.models import folder
@@ -60,6 +61,7 @@ def list_models(client: Client, *, as_json: bool) -> None:
     kept_in = client.config.paths.models / fused.FOLDER
     kept = {facts.key: fused.held_bytes(kept_in / facts.key) for facts in client.models.values()}
     standings = {facts.key: inventory.standing(facts, client.config.paths.models) for facts in client.models.values()}
+    digests = _digests(client)
     rows = [
         {
             "key": facts.key,
@@ -74,6 +76,10 @@ def list_models(client: Client, *, as_json: bool) -> None:
             "stored": at.precision,
             "stored_bytes": at.size_bytes,
             "registered": at.registered,
+            "digests_done_bytes": None,
+            "digests_total_bytes": None,
+            "digests_faults": [],
+            **digests.get(facts.key, {}),
             "tiny": facts.tiny,
             "folder": str(folder(facts, client.config.paths.models)),
             "component_paths": facts.component_paths,
@@ -95,7 +101,7 @@ def list_models(client: Client, *, as_json: bool) -> None:
             ", ".join(inventory.serves(facts)),
             _stored(standings[facts.key]),
             "tiny" if facts.tiny else display.gib(2 * sum(facts.components.values())),
-            _here(standings[facts.key], facts),
+            _here(standings[facts.key], facts) + _digesting(digests.get(facts.key)),
             ", ".join(f"{net['key']} {net['here']}" for net in _controlnets(client, facts)) or "-",
             _shown(stored.get(facts.key, []), kept[facts.key]),
             facts.licence,
@@ -150,6 +156,34 @@ def _here(standing: Standing, facts: ModelFacts) -> str:
     return f"{word} {', '.join(standing.missing[:2])}{more}"
 
 
+def _digests(client: Client) -> dict[str, dict[str, object]]:
+    """Return how many bytes have digests of each registered model that is there, and what could not be read."""
+    from safelight import digesting, registered
+
+    config = client.config
+    reading = digesting.read(config.paths.digests)
+    found: dict[str, dict[str, object]] = {}
+    for registration in registered.read_all(config.paths.models)[0]:
+        try:
+            at = registered.digested(config.paths.models, registration)
+        except OSError:
+            continue  # what is gone is said of it
+        found[registration.key] = {
+            "digests_done_bytes": reading.done_of(registration.key, at),
+            "digests_total_bytes": at.total_bytes,
+            "digests_faults": reading.faults_of(at),
+        }
+    return found
+
+
+def _digesting(row: dict[str, Any] | None) -> str:
+    """Return how much of a model has digests, in words; "" where all of it has."""
+    if not row or (row["digests_done_bytes"] == row["digests_total_bytes"] and not row["digests_faults"]):
+        return ""
+    percent = 100 * row["digests_done_bytes"] // max(1, row["digests_total_bytes"])
+    return f", digests {percent} %" + "".join(f", {fault}" for fault in row["digests_faults"][:1])
+
+
 def _prepared(client: Client) -> dict[str, list[dict[str, object]]]:
     """Return what is prepared, by model: {precision, component, bytes, current}."""
     from safelight import prepared
@@ -188,7 +222,7 @@ def _shown(stored: list[dict[str, object]], kept_bytes: int) -> str:
     help="Where text encoders, VAE, tokenizers and scheduler come from; else from what it is like.",
 )
 @click.option("--component", "components", metavar="NAME=PATH", multiple=True, help="A further transformer.")
-@click.option("--digests", is_flag=True, help="Read all of it now, and write its digests down.")
+@click.option("--digests", is_flag=True, help="Write its digests down now, not in the background.")
 @pass_client
 @click.pass_context
 def add(
@@ -209,7 +243,7 @@ def add(
     Wan 2.2, by the names of diffusers or of its authors, also with 8-bit floats. A transformer alone takes the rest
     from the model that it is like where that is there, or from --with, or `safelight models pull KEY` fetches it.
     The A14B models have two: PATH is the high-noise one, --component transformer_2=PATH the other. A pickle is never
-    opened. Prints the key of each.
+    opened. Prints the key of each. While the daemon runs it reads them once in the background, for their digests.
 
     \b
         safelight models add ~/.cache/huggingface/hub
@@ -239,7 +273,20 @@ def add(
         click.echo(f"{registration.key}: {_stored(standing)}, {_here(standing, facts)}", err=True)
         click.echo(registration.key)
     wrong = [line for registration in found if digests for line in _read(client, registration)]
+    lacking = [each.key for each in found if not digests and _lacks_digests(client, each)]
+    if lacking:
+        now = f"safelight models verify {lacking[0]}" if len(lacking) == 1 else "safelight models verify"
+        click.echo(f"digests: made in the background while the daemon runs, or now: {now}", err=True)
     ctx.exit(1 if wrong or not found else 0)
+
+
+def _lacks_digests(client: Client, registration: Registration) -> bool:
+    from safelight import registered
+
+    try:
+        return bool(registered.digested(client.config.paths.models, registration).lacking)
+    except OSError:
+        return False  # it is gone already, which was said
 
 
 def _unwritable(client: Client, error: OSError) -> SafelightError:
