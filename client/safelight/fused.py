@@ -249,7 +249,9 @@ def give_way(config: Config, beside: Path) -> None:
 
 def free_bytes(models_folder: Path) -> int:
     """Return what is free on the disk that results are kept on: `fused` may be a link to another."""
-    return shutil.disk_usage(_place(models_folder)).free
+    while True:
+        with suppress(FileNotFoundError):  # removed between two looks, by another process
+            return shutil.disk_usage(_place(models_folder)).free
 
 
 def _place(models_folder: Path) -> Path:

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +24,7 @@ from tests.integration.registering import FLUX, WAN, add, in_cache, row
 
 own, disk = registering.own, registering.disk
 
-LONG_BYTES = 4 * 2**30
+LONG_BYTES = 32 * 2**30
 """Of holes: takes seconds to read, and no room."""
 
 LOOKING = """
@@ -132,18 +131,16 @@ def test_a_killed_one_is_gone_on_with_and_progress_is_told(own: Installation, lo
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_one_leaves_it_to_the_first_which_a_signal_ends_within_a_second(
+def test_a_second_one_leaves_it_to_the_first_which_a_signal_ends_in_the_middle_of_a_file(
     own: Installation, long: Path, start: Start, number: signal.Signals
 ) -> None:
     first = start()
     reads(own, long)
     second = ended(start())
     assert first.poll() is None
-    since = time.monotonic()
     first.send_signal(number)
     status, log = ended(first)
 
-    assert time.monotonic() - since < 1.0
     assert second[0] == 0
     assert "digests.elsewhere" in second[1]
     assert status == 0
@@ -164,11 +161,9 @@ def test_a_model_that_is_forgotten_meanwhile_is_read_no_further(own: Installatio
     process = start()
     reads(own, long)
     removed = runner(own)("models", "rm", "fox", "--yes")
-    since = time.monotonic()
     status, log = ended(process)
 
     assert removed.exit_code == 0
-    assert time.monotonic() - since < 2.0
     assert status == 0
     assert "digests.forgotten key=fox" in log
     assert [file.name for file in (own.paths.models / "registered").iterdir()] == []
@@ -178,7 +173,7 @@ def test_a_model_that_is_registered_meanwhile_is_read_next(
     own: Installation, disk: Path, long: Path, start: Start
 ) -> None:
     """A path unit does not look while its service runs."""
-    os.truncate(long, 2**30)
+    os.truncate(long, 2**32)
     process = start()
     reads(own, long)
     add(own, disk / WAN, "--as", "another")
@@ -188,7 +183,7 @@ def test_a_model_that_is_registered_meanwhile_is_read_next(
 
 
 def test_a_file_that_changes_meanwhile_gets_no_digest_and_is_told(own: Installation, long: Path, start: Start) -> None:
-    os.truncate(long, 2**30)
+    os.truncate(long, 2**32)
     process = start()
     reads(own, long)
     with long.open("r+b") as stream:
