@@ -80,7 +80,8 @@ def _with_what_is_kept(
     What is kept decides nothing about the pixels: the precision is that of a machine that keeps nothing, unless none
     would fit there.
     """
-    if not spec.loras or circumstances.without_fused:
+    keeps = machine.fused or machine.fused_room_bytes
+    if not spec.loras or not keeps or circumstances.without_fused:
         return _plan(spec, facts, machine, calibration, circumstances)
     try:
         plan = _plan(spec, facts, machine, calibration, dataclasses.replace(circumstances, without_fused=True))

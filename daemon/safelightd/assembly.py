@@ -90,10 +90,6 @@ class Keeper(Protocol):
         """Write some of them, as they lie in memory when the current stream has come so far."""
         ...
 
-    def finish(self) -> None:
-        """Say that all are written."""
-        ...
-
 
 @dataclass(frozen=True)
 class Order:

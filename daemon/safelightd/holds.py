@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -118,18 +119,13 @@ def _disk(config: Config) -> str | None:
     least = config.settings.policy.min_free_disk_gib * GIB
     for folder in (config.paths.outbox, config.paths.state):
         there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        if _free_bytes(there) < least:
+        if shutil.disk_usage(there).free < least:
             fused.give_way(config, there)
-        if (free := _free_bytes(there)) < least:
+        if (free := shutil.disk_usage(there).free) < least:
             return f"{free / GIB:.1f} GiB free at {folder}, less than min_free_disk_gib = {least / GIB:g}"
         if not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
             return f"nothing can be written to {there}: mounted read-only, or not this user's"
     return None
-
-
-def _free_bytes(folder: Path) -> int:
-    stat = os.statvfs(folder)
-    return stat.f_bavail * stat.f_frsize
 
 
 def _models(config: Config) -> str | None:
