@@ -7,15 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
+
+from safelight import config as settings
+from safelight import models
+from tests.conftest import Installation
 
 COMMIT = "c0ffee" + "0" * 34
 LICENSED = "hf_" + "may_read"
@@ -194,3 +202,20 @@ def serving(hub: Hub) -> Iterator[Hub]:
         for server in servers:
             server.shutdown()
             server.server_close()
+
+
+def with_hub(installation: Installation, hub: Hub, monkeypatch: pytest.MonkeyPatch, row: str) -> Installation:
+    """Return an installation with an empty models folder, whose hub is the one on localhost, and no token.
+
+    Args:
+        row: what its settings say of the model that the hub has.
+    """
+    source = installation.config.source
+    folder = installation.root / "models"
+    source.write_text(re.sub("^models = .*$", f'models = "{folder}"', source.read_text(), flags=re.MULTILINE) + row)
+    env = {name: value for name, value in installation.env.items() if not name.startswith("HF_")}
+    env |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"}
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(installation.root / "token"))
+    config = settings.load(env)
+    return replace(installation, env=env, config=config, models=models.load(config))

@@ -10,7 +10,8 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -22,29 +23,14 @@ from safelight.queueserver import AWAY
 from safelightd import redis_server
 from tests.conftest import Installation
 from tests.daemon.test_worker import eventually, gone
-
-Start = Callable[..., subprocess.Popen[str]]
+from tests.programs import Start, programs
 
 
 @pytest.fixture
 def start(installation: Installation) -> Iterator[Start]:
     """Starts `safelightd redis`; what still runs at the end is killed."""
-    started: list[subprocess.Popen[str]] = []
-
-    def run(**env: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "safelightd.cli", "redis"],
-            env={**installation.env, "PYTHONPATH": ":".join(sys.path), **env},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield run
-    for process in started:
-        process.kill()
-        process.communicate()
+    with programs(installation.env) as run:
+        yield partial(run, "-m", "safelightd.cli", "redis")
 
 
 def answers(installation: Installation) -> bool:

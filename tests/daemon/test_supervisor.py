@@ -6,8 +6,8 @@ import json
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 
 import psutil
 import pytest
@@ -16,6 +16,7 @@ from safelight import queueserver
 from safelight.jobqueue import JobQueue
 from tests.conftest import Installation
 from tests.daemon.test_worker import eventually, gone
+from tests.programs import Start, programs
 
 PROGRAM = """
 import signal, sys
@@ -28,25 +29,11 @@ logs.set_up()
 sys.exit(Supervisor(config.load(), [name for name in sys.argv[1:] if name[0] != "-"]).run())
 """
 
-Up = Callable[..., subprocess.Popen[str]]
-
 
 @pytest.fixture
-def up(installation: Installation) -> Iterator[Up]:
-    started: list[subprocess.Popen[str]] = []
-
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        env = {**installation.env, "PYTHONPATH": ":".join(sys.path)}
-        process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *arguments], env=env, stderr=subprocess.PIPE, text=True
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+def up(installation: Installation) -> Iterator[Start]:
+    with programs(installation.env) as run:
+        yield partial(run, "-c", PROGRAM)
 
 
 def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -71,7 +58,7 @@ def server_pid(installation: Installation) -> int:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_polite_signal_ends_all_with_0_and_leaves_no_process(
-    up: Up, installation: Installation, number: signal.Signals
+    up: Start, installation: Installation, number: signal.Signals
 ) -> None:
     process = up("redis")
     eventually(lambda: server_pid(installation))
@@ -83,7 +70,7 @@ def test_a_polite_signal_ends_all_with_0_and_leaves_no_process(
     assert all(map(gone, children))
 
 
-def test_a_closed_terminal_ends_nothing_under_nohup(up: Up, installation: Installation) -> None:
+def test_a_closed_terminal_ends_nothing_under_nohup(up: Start, installation: Installation) -> None:
     process = up("redis", "--nohup")
     eventually(lambda: server_pid(installation))
     process.send_signal(signal.SIGHUP)
@@ -94,7 +81,7 @@ def test_a_closed_terminal_ends_nothing_under_nohup(up: Up, installation: Instal
     assert "died" not in log
 
 
-def test_a_killed_supervisor_takes_everything_along(up: Up, installation: Installation) -> None:
+def test_a_killed_supervisor_takes_everything_along(up: Start, installation: Installation) -> None:
     process = up("redis")
     eventually(lambda: server_pid(installation))
     children = family(process)
@@ -103,7 +90,7 @@ def test_a_killed_supervisor_takes_everything_along(up: Up, installation: Instal
 
 
 def test_whatever_dies_is_started_again_and_the_worker_goes_before_its_server(
-    up: Up, installation: Installation
+    up: Start, installation: Installation
 ) -> None:
     process = up("redis", "worker")
     eventually(lambda: server_pid(installation))
@@ -133,7 +120,7 @@ def test_whatever_dies_is_started_again_and_the_worker_goes_before_its_server(
 
 @pytest.mark.parametrize(("name", "status"), [("redis", 3), ("nonsense", 2)])
 def test_what_a_restart_cannot_help_ends_all_with_its_exit_code(
-    up: Up, installation: Installation, name: str, status: int
+    up: Start, installation: Installation, name: str, status: int
 ) -> None:
     installation.paths.redis.mkdir(parents=True)
     (installation.paths.redis / "server.json").write_text(json.dumps({"name": "valkey", "version": [99, 0, 0]}))
@@ -144,7 +131,7 @@ def test_what_a_restart_cannot_help_ends_all_with_its_exit_code(
     assert f"hopeless process={name} status={status}" in log
 
 
-def test_a_signal_during_the_wait_before_a_restart_is_heard(up: Up, installation: Installation) -> None:
+def test_a_signal_during_the_wait_before_a_restart_is_heard(up: Start, installation: Installation) -> None:
     """A server that cannot listen dies at once, again and again."""
     (installation.paths.socket / "in the way").mkdir(parents=True)
     process = up("redis")

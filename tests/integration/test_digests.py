@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from tests.daemon.test_supervisor import PROGRAM
 from tests.daemon.test_worker import eventually
 from tests.integration import registering
 from tests.integration.registering import FLUX, WAN, add, in_cache, row
+from tests.programs import Start, programs
 
 own, disk = registering.own, registering.disk
 
@@ -37,24 +37,11 @@ Supervisor(config.load(), ["digests"]).run(until=lambda: next(looks, None) is No
 """
 """`up`, for as many looks at what is registered."""
 
-Start = Callable[..., "subprocess.Popen[str]"]
-
 
 @pytest.fixture
 def start(own: Installation) -> Iterator[Start]:
-    started: list[subprocess.Popen[str]] = []
-
-    def run(*words: str) -> subprocess.Popen[str]:
-        program = words or ("-m", "safelightd.cli", "digests")
-        env = {**own.env, "PYTHONPATH": ":".join(sys.path)}
-        process = subprocess.Popen([sys.executable, *program], env=env, stderr=subprocess.PIPE, text=True)
-        started.append(process)
-        return process
-
-    yield run
-    for process in started:
-        process.kill()
-        process.communicate()
+    with programs(own.env) as run:
+        yield lambda *words: run(*(words or ("-m", "safelightd.cli", "digests")))
 
 
 @pytest.fixture

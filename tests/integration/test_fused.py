@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from safelight import config as settings
 from safelight import fused as kept
-from safelight import models, planner, prepared
+from safelight import planner, prepared
 from safelight.calibration import Calibration
 from safelight.jobspec import JobSpec
 from safelight.lora import Lora
@@ -33,7 +31,7 @@ from safelight.models import Models
 from safelight.plan import Plan
 from safelight.receipt import Receipt
 from safelight.rung import Circumstances
-from safelightd import fused, holds, probe, runjob, tiny
+from safelightd import fused, holds, probe, runjob
 from safelightd.assembly import PinnedSet
 from safelightd.embeddings import Cache
 from safelightd.loading import Loader, model_folder
@@ -44,6 +42,7 @@ from tests.conftest import Installation
 from tests.daemon.test_worker import specs_of
 from tests.integration.lora_files import random_lora, rescaled
 from tests.integration.making import file_size_limit
+from tests.integration.own_models import changed, with_own_models
 from tests.integration.rendering import NoMeter, Run, plan_for, spec_for
 from tests.integration.test_streaming import HELD
 
@@ -56,20 +55,9 @@ TRANSFORMERS = {FLUX: ("transformer",), WAN: ("transformer", "transformer_2")}
 @pytest.fixture
 def own(installation: Installation, tiny_models_folder: Path) -> Installation:
     """An installation with a models folder of its own, and a LoRA named style."""
-    folder = installation.root / "models"
-    for key in (FLUX, WAN):
-        tiny.build(key, tiny_models_folder / key)
-        shutil.copytree(tiny_models_folder / key, folder / key)
-    random_lora(folder / "loras/style.safetensors", FLUX, folder)
-    return limited(changed(installation, str(tiny_models_folder), str(folder)), 32)
-
-
-def changed(installation: Installation, before: str, after: str) -> Installation:
-    """The installation with other words in its settings."""
-    source = installation.config.source
-    source.write_text(source.read_text().replace(before, after))
-    config = settings.load(installation.env)
-    return replace(installation, config=config, models=models.load(config))
+    own = with_own_models(installation, tiny_models_folder, FLUX, WAN)
+    random_lora(own.paths.models / "loras/style.safetensors", FLUX, own.paths.models)
+    return limited(own, 32)
 
 
 def limited(installation: Installation, gib: float) -> Installation:

@@ -25,16 +25,16 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from safelight import config as settings
-from safelight import models, prepared
+from safelight import prepared
 from safelight.errors import SafelightError
 from safelight.plan import Precision
-from safelightd import probe, tiny
+from safelightd import probe
 from safelightd.precision import format_of
 from safelightd.prepare import prepare as prepare_components
 from safelightd.shards import Entry, Shard, split
 from tests.cli_steps import process
 from tests.conftest import Installation
+from tests.integration.own_models import with_own_models
 from tests.integration.rendering import Run, spec_for
 
 FLUX = "tiny-flux-schnell"
@@ -44,14 +44,7 @@ WAN = "tiny-wan-t2v-a14b"
 @pytest.fixture
 def own(installation: Installation, tiny_models_folder: Path) -> Installation:
     """An installation with a models folder of its own, in which the tiny models are already built."""
-    folder = installation.root / "models"
-    for key in (FLUX, WAN):
-        tiny.build(key, tiny_models_folder / key)
-        shutil.copytree(tiny_models_folder / key, folder / key)
-    source = installation.config.source
-    source.write_text(source.read_text().replace(str(tiny_models_folder), str(folder)))
-    config = settings.load(installation.env)
-    return replace(installation, config=config, models=models.load(config))
+    return with_own_models(installation, tiny_models_folder, FLUX, WAN)
 
 
 def safelight(installation: Installation, *words: str) -> subprocess.CompletedProcess[str]:

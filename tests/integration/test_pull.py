@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import load, save
 
 from safelight import config as settings
@@ -31,7 +30,7 @@ from safelightd import tiny
 from safelightd.hub import NoAccess, NotOnHub, Unreachable
 from tests.cli_steps import process, runner
 from tests.conftest import Installation
-from tests.hub_server import COMMIT, LICENSED, Hub, files_of, serving
+from tests.hub_server import COMMIT, LICENSED, Hub, files_of, serving, with_hub
 from tests.integration.rendering import Run, spec_for
 
 FLUX = "tiny-flux-schnell"
@@ -91,17 +90,7 @@ def hub(published: dict[str, bytes]) -> Iterator[Hub]:
 @pytest.fixture
 def own(installation: Installation, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Installation:
     """An installation with an empty models folder, whose hub is the one on localhost, and no token."""
-    folder = installation.root / "models"
-    source = installation.config.source
-    text = source.read_text()
-    models_line = next(line for line in text.splitlines() if line.startswith("models ="))
-    source.write_text(text.replace(models_line, f'models = "{folder}"') + ROW)
-    env = {name: value for name, value in installation.env.items() if not name.startswith("HF_")}
-    env |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"}
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(installation.root / "token"))
-    config = settings.load(env)
-    return replace(installation, env=env, config=config, models=models.load(config))
+    return with_hub(installation, hub, monkeypatch, ROW)
 
 
 class Pulled:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import load, save
 
-from safelight import config as settings
-from safelight import models, published, pulled
+from safelight import published, pulled
 from safelight.errors import BadConfig, InvalidJob, SafelightError
 from safelightd import pull as pulling
 from safelightd import tiny
@@ -23,7 +20,7 @@ from safelightd.hub import NoAccess, NotOnHub, Unreachable
 from safelightd.loading import BadModelFolder, controlnet_folder
 from tests.cli_steps import process, runner
 from tests.conftest import Installation
-from tests.hub_server import COMMIT, LICENSED, Hub, files_of, serving
+from tests.hub_server import COMMIT, LICENSED, Hub, files_of, serving, with_hub
 from tests.integration.rendering import Run, picture, spec_for
 
 DEV = "tiny-flux-dev"
@@ -71,15 +68,7 @@ def hub(net: dict[str, bytes]) -> Iterator[Hub]:
 @pytest.fixture
 def own(installation: Installation, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Installation:
     """An installation with an empty models folder, whose hub is the one on localhost, and no token."""
-    source = installation.config.source
-    folder = installation.root / "models"
-    source.write_text(re.sub("^models = .*$", f'models = "{folder}"', source.read_text(), flags=re.MULTILINE) + ROW)
-    env = {name: value for name, value in installation.env.items() if not name.startswith("HF_")}
-    env |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"}
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(installation.root / "token"))
-    config = settings.load(env)
-    return replace(installation, env=env, config=config, models=models.load(config))
+    return with_hub(installation, hub, monkeypatch, ROW)
 
 
 Pull = Callable[..., Path | None]
