@@ -17,15 +17,21 @@ from safelight.receipt import Receipt
 from safelight.rung import Circumstances
 from safelightd import calibration, device, probe, runjob
 
+FROM_A_PICTURE = "+image"
+"""How a size ends whose job starts from a picture. Those of a model that always does say nothing of it."""
 SIZES = {
     "flux": ("512x512", "768x768", "1024x1024", "1536x1024", "640x1152"),
-    "wan-ti2v": ("832x480x49", "1280x704x81", "1280x704x121"),
+    "wan-ti2v": (
+        "832x480x49", "1280x704x81", "1280x704x121", "1280x704x121+image", "704x1280x121", "704x1280x121+image",
+    ),
     "wan-t2v": ("832x480x49", "832x480x81"),
-}
+    "wan-i2v": ("832x480x49", "832x480x81"),
+}  # fmt: skip
 LEARNED_AT = {
     "flux": ("448x576", "704x832", "960x1088", "1472x1088", "704x1024"),
     "wan-ti2v": ("800x512x45", "1216x736x77", "1248x704x113"),
     "wan-t2v": ("800x512x45", "816x496x77"),
+    "wan-i2v": ("800x512x45", "816x496x77"),
 }
 """For each of them another of about as many pixels: what calibrates is no case. By how a model's key begins."""
 
@@ -94,11 +100,13 @@ def run_techniques(
 
 
 def _spec(place: Place, model: str, size: str, shrink: int) -> JobSpec:
-    width, height, *frames = map(int, size.split("x"))
-    multiple = place.models[model].size_multiple
-    width, height = (side // shrink // multiple * multiple for side in (width, height))
-    more = {"num_frames": (frames[0] // shrink // 4) * 4 + 1} if frames else {}
-    return place.spec(model, width=width, height=height, num_inference_steps=STEPS[place.models[model].experts], **more)
+    facts = place.models[model]
+    width, height, *frames = map(int, size.removesuffix(FROM_A_PICTURE).split("x"))
+    width, height = (side // shrink // facts.size_multiple * facts.size_multiple for side in (width, height))
+    more: dict[str, object] = {"num_frames": (frames[0] // shrink // 4) * 4 + 1} if frames else {}
+    if size.endswith(FROM_A_PICTURE) or facts.image == "required":
+        more["image"] = place.picture()
+    return place.spec(model, width=width, height=height, num_inference_steps=STEPS[facts.experts], **more)
 
 
 def _of(sizes: Mapping[str, tuple[str, ...]], model: str) -> tuple[str, ...]:

@@ -23,12 +23,10 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-from PIL import Image
-
 from bench import fullsize, gpu_memory, options
 from bench.cases import described
 from bench.measured import Budget, Place, place
-from safelight import inputs, models
+from safelight import models
 from safelight.controlnet import ControlNet
 
 MODEL, TINY = "flux-dev", "tiny-flux-dev"
@@ -91,10 +89,7 @@ def _link(at: Place, net: Path) -> None:
 
 def _run(at: Place, asked: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
     """Run one job from a picture of its own; return what its receipt says, or why it failed."""
-    source = at.config.paths.state / "picture.png"
-    source.parent.mkdir(parents=True, exist_ok=True)
-    Image.effect_mandelbrot((768, 768), (-2, -1, 1, 1), 50).convert("RGB").save(source)
-    digest = inputs.store(source, at.config.paths.inputs)
+    digest = at.picture()
     size = {name: asked.get(name, 1024) // (8 if arguments.tiny else 1) for name in ("width", "height")}
     more = {name: value for name, value in asked.items() if name not in ("width", "height", "controlnet")}
     if "controlnet" in asked:

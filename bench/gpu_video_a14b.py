@@ -1,7 +1,8 @@
-"""Wan 2.2 T2V-A14B on cards of 16, 12 and 8 GB from prepared weights: steps, the experts' exchange, memory as planned.
+"""Wan 2.2 A14B on cards of 16, 12 and 8 GB from prepared weights: steps, the experts' exchange, memory as planned.
 
     python -m bench.gpu_video_a14b                                          # fp8-dynamic, compiled: seven minutes
     python -m bench.gpu_video_a14b --part resident cases --cap 16           # the issue's bars alone: four
+    python -m bench.gpu_video_a14b --model wan-i2v-a14b                     # the same from a picture
     python -m bench.gpu_video_a14b --part compiled                          # the expert in bf16 once more, compiled
     python -m bench.gpu_video_a14b --precision nf4 --part cases --cap 8     # or a part of it
     python -m bench.gpu_video_a14b --precision bf16 --part cases --cap 16   # streamed; 40 GB of disk
@@ -39,9 +40,10 @@ from bench.cases import learn, run_cases
 from bench.gpu_memory import TINY_SHRINK, case_bars
 from bench.measured import Budget, Place, place
 from safelight import models
+from safelight.models import ModelFacts
 from safelightd import compiling
 
-MODEL, TINY = "wan-t2v-a14b", "tiny-wan-t2v-a14b"
+TINY = {"wan-t2v-a14b": "tiny-wan-t2v-a14b", "wan-i2v-a14b": "tiny-wan-i2v-a14b"}
 PARTS = ("resident", "compiled", "cases")
 PRECISIONS = ("fp8-dynamic", "fp8-weight-only", "nf4", "bf16")
 
@@ -57,13 +59,13 @@ FORWARDS = 3
 def main() -> int:
     arguments = _arguments()
     budget = Budget(arguments.limit_s)
-    key = TINY if arguments.tiny else MODEL
-    folder = arguments.folder / MODEL
+    key = TINY[arguments.model] if arguments.tiny else arguments.model
+    folder = arguments.folder / key
     lines: list[dict[str, Any]] = []
     if not arguments.tiny:
-        lines += _elsewhere(folder, arguments)
+        lines += _elsewhere(key, folder, arguments)
     shown: list[dict[str, Any]] = []
-    folders = {} if arguments.tiny else {MODEL: folder}
+    folders = {} if arguments.tiny else {key: folder}
     prepared = None if arguments.tiny else arguments.folder
     with place("cpu" if arguments.tiny else "cuda", folders, arguments.folder / "compiled", prepared) as at:
         at.attention = arguments.attention
@@ -84,22 +86,25 @@ def main() -> int:
     return 0 if arguments.tiny or (found and all(bar["ok"] for bar in found)) else 1
 
 
-def _elsewhere(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def _elsewhere(key: str, folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Build the folders, and run the expert that is all on the GPU: in a process of its own, whose context and kernels
     are none of the jobs'. Return its lines, which it has printed."""
     with tempfile.NamedTemporaryFile() as told:
         fullsize.elsewhere(
-            _build_and_run, folder, arguments.precision, arguments.folder, tuple(arguments.part), Path(told.name)
+            _build_and_run, key, folder, arguments.precision, arguments.folder, tuple(arguments.part), Path(told.name)
         )
         return [json.loads(line) for line in Path(told.name).read_text().splitlines()]
 
 
-def _build_and_run(folder: Path, precision: Any, models_folder: Path, parts: Sequence[str], told: Path) -> None:
-    quantised.build(models.load()[MODEL], folder, precision, models_folder, "cuda")
+def _build_and_run(
+    key: str, folder: Path, precision: Any, models_folder: Path, parts: Sequence[str], told: Path
+) -> None:
+    facts = models.load()[key]
+    quantised.build(facts, folder, precision, models_folder, "cuda")
     if not {"resident", "compiled"} & set(parts):
         return
     try:
-        lines = list(_resident(folder, compiled="compiled" in parts))
+        lines = list(_resident(facts, folder, compiled="compiled" in parts))
     except Exception as error:  # noqa: BLE001 - the cases may still tell something
         traceback.print_exc(limit=-4)
         lines = [{"part": "resident", "name": "bf16, resident", "error": f"{type(error).__name__}: {error}"[:400]}]
@@ -116,14 +121,13 @@ def _cases(at: Place, key: str, arguments: argparse.Namespace, budget: Budget) -
 
 
 @torch.no_grad()
-def _resident(folder: Path, *, compiled: bool) -> Iterator[dict[str, Any]]:
+def _resident(facts: ModelFacts, folder: Path, *, compiled: bool) -> Iterator[dict[str, Any]]:
     """Yield the seconds of a step, two forwards, of an expert in bf16 that is all on the GPU: eager, or compiled."""
-    facts = models.load()[MODEL]
     cuda = torch.device("cuda")
     expert: Any = quantised.resident(folder / "transformer", cuda)
     width, height, num_frames = SIZE
-    packed = facts.vae_scale
-    shape = (1, facts.latent_channels, (num_frames - 1) // facts.frames_multiple + 1, height // packed, width // packed)
+    frames, packed = (num_frames - 1) // facts.frames_multiple + 1, facts.vae_scale
+    shape = (1, expert.config.in_channels, frames, height // packed, width // packed)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(cuda, torch.bfloat16)
     prompt = torch.randn(1, facts.max_sequence_length, expert.config.text_dim).to(cuda, torch.bfloat16)
     timestep = torch.full((1,), 900.0, device=cuda)
@@ -170,6 +174,7 @@ def step_bars(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _arguments() -> argparse.Namespace:
     parser = options.full_size(__doc__)
+    parser.add_argument("--model", choices=tuple(TINY), default="wan-t2v-a14b")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp8-dynamic")
     parser.add_argument("--compile", choices=("auto", "on", "off"), help="on for fp8-dynamic by default, else auto")
     parser.add_argument("--attention", default="auto", help="[worker] attention")

@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from bench import fullsize
 from bench.scratch import scratch
-from safelight import models
+from safelight import inputs, models
 from safelight.config import Config
 from safelight.jobspec import JobSpec
 from safelight.ledger import Ledger
@@ -166,6 +168,13 @@ class Place:
         spec = fullsize.spec_of(self.models[model], tiny=False, **asked)
         update = {"id": f"bench-{self.jobs}", "index": self.jobs, "submitted_at": SUBMITTED_AT, "batch": "bench"}
         return spec.model_copy(update=update)
+
+    def picture(self) -> str:
+        """Have a picture to start from; return the name that jobs know it by."""
+        source = self.config.paths.state / "picture.png"
+        source.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_mandelbrot((768, 768), (-2, -1, 1, 1), 50).convert("RGB").save(source)
+        return inputs.store(source, self.config.paths.inputs)
 
     def run(self, spec: JobSpec, waiting: int = NIGHT, *, learn: bool) -> Receipt:
         """Run one job, give everything back as the engine does; `learn`: this machine's calibration learns from it."""
