@@ -1,4 +1,4 @@
-"""Predicted against measured: FLUX at five sizes on cards of three sizes, and each technique a job can ask for."""
+"""Predicted against measured: FLUX and Wan at several sizes on cards of three, and each technique to ask for."""
 
 from __future__ import annotations
 

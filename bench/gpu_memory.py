@@ -3,7 +3,7 @@
     python -m bench.gpu_memory --cap 16                            # every part on a card of 16 GB
     python -m bench.gpu_memory --cap 16 12 8 --part cases --model flux-dev --sizes 512x512 1024x1024
     python -m bench.gpu_memory --cap 8 --limit-s 500               # begins no job after so many seconds
-    python -m bench.gpu_memory --cap 16 12 8 --part cases --model wan-ti2v-5b
+    python -m bench.gpu_memory --cap 16 12 8 --part cases --model wan-ti2v-5b --sizes 704x1280x121+image
     python -m bench.gpu_memory --merge first.jsonl second.jsonl    # the bars of several calls together
     python -m bench.gpu_memory --tiny                              # the same path in a minute, on the CPU
 
@@ -238,7 +238,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cap", type=int, nargs="+", choices=(16, 12, 8), default=[16], help="GB of the card to be")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=[part for part in PARTS if part != "oom"])
     parser.add_argument("--model", nargs="+", choices=tuple(TINY), default=["flux-schnell", "flux-dev"])
-    parser.add_argument("--sizes", nargs="+", metavar="WIDTHxHEIGHT[xFRAMES]")
+    parser.add_argument("--sizes", nargs="+", metavar="WIDTHxHEIGHT[xFRAMES][+image]", help="+image: from a picture")
     parser.add_argument("--technique", nargs="+", default=[], help="of bench/cases.py; all by default")
     parser.add_argument("--attention", default="auto", help="[worker] attention")
     parser.add_argument("--jobs", type=int, default=50, help="of the slope")

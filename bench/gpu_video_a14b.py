@@ -1,7 +1,7 @@
 """Wan 2.2 A14B on cards of 16, 12 and 8 GB from prepared weights: steps, the experts' exchange, memory as planned.
 
     python -m bench.gpu_video_a14b                                          # fp8-dynamic, compiled: seven minutes
-    python -m bench.gpu_video_a14b --part resident cases --cap 16           # the issue's bars alone: four
+    python -m bench.gpu_video_a14b --part resident cases --cap 16           # a step's bar and 16 GB alone: four
     python -m bench.gpu_video_a14b --model wan-i2v-a14b                     # the same from a picture
     python -m bench.gpu_video_a14b --part compiled                          # the expert in bf16 once more, compiled
     python -m bench.gpu_video_a14b --precision nf4 --part cases --cap 8     # or a part of it

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from bench.drawings import flux, training
-from bench.drawings.drawing import pictures, placed
-from bench.drawings.fitting import Batch, Fit, told
+from bench.drawings.drawing import decoded_loss, near_in_pictures, pictures, placed
+from bench.drawings.fitting import Batch, Fit, matrices, told
 from bench.drawings.flux import DemoFlux
 from bench.drawings.flux_training import STEPS, FluxLearning
 from bench.drawings.reading import Reading, measure_reading, reading
+from bench.drawings.tokens import TokenTables
 from bench.drawings.training import accuracy, psnr_db
 from bench.drawings.world import COLOURS, NUMBER, SHAPE_COLOURS, Scenes
 
@@ -59,7 +60,7 @@ class FluxTraining(FluxLearning):
     """The parts of the training, in the order in which `train` goes through them."""
 
     def __init__(self, arguments: argparse.Namespace, readers: Pool) -> None:
-        super().__init__(arguments, readers, clip=False)
+        super().__init__(arguments, readers)
         self.demo = DemoFlux.new(self.device)
 
     def drawn(self, scenes: Scenes) -> Tensor:
@@ -76,40 +77,46 @@ class FluxTraining(FluxLearning):
 
     def vae_fit(self) -> Fit:
         vae = self.demo.vae
+        learns = vae.decoder if self.keeps_latents else vae
 
         def loss(batch: Batch) -> Tensor:
             with self.autocast():
-                posterior = vae.encode(batch["pictures"]).latent_dist
+                with torch.set_grad_enabled(not self.keeps_latents):
+                    posterior = vae.encode(batch["pictures"]).latent_dist
                 again = vae.decode(posterior.mean + posterior.std * batch["noise"]).sample
-            off = again.float() - batch["pictures"]
             mean, variance = posterior.mean.float(), posterior.var.float()
             spread = 0.5 * (mean**2 + variance - 1 - posterior.logvar.float()).mean()
-            total: Tensor = off.abs().mean() + 0.5 * (off**2).mean() + 2e-4 * spread
+            total: Tensor = decoded_loss(again, batch["pictures"], batch["near"]) + 2e-4 * spread
             return total
 
-        return Fit("vae", list(vae.parameters()), loss, lr=1.2e-3, seconds=self.arguments.vae_s, ema_decay=0.998)
+        return Fit("vae", list(learns.parameters()), loss, lr=1.2e-3, seconds=self.arguments.vae_s, ema_decay=0.998)
 
     def vae_batch(self) -> Batch:
-        drawn = self.drawn(self.scenes[self.whole(len(self.scenes), self.arguments.vae_batch)])
+        scenes = self.scenes[self.whole(len(self.scenes), self.arguments.vae_batch)]
+        drawn = self.drawn(scenes)
         noise = self.normal(len(drawn), flux.LATENT_CHANNELS, flux.LATENT_SIDE, flux.LATENT_SIDE)
-        return {"pictures": drawn, "noise": noise}
+        return {"pictures": drawn, "near": near_in_pictures(scenes, drawn), "noise": noise}
 
     @torch.no_grad()
-    def measure_vae(self) -> None:
-        """Say what becomes of true pictures that go through the VAE, and take the latents' scale and shift."""
+    def measure_vae(self, *, vae_learned: bool) -> None:
+        """Say what becomes of true pictures that go through the VAE; take the latents' scale and shift if it is new."""
         vae = self.demo.vae.eval().requires_grad_(requires_grad=False)
         scenes = self.scenes[: self.arguments.measured]
         drawn = pictures(scenes, placed(scenes, self.same_stream()))
         with self.autocast():
             latents = torch.cat([vae.encode(part).latent_dist.mode() for part in drawn.split(64)]).float()
             again = torch.cat([vae.decode(part).sample for part in latents.split(64)]).float()
-        vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+        if vae_learned and not self.keeps_latents:
+            vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
         self.found["vae"] = accuracy(scenes.each(), self.verdicts(scenes, again)) | {"psnr_db": psnr_db(again, drawn)}
         told(f"the VAE's round trip: {self.found['vae']}")
 
     def draw_fit(self, name: str, seconds: float, lr: float) -> Fit:
-        parameters = list(self.demo.transformer.parameters())
-        return Fit(name, parameters, self.velocity_loss, lr=lr, seconds=seconds, ema_decay=0.9985)
+        transformer = self.demo.transformer
+        return Fit(
+            name, list(transformer.parameters()), self.velocity_loss, lr=lr, seconds=seconds, ema_decay=0.9985,
+            orthogonal=matrices(transformer.transformer_blocks, transformer.single_transformer_blocks),
+        )  # fmt: skip
 
     @torch.no_grad()
     def drawings(self) -> Latents:
@@ -189,9 +196,10 @@ def train(arguments: argparse.Namespace, readers: Pool) -> None:
     for module in it.demo.modules():
         told(f"{type(module).__name__}: {sum(parameter.numel() for parameter in module.parameters()):,} parameters")
     if arguments.begin:
-        it.demo.take(arguments.begin)
+        it.demo.take(arguments.begin, arguments.keep)
+        it.tables = TokenTables.of(it.device, it.demo.tokenizer, it.demo.tokenizer_2)
     vae = it.go_on(it.vae_fit(), lambda: it.vae_batch)
-    it.measure_vae()
+    it.measure_vae(vae_learned=vae.steps > 0)
     taught = it.reading()
     read = it.go_on(taught.fit, lambda: taught.batches, vae)
     measure_reading(it, taught)
@@ -201,11 +209,11 @@ def train(arguments: argparse.Namespace, readers: Pool) -> None:
         transformer = it.demo.transformer
         for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
             block.compile(dynamic=False)
-    drawing = it.draw_fit("draw", arguments.draw_s, 1.2e-3)
+    drawing = it.draw_fit("draw", arguments.draw_s, arguments.lr)
     draw = it.go_on(drawing, lambda: it.batches(it.drawings(), at_steps=0.15), vae, read)
     it.measure("drawn")
     it.measure("drawn, guided, many steps", steps=TEACHER_STEPS, scale=TEACHER_SCALE)
-    straightening = it.draw_fit("straight", arguments.straight_s, 6e-4)
+    straightening = it.draw_fit("straight", arguments.straight_s, arguments.lr / 2)
     straight = it.go_on(straightening, lambda: it.batches(it.straightened(), at_steps=0.7), vae, read, draw)
     if straight.steps:
         it.measure("straight, four steps")
@@ -221,11 +229,12 @@ def main() -> int:
     parser.add_argument("--read-s", type=float, default=30.0)
     parser.add_argument("--draw-s", type=float, default=540.0)
     parser.add_argument("--straight-s", type=float, default=120.0)
+    parser.add_argument("--lr", type=float, default=1e-3, help="of the transformer, at most; half for straight steps")
     parser.add_argument("--vae-batch", type=int, default=48)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--pool", type=int, default=400_000, help="pictures that are drawn and encoded beforehand")
     parser.add_argument("--pairs", type=int, default=60_000, help="of noise and what becomes of it, for straight steps")
-    return training.run(train, parser, TINY)
+    return training.run(train, parser, TINY, kept=list(flux.MODULES))
 
 
 if __name__ == "__main__":

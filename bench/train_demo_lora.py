@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bench.drawings import analyser, flux, training
-from bench.drawings.drawing import Placed, pictures, placed
+from bench.drawings.drawing import Placed, decoded_loss, near_in_pictures, pictures, placed
 from bench.drawings.fitting import Batch, Fit, save_state, saved_state, told
 from bench.drawings.flux import DemoFlux
 from bench.drawings.flux_training import STEPS, FluxLearning
@@ -72,12 +72,27 @@ class Outlining:
     def parameters(self) -> list[nn.Parameter]:
         return [factor for pair in self._factors.values() for factor in pair]
 
-    def save(self, file: Path) -> None:
-        """Write it by the names of diffusers and peft; without an alpha, scale 1 is as trained."""
-        tensors = {
-            f"transformer.{name}.lora_{letter}.weight": factor.detach().to("cpu", torch.bfloat16).contiguous()
+    def _named(self) -> dict[str, nn.Parameter]:
+        """Return the factors by the names of diffusers and peft."""
+        return {
+            f"transformer.{name}.lora_{letter}.weight": factor
             for name, pair in self._factors.items()
             for letter, factor in zip("AB", pair, strict=True)
+        }
+
+    @torch.no_grad()
+    def take(self, file: Path) -> None:
+        """Begin with one that was saved, of the same rank."""
+        stored, own = saved_state(file), self._named()
+        if {name: factor.shape for name, factor in own.items()} != {name: each.shape for name, each in stored.items()}:
+            raise SystemExit(f"{file} is no LoRA of these layers and this rank. Leave --begin out, or see --rank.")
+        for name, factor in own.items():
+            factor.copy_(stored[name])
+
+    def save(self, file: Path) -> None:
+        """Write it; without an alpha, scale 1 is as trained."""
+        tensors = {
+            name: factor.detach().to("cpu", torch.bfloat16).contiguous() for name, factor in self._named().items()
         }
         save_file(tensors, file, metadata={"format": "pt"})
 
@@ -97,7 +112,7 @@ class LoraTraining(FluxLearning):
     """The parts of the training, in the order in which `train` goes through them."""
 
     def __init__(self, arguments: argparse.Namespace, readers: Pool) -> None:
-        super().__init__(arguments, readers, clip=False)
+        super().__init__(arguments, readers)
         self.demo = DemoFlux.shipped(self.device)
         self.tables = TokenTables.of(self.device, self.demo.tokenizer, self.demo.tokenizer_2)
         self.encoder = copy.deepcopy(self.demo.vae.encoder).requires_grad_()
@@ -117,9 +132,7 @@ class LoraTraining(FluxLearning):
         def loss(batch: Batch) -> Tensor:
             with self.autocast():
                 again = self.demo.vae.decode(self.encoded(batch["pictures"])).sample
-            off = again.float() - batch["pictures"]
-            total: Tensor = off.abs().mean() + 0.5 * (off**2).mean()
-            return total
+            return decoded_loss(again, batch["pictures"], batch["near"])
 
         return Fit(
             "encoder", list(self.encoder.parameters()), loss,
@@ -128,7 +141,8 @@ class LoraTraining(FluxLearning):
 
     def encoder_batch(self) -> Batch:
         scenes = self.scenes[self.whole(len(self.scenes), self.arguments.encoder_batch)]
-        return {"pictures": pictures(scenes, placed(scenes, self.stream), outline=True)}
+        drawn = pictures(scenes, placed(scenes, self.stream), outline=True)
+        return {"pictures": drawn, "near": near_in_pictures(scenes, drawn)}
 
     @torch.no_grad()
     def measure_encoder(self) -> None:
@@ -144,7 +158,7 @@ class LoraTraining(FluxLearning):
     def draw_fit(self) -> Fit:
         return Fit(
             "draw", self.lora.parameters(), self.velocity_loss,
-            lr=3e-3, seconds=self.arguments.draw_s, ema_decay=0.99, warm_up_steps=WARM_UP_STEPS,
+            lr=self.arguments.lr, seconds=self.arguments.draw_s, ema_decay=0.99, warm_up_steps=WARM_UP_STEPS,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -236,6 +250,8 @@ def seen_again(found: analyser.Found) -> tuple[Scenes, Placed] | None:
 def train(arguments: argparse.Namespace, readers: Pool) -> None:
     """Go through what is left of the training."""
     it = LoraTraining(arguments, readers)
+    if arguments.begin:
+        it.lora.take(arguments.begin)
     told(f"a LoRA of {sum(parameter.numel() for parameter in it.lora.parameters()):,} weights")
     encoder = it.go_on(it.encoder_fit(), lambda: it.encoder_batch)
     it.measure_encoder()
@@ -250,6 +266,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder-s", type=float, default=300.0)
     parser.add_argument("--draw-s", type=float, default=500.0)
+    parser.add_argument("--begin", type=Path, metavar="FILE", help="with this LoRA, of the same rank")
+    parser.add_argument("--lr", type=float, default=3e-3, help="of the LoRA, at most")
     parser.add_argument("--encoder-batch", type=int, default=8)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rank", type=int, default=16)

@@ -149,6 +149,24 @@ def near_shapes(scenes: Scenes, drawn: Tensor) -> Tensor:
     return max_pool2d(wide, (1, 2 * NEAR + 1), 1, (0, NEAR))[:, None]
 
 
+NEAR_COUNTS = 3.0
+"""How much more a pixel of a shape or beside it counts to a VAE than one of the background, added to 1: most of a
+picture is background, and what is asked for is in the rest."""
+
+
+def decoded_loss(decoded: Tensor, drawn: Tensor, near: Tensor) -> Tensor:
+    """Return how far pictures or clips are from those that were drawn; `near` is near_shapes' answer."""
+    off = decoded.float() - drawn
+    weight = 1 + NEAR_COUNTS * near
+    loss: Tensor = ((off.abs() + 0.5 * off**2) * weight).mean() / weight.mean()
+    return loss
+
+
+def near_in_pictures(scenes: Scenes, drawn: Tensor) -> Tensor:
+    """Return near_shapes' answer for pictures (B, 3, H, W): (B, 1, H, W)."""
+    return near_shapes(scenes, drawn[:, :, None])[:, :, 0]
+
+
 def _filmed(scenes: Scenes, frames: list[Placed], side: int) -> Tensor:
     """Return (B, 3, frames, side, side), drawn at once: a frame alone is too little for a GPU."""
     again = torch.arange(len(scenes), device=scenes.count.device).repeat_interleave(len(frames))

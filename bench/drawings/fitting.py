@@ -1,4 +1,4 @@
-"""Fitting parameters within a budget of seconds: AdamW, an average over time, one CUDA graph a step, resumable.
+"""Fitting parameters within a budget of seconds: AdamW and Muon, an average over time, CUDA graphs, resumable.
 
 Knows nothing of what is fitted.
 """
@@ -40,16 +40,23 @@ class Fit:
 
     def __init__(
         self, name: str, parameters: Sequence[nn.Parameter], loss: Loss, *, lr: float, seconds: float, ema_decay: float,
-        warm_up_steps: int = WARM_UP_STEPS,
+        warm_up_steps: int = WARM_UP_STEPS, orthogonal: Sequence[nn.Parameter] = (),
     ) -> None:  # fmt: skip
+        """Fit `parameters`; of them those of `orthogonal`, two-dimensional, by orthogonal steps (`_muon`)."""
         self.name, self.seconds = name, seconds
         self.spent_s, self.steps = 0.0, 0
         self._parameters: list[Any] = list(parameters)
         self._loss, self._lr, self._ema_decay = loss, lr, ema_decay
         self._warm_up_steps = warm_up_steps
+        chosen = {id(matrix) for matrix in orthogonal}
+        self._matrices = {i for i, parameter in enumerate(self._parameters) if id(parameter) in chosen}
         self._cuda = self._parameters[0].is_cuda
         self._average = [parameter.detach().clone() for parameter in self._parameters]
-        self._moments = [[torch.zeros_like(parameter) for parameter in self._parameters] for _ in range(2)]
+        self._moments = [
+            [torch.zeros_like(parameter) for parameter in self._parameters],
+            # Muon has none.
+            [torch.zeros_like(each[:0] if i in self._matrices else each) for i, each in enumerate(self._parameters)],
+        ]
         device = self._parameters[0].device
         self._rate = torch.zeros((), device=device)
         self._count = torch.zeros((), device=device)
@@ -98,15 +105,41 @@ class Fit:
     def _step(self, batch: Batch) -> Tensor:
         loss, gradients = self.gradients(batch)
         pairs = [(i, gradient) for i, gradient in enumerate(gradients) if gradient is not None]
-        self._adam([i for i, _ in pairs], [gradient for _, gradient in pairs])
+        others = [pair for pair in pairs if pair[0] not in self._matrices]
+        if others:
+            self._adam(others)
+        alike: dict[torch.Size, list[tuple[int, Tensor]]] = {}
+        for place, gradient in pairs:
+            if place in self._matrices:
+                alike.setdefault(gradient.shape, []).append((place, gradient))
+        for same in alike.values():
+            self._muon(same)
+        with torch.no_grad():
+            weights = [weight.detach() for weight in self._parameters]
+            torch._foreach_lerp_(self._average, weights, 1 - self._ema_decay)
         return loss
 
     @torch.no_grad()
-    def _adam(self, places: list[int], gradients: list[Tensor]) -> None:
+    def _muon(self, pairs: Sequence[tuple[int, Tensor]]) -> None:
+        """Muon (Jordan et al. 2024) for matrices of one shape: each step is the momentum with all its singular values
+        brought near 1, as long as AdamW's are (Liu et al. 2025, "Muon is scalable for LLM training": 0.2 sqrt(n))."""
+        decay, beta = 0.01, 0.95
+        weights = [self._parameters[i] for i, _ in pairs]
+        momenta = [self._moments[0][i] for i, _ in pairs]
+        gradients = [gradient for _, gradient in pairs]
+        torch._foreach_lerp_(momenta, gradients, 1 - beta)
+        ahead = torch.stack(torch._foreach_lerp(momenta, gradients, 1 - beta))
+        steps = _orthogonal(ahead) * (0.2 * max(ahead.shape[1:]) ** 0.5 * self._rate)
+        torch._foreach_mul_(weights, 1 - self._rate * decay)
+        torch._foreach_sub_(weights, list(steps.unbind(0)))
+
+    @torch.no_grad()
+    def _adam(self, pairs: Sequence[tuple[int, Tensor]]) -> None:
         """AdamW (Loshchilov & Hutter 2019) with the gradient's norm held to 1; everything stays on the device."""
         decay, betas, small = 0.01, (0.9, 0.98), 1e-8
-        weights = [self._parameters[i] for i in places]
-        first, second = ([moments[i] for i in places] for moments in self._moments)
+        weights = [self._parameters[i] for i, _ in pairs]
+        gradients = [gradient for _, gradient in pairs]
+        first, second = ([moments[i] for i, _ in pairs] for moments in self._moments)
         norm = torch.stack(torch._foreach_norm(gradients)).norm()
         torch._foreach_mul_(gradients, (1.0 / norm.clamp(min=1.0)))
         self._count += 1
@@ -121,7 +154,6 @@ class Fit:
         torch._foreach_mul_(steps, unbiased)
         torch._foreach_mul_(weights, 1 - self._rate * decay)
         torch._foreach_sub_(weights, steps)
-        torch._foreach_lerp_(self._average, [weight.detach() for weight in self._parameters], 1 - self._ema_decay)
 
     def _captured(self, first: Batch) -> Loss:
         """Return the step as one CUDA graph; on the CPU, as it is."""
@@ -178,6 +210,24 @@ class Fit:
 
     def _parts(self) -> dict[str, list[Any]]:
         return {"weight": self._parameters, "first": self._moments[0], "second": self._moments[1]}
+
+
+def matrices(*blocks: nn.Module) -> list[nn.Parameter]:
+    """Return the two-dimensional weights of a network's blocks: those of its ends are better fitted one by one."""
+    return [weight for block in blocks for weight in block.parameters() if weight.ndim == 2]
+
+
+def _orthogonal(given: Tensor) -> Tensor:
+    """Return matrices (N, m, n) with singular values of 0.7 to 1.2 in the place of their own, in float32; of those that
+    are less than a five-hundredth of the norm, smaller ones. Five steps of the Newton-Schulz iteration with Jordan's
+    coefficients (https://kellerjordan.github.io/posts/muon)."""
+    tall = given.shape[1] > given.shape[2]
+    x: Tensor = (given.mT if tall else given).bfloat16()
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return (x.mT if tall else x).float()
 
 
 def save_state(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
+from bench.drawings.taking import take
 from bench.drawings.tokens import CLIP_TOKENS_MAX, clip_tokenizer, rounded_up, t5_tokenizer
 from safelightd import demo_models
 
@@ -23,6 +25,11 @@ LATENT_CHANNELS = 16
 PATCHES = (LATENT_SIDE // 2) ** 2
 PATCH_CHANNELS = 4 * LATENT_CHANNELS
 SHIPPED = Path(demo_models.__file__).parent / "demo-flux"
+
+MODULES: dict[str, Any] = {
+    "vae": AutoencoderKL, "text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel,
+    "transformer": FluxTransformer2DModel,
+}  # fmt: skip
 
 
 @dataclass
@@ -49,28 +56,26 @@ class DemoFlux:
     def shipped(cls, device: str) -> DemoFlux:
         """Return demo-flux as it comes with the program."""
 
-        def stored(kind: Any, name: str) -> Any:
-            return kind.from_pretrained(SHIPPED, subfolder=name, dtype=torch.float32, local_files_only=True)
-
-        made = cls(
-            stored(AutoencoderKL, "vae"), stored(CLIPTextModel, "text_encoder"),
-            stored(T5EncoderModel, "text_encoder_2"), stored(FluxTransformer2DModel, "transformer"),
-            # Its own: a number need not mean the same word there as in a tokenizer that is made today.
-            CLIPTokenizer.from_pretrained(SHIPPED, subfolder="tokenizer", local_files_only=True),
-            T5TokenizerFast.from_pretrained(SHIPPED, subfolder="tokenizer_2", local_files_only=True),
-        )  # fmt: skip
+        made = cls.new(device)
+        made.take(SHIPPED)
         for module in made.modules():
-            module.to(device).requires_grad_(requires_grad=False)
+            module.eval().requires_grad_(requires_grad=False)
         return made
 
     def modules(self) -> list[nn.Module]:
         return [self.vae, self.text_encoder, self.text_encoder_2, self.transformer]
 
-    def take(self, folder: Path) -> None:
-        """Begin with the VAE and the transformer of a saved pipeline; the text encoders learn to read anew."""
-        for name, kind in (("vae", AutoencoderKL), ("transformer", FluxTransformer2DModel)):
-            stored = kind.from_pretrained(folder, subfolder=name, dtype=torch.float32, local_files_only=True)
-            getattr(self, name).load_state_dict(stored.state_dict())
+    def take(self, folder: Path, names: Sequence[str] = tuple(MODULES)) -> None:
+        """Begin with modules of a saved pipeline, and with its tokenizers where its text encoders stay."""
+        stored = take(self, folder, MODULES, names)
+        if "vae" in stored:
+            rows = {row: stored["vae"].config[row] for row in ("shift_factor", "scaling_factor")}
+            self.vae.register_to_config(**rows)
+        # Its own: a number need not mean the same word there as in a tokenizer that is made today.
+        if "text_encoder" in stored:
+            self.tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
+        if "text_encoder_2" in stored:
+            self.tokenizer_2 = T5TokenizerFast.from_pretrained(folder, subfolder="tokenizer_2", local_files_only=True)
 
     def velocity(self, noisy: Tensor, sigma: Tensor, t5: Tensor, clip: Tensor) -> Tensor:
         """Return what the transformer predicts of (B, PATCHES, PATCH_CHANNELS) at noise levels (B,)."""

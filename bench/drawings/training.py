@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bench.drawings import analyser
 from bench.drawings.fitting import Batch, Fit, save_state, saved_state, told, write_json
+from bench.drawings.taking import VAE_ENCODER
 from bench.drawings.tokens import TokenTables
 from bench.drawings.world import Scene, Scenes, World
 
@@ -47,6 +48,11 @@ class Training:
     @property
     def goes_on(self) -> bool:
         return bool(time.monotonic() < self.until)
+
+    @property
+    def keeps_latents(self) -> bool:
+        """Whether the VAE's encoder is another pipeline's, and the decoder alone learns."""
+        return bool(self.arguments.begin) and VAE_ENCODER in self.arguments.keep
 
     def autocast(self) -> Any:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda", cache_enabled=False)
@@ -151,11 +157,21 @@ def decibels(one: Any, other: Any) -> float:
 
 def run(
     train: Callable[[argparse.Namespace, Pool], None], parser: argparse.ArgumentParser, tiny: Mapping[str, float],
-    *, needs_card: bool = True,
+    *, needs_card: bool = True, kept: Sequence[str] = (),
 ) -> int:  # fmt: skip
-    """Read the command line and train; `tiny` is what it says instead for a try on the CPU."""
+    """Read the command line and train; `tiny` is what it says instead for a try on the CPU.
+
+    Args:
+        kept: the modules that another pipeline can give, all of them unless the command line says which.
+    """
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--begin", type=Path, metavar="FOLDER", help="with the modules of this pipeline")
+    if kept:
+        parser.add_argument("--begin", type=Path, metavar="FOLDER", help="with modules of this pipeline: --keep")
+        parser.add_argument(
+            "--keep", nargs="+", choices=(*kept, VAE_ENCODER), default=list(kept),
+            help=f"modules to begin with; they learn on unless their seconds are 0. With '{VAE_ENCODER}' latents stay"
+            " as they are: of the VAE the decoder alone learns. Without --begin it says nothing",
+        )  # fmt: skip
     parser.add_argument("--limit-s", type=float, default=float("inf"), help="of this run; the same command goes on")
     parser.add_argument("--measured", type=int, default=1000, help="held-out prompts to say what it came to")
     parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks first")

@@ -1,6 +1,6 @@
 """Wan's own program as a child: what it is told, how what it says is read in any pieces, and that nothing outlives it.
 
-Its stand-in, and what that has said with 50 steps, are in tests/data/wan_cli.
+Its stand-in, and what the program itself has said with 50 steps, are in tests/data/wan_cli.
 """
 
 from __future__ import annotations

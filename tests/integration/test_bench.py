@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 TABLE = models.load()
 CASES = [
     (key, size)
-    for key in ("flux-schnell", "flux-dev", "wan-ti2v-5b", "wan-t2v-a14b")
+    for key in ("flux-schnell", "flux-dev", "wan-ti2v-5b", "wan-t2v-a14b", "wan-i2v-a14b")
     for sizes in (cases.SIZES, cases.LEARNED_AT)
     for size in cases._of(sizes, key)
 ]
@@ -26,13 +26,15 @@ CASES += [
     ("wan-ti2v-5b", "x".join(map(str, gpu_video.SIZE))),
     ("wan-t2v-a14b", "x".join(map(str, gpu_video_a14b.SIZE))),
 ]
-CASES += [("wan-t2v-a14b", size) for sizes in gpu_video_a14b.FITS.values() for size in sizes]
+CASES += [(key, size) for key in gpu_video_a14b.TINY for sizes in gpu_video_a14b.FITS.values() for size in sizes]
 
 
 @pytest.mark.parametrize(("key", "size"), [*dict.fromkeys(CASES)])
 def test_every_size_of_a_bench_is_one_that_its_model_takes(key: str, size: str) -> None:
-    width, height, *frames = map(int, size.split("x"))
+    width, height, *frames = map(int, size.removesuffix(cases.FROM_A_PICTURE).split("x"))
     more: dict[str, Any] = {"num_frames": frames[0]} if frames else {}
+    if size.endswith(cases.FROM_A_PICTURE) or TABLE[key].image == "required":
+        more["image"] = "0" * 64
     spec = fullsize.spec_of(TABLE[key], tiny=False, width=width, height=height, num_inference_steps=2, **more)
 
     assert (spec.width, spec.height) == (width, height)

@@ -119,8 +119,8 @@ def test_a_stranger_s_prompt_is_drawn_right(tiny_models_folder: Path) -> None:
 
 
 def test_held_out_prompts_are_drawn_right(tiny_models_folder: Path) -> None:
-    """98.7 of 100 on the day it was trained: that four of twenty go wrong by chance has odds of one in ten thousand."""
-    assert right(tiny_models_folder, 20) >= 17
+    """99.8 of 100 on the day it was trained: that two of twenty go wrong by chance has odds of one in a thousand."""
+    assert right(tiny_models_folder, 20) >= 19
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,8 @@ def test_a_little_strength_keeps_the_picture_and_much_of_it_follows_the_prompt(t
         for strength in (0.25, 1.0)
     )  # fmt: skip
 
-    assert things(kept) == {("green", "square")}
+    assert ("green", "square") in things(kept)
+    assert ("red", "circle") not in things(kept)
     assert things(changed) == {("red", "circle")}
 
 
@@ -191,8 +192,9 @@ def test_the_seed_decides_where_the_prompt_does_not(tiny_models_folder: Path) ->
 
 
 def test_a_negative_prompt_removes_what_it_names(tiny_models_folder: Path) -> None:
-    prompt, seeds = "a circle on a white background", range(16)
-    guided = {"negative_prompt": RED_CIRCLE, "true_cfg_scale": 3.0}
+    """Of 96 seeds 27 gave a red circle on the day it was trained, and with this guidance 7."""
+    prompt, seeds = "a circle on a white background", range(24)
+    guided = {"negative_prompt": RED_CIRCLE, "true_cfg_scale": 5.0}
 
     without = [("red", "circle") in things(drawn(tiny_models_folder, prompt, seed=seed)) for seed in seeds]
     with_it = [("red", "circle") in things(drawn(tiny_models_folder, prompt, seed=seed, **guided)) for seed in seeds]

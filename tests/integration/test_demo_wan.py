@@ -51,15 +51,15 @@ def test_a_clip_from_a_picture_starts_with_it(animated: list[tuple[Scene, Any, A
 
 
 def test_a_picture_moves_as_the_prompt_says(animated: list[tuple[Scene, Any, Any]]) -> None:
-    """98 of 100 on the day it was trained; 92 with the shape right as well."""
+    """100 of 100 on the day it was trained; 98 with the shape right as well."""
     verdicts = [clip_verdict(scene, list(clip)) for scene, _, clip in animated]
 
     assert sum(verdict["motion"] for verdict in verdicts) >= 5
-    assert sum(verdict["asked"] for verdict in verdicts) >= 4
+    assert sum(verdict["asked"] for verdict in verdicts) >= 5
 
 
 def test_text_alone_reaches_shape_colour_background_and_motion(tiny_models_folder: Path) -> None:
-    """100, 98 and 97.5 of 100 on the day it was trained; which shape it is, in 83."""
+    """100 of 100 on the day it was trained, and in 98.5 the shape."""
     scenes, prompts, _ = asked(6)
     verdicts = [
         clip_verdict(scene, list(filmed(tiny_models_folder, prompt)))
@@ -67,7 +67,7 @@ def test_text_alone_reaches_shape_colour_background_and_motion(tiny_models_folde
     ]
 
     for attribute in ("background", "colour", "motion", "shape"):
-        assert sum(verdict[attribute] for verdict in verdicts) >= 4, attribute
+        assert sum(verdict[attribute] for verdict in verdicts) >= 5, attribute
 
 
 def test_a_quantised_plan_animates_the_same(animated: list[tuple[Scene, Any, Any]], tiny_models_folder: Path) -> None:
