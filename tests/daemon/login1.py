@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import select
+import socket
 import subprocess
 import threading
 import time
@@ -56,7 +57,12 @@ class Bus:
         self.process = subprocess.Popen(
             ["dbus-daemon", f"--config-file={self._configuration}", "--nofork", "--nopidfile"]
         )
-        eventually(self._socket.exists)
+        eventually(self._answers)
+
+    def _answers(self) -> bool:
+        """Whether it takes connections: its socket is there before it listens."""
+        with socket.socket(socket.AF_UNIX) as trying:
+            return trying.connect_ex(str(self._socket)) == 0
 
     def kill(self) -> None:
         self.process.kill()
