@@ -2,7 +2,7 @@
 
     python -m bench.accuracy                                     # demo-flux in float32, 500 held-out prompts
     python -m bench.accuracy --model demo-wan --prompts 200      # clips, from text and from a picture
-    python -m bench.accuracy --plan "nf4 resident" "bf16 leaf"   # those, beside float32
+    python -m bench.accuracy --plan bf16 --plan nf4 "bf16 leaf"  # those, beside float32
     python -m bench.accuracy --plan all --prompts 2000 --device cuda
     python -m bench.accuracy --list                              # the plans
 
@@ -62,6 +62,8 @@ FIRST_FRAME_DB = 25.0
 LOST_MAX = 2.0
 """Points of percent that a precision may lose which the planner chooses by itself."""
 CHOSEN_BY_AUTO = ("bf16", "fp16", "fp8-dynamic", "fp8-weight-only", "int8-weight-only", "nf4", "int8-dynamic")
+MOVED = ("partial", "streamed", "from file", "leaf", "leaf low_cpu_mem_usage", "block", "sequential")
+"""How a plan's name ends that moves weights and changes none: asked for after the resident one of its precision."""
 
 NO_PATHS: Mapping[str, str] = MappingProxyType({})
 
@@ -83,11 +85,12 @@ def main() -> int:
     if arguments.list:
         print("\n".join(plans))
         return 0
-    unknown = [name for name in arguments.plan if name not in plans and name != "all"]
+    asked = [f"{name} resident" if f"{name} resident" in plans else name for name in arguments.plan]
+    unknown = [name for name in asked if name not in plans and name != "all"]
     if unknown:
         print(f"No such plan: {', '.join(unknown)}. Known: {', '.join(plans)}.", file=sys.stderr)
         return 2
-    chosen = list(plans) if "all" in arguments.plan else arguments.plan
+    chosen = list(plans) if "all" in asked else asked
     # Forked before anything is on the GPU, which a forked process could not use; they only look at pictures.
     with get_context("fork").Pool() as readers, tempfile.TemporaryDirectory() as made:
         folder = model_folder(facts, Path(made))
@@ -286,7 +289,11 @@ def _bars(facts: ModelFacts, lines: list[dict[str, Any]]) -> list[dict[str, Any]
         if "first_frame_psnr_db" in line:
             measured = line["first_frame_psnr_db"]
             bars.append(_bar("first frame, dB", measured, FIRST_FRAME_DB, ok=measured >= FIRST_FRAME_DB))
-        elif line["plan"].startswith(CHOSEN_BY_AUTO):
+            continue
+        differs = line.get("differs_from_resident")
+        if line["plan"].endswith(MOVED) and "compiled" not in line["plan"] and differs is not None:
+            bars.append(_bar(f"{line['plan']}: grey levels from resident", differs, 0, ok=differs == 0))
+        if line["plan"].startswith(CHOSEN_BY_AUTO):
             lost = line.get("lost_points")
             bars.append(_bar(f"{line['plan']}: points lost", lost, LOST_MAX, ok=lost is not None and lost <= LOST_MAX))
     return bars
@@ -299,7 +306,10 @@ def _bar(name: str, measured: Any, bound: float, *, ok: bool) -> dict[str, Any]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo-flux", choices=list(BARS))
-    parser.add_argument("--plan", nargs="*", default=[], help="beside float32; all: every one of --list")
+    parser.add_argument(
+        "--plan", nargs="+", action="extend", default=[], metavar="PLAN",
+        help="beside float32; nf4 is short for nf4 resident; all: every one of --list",
+    )  # fmt: skip
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--from-pictures", type=int, default=50, help="clips of pictures, of demo-wan")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))

@@ -28,7 +28,7 @@ HEADS, HEAD_DIM, LAYERS, FFN_DIM = 8, 32, 6, 320
 """Of the transformer. A token is 2x2 latents of 48 channels, and what it predicts of them is mostly their noise, 192
 numbers that know nothing of each other: a width of less than 192 cannot carry it. With 128 and eight layers a third of
 it stayed in every clip, and shapes melted (61 of 100 right). And 16 tokens of a frame must agree on one shape, which
-takes depth: with 256 and three layers squares were rectangles (83), with six they are not (98)."""
+takes depth: with 256 and three layers squares were rectangles (83), with six they are not (97)."""
 LATENT_CHANNELS = 48
 LATENT_SIDE = 8
 FRAMES_PER_LATENT = 4

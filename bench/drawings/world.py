@@ -148,7 +148,11 @@ class World:
         while missing > 0:
             drawn = self._scenes(max(2 * count, 256) if which != "held out" else 24 * count, clip=clip)
             if which != "all":
-                drawn = drawn[held_out(drawn) == (which == "held out")]
+                chosen = held_out(drawn) == (which == "held out")
+                if clip and which == "held out":
+                    # Who stands still is asked for without a place, and was seen elsewhere.
+                    chosen &= drawn.motion != STILL
+                drawn = drawn[chosen]
             parts.append(drawn[:missing])
             missing -= len(parts[-1])
         return joined(parts)
@@ -254,7 +258,8 @@ class World:
 def held_out(scenes: Scenes) -> Tensor:
     """Return (B,) whether a scene's combination is one of the tenth that training never sees.
 
-    Of one shape: colour, shape, size and position (or motion); of two: both colours, both shapes and the relation.
+    Of one shape: colour, shape, size and position (or motion); of two: both colours, both shapes and the relation, in
+    the caption's order: the same picture may have been seen as "a blue square right of a red circle".
     """
     one = _number(
         (scenes.colour[:, 0], SHAPE_COLOURS), (scenes.shape[:, 0], len(SHAPES)), (scenes.size[:, 0], len(SIZES)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -75,7 +76,20 @@ def test_training_never_sees_what_is_held_out() -> None:
 
     assert not held_out(training).any()
     assert held_out(kept).all()
+    asked = texts(World("cpu", 18).captions(kept, plain=True))
+    assert not set(asked) & set(texts(World("cpu", 17).captions(training, plain=True)))
     assert 0.05 < held_out(World("cpu", 19).scenes(5000)).float().mean() < 0.2
+
+
+def test_no_clip_that_is_held_out_was_asked_for_in_training() -> None:
+    def asked(which: Literal["training", "held out"], count: int) -> set[tuple[int, ...]]:
+        scenes = World("cpu", 20).scenes(count, which, clip=True).each()
+        return {(scene.colour[0], scene.shape[0], scene.motion) for scene in scenes}
+
+    kept = asked("held out", 400)
+
+    assert len(kept) > 10
+    assert not kept & asked("training", 20_000)
 
 
 def test_captions_use_the_words_of_the_table_and_no_others() -> None:

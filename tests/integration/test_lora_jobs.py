@@ -188,6 +188,7 @@ def test_the_inbox_takes_loras_by_name_and_says_where_a_file_belongs(
         drop(paths.inbox, "c.txt", "a fox <lora:stile>")
         shutil.copy(style, paths.inbox / "mine.safetensors")
         until(lambda: len(list(paths.rejected.glob("*.error.txt"))) == 3 and queue.waiting_ids())
+        until(lambda: list(paths.rejected.glob("*~mine.safetensors")))  # a file follows what is said of it
 
     (spec,) = line(queue)
     assert [(lora.name, lora.scale, len(lora.sha256)) for lora in spec.loras] == [("style", 0.5, 64)]
