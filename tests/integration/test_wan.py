@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from safelight.errors import SafelightError
 from safelightd.loading import BadModelFolder
@@ -24,7 +26,9 @@ from tests.integration.rendering import (
     moments_to_stop,
     picture,
     spec_for,
+    stock,
     stock_answer,
+    stock_pipeline,
 )
 
 DIGEST = "0" * 64
@@ -80,6 +84,25 @@ def test_upright_narrow_and_long_clips_are_those_of_the_stock_pipeline(
     assert torch.equal(latents, ours)
     assert [frame.shape for frame in frames] == [(height, width, 3)] * num_frames
     assert all(np.array_equal(a, b) for a, b in zip(pictures, frames, strict=True))
+
+
+@pytest.mark.parametrize("job", ["5B from text", "5B from a picture"])
+def test_a_clip_of_more_tokens_than_rows_are_embedded_has_the_bits_of_stock(job: str, tiny_models_folder: Path) -> None:
+    run = run_of(
+        JOBS[job] | {"width": 256, "height": 256, "num_frames": 69, "num_inference_steps": 2}, tiny_models_folder
+    )
+    expected = stock(run, stock_pipeline(run), "latent")
+    given: list[torch.Size] = []
+
+    def look(module: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(module, WanTransformer3DModel):
+            given.append(arguments[1].shape)
+
+    with register_module_forward_pre_hook(look):
+        ours = run.latents()
+
+    assert torch.equal(expected, ours)
+    assert given == [(1, 1 if run.image is None else 2)] * 4  # timesteps of two steps, each twice
 
 
 @pytest.mark.parametrize("job", ["5B from a picture", "A14B from text"])

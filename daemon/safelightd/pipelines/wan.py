@@ -322,10 +322,12 @@ def _with_picture(latents: torch.Tensor, start: Start) -> torch.Tensor:
 
 
 def _timestep(t: torch.Tensor, start: Start) -> torch.Tensor:
-    """Return t as (1,), or for the 5B as (1, tokens) with 0 for the tokens of the picture."""
+    """Return t as (1,), or for the 5B as `wan_modulation.share` has it: (1, 1), or with a picture (1, 2), whose first
+    is 0."""
     if start.mask is None:
         return t.expand(1)
-    return (start.mask[0][0][:, ::2, ::2] * t).flatten().unsqueeze(0)
+    by_frame = start.mask[:, 0, :, 0, 0] * t
+    return by_frame[:, : 1 if start.condition is None else 2]
 
 
 def _as_the_vae_wrote_them(latents: torch.Tensor, vae: Any) -> torch.Tensor:
