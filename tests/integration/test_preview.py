@@ -147,10 +147,11 @@ def test_every_family_shows_its_steps(model: str, tiny_models_folder: Path, inst
         assert opened.size == (first_frame.shape[2], first_frame.shape[1])
 
 
-def test_a_clip_from_a_picture_shows_what_is_denoised_and_not_what_lies_under_the_picture(
-    tiny_models_folder: Path, installation: Installation
+@pytest.mark.parametrize(("job", "frame"), [("5B from text", 0), ("5B from a picture", -1), ("A14B from a picture", 0)])
+def test_a_clip_shows_a_frame_that_is_denoised_and_not_what_lies_under_the_picture(
+    job: str, frame: int, tiny_models_folder: Path, installation: Installation
 ) -> None:
-    run = run_of({**JOBS["5B from a picture"], "num_inference_steps": 3}, tiny_models_folder)
+    run = run_of({**JOBS[job], "num_inference_steps": 3}, tiny_models_folder)
     seen: list[preview.Values] = []
 
     class Seen(Preview):
@@ -159,8 +160,12 @@ def test_a_clip_from_a_picture_shows_what_is_denoised_and_not_what_lies_under_th
 
     run.watch.preview = Seen(installation.paths, "job", "model")
     latents = run.latents()
+    shown, other = (pipelines.values(latents[0, :, place]) for place in (frame, -1 - frame))
 
-    assert np.allclose(seen[-1], pipelines.values(latents[0, :, -1]), atol=1e-3)
+    assert np.allclose(seen[-1], shown, atol=1e-3)
+    assert not np.allclose(seen[-1], other, atol=1e-1)
+    misses = [np.abs(values - shown).mean() for values in seen]  # of where the way would end if it were straight
+    assert misses == sorted(misses, reverse=True)
 
 
 def test_a_job_leaves_what_it_taught_and_no_picture(installation: Installation) -> None:
