@@ -54,10 +54,19 @@ for fewer. H100, torch 2.11.0+cu130, 2026-11-26."""
 TILED_BYTES_PER_PIXEL_AND_FRAME = 7
 """The clip that the VAE joins of tiles before it gives any: 4.2 GiB in all at 1280x704x121."""
 
-TILES = (512, 256)
-"""Sides of the tiles that a VAE may work in, in pixels; smaller ones show more seams."""
+TILES = {"flux": (64,), "wan": (512, 256)}
+"""Sides of the tiles that a VAE may work in, in pixels; Wan's smaller ones show more seams. FLUX's go from edge to
+edge, and are its whole decode within rounding (`safelightd.pipelines.flux_vae`)."""
 
-TINY_TILES = {"flux": (32,), "wan": (64,)}
+STRIPS_BYTES_PER_PIXEL = 1_100
+"""What FLUX's decode in bf16 holds between two layers: 256 and twice 128 channels, 1,024, and a little."""
+
+STRIP_BYTES_PER_PIXEL = 3_180
+"""What it takes of a strip besides: 1,310 are alive at once (counted on meta tensors at four sizes: 1.08 GiB in all at
+1024x1024, where the whole has 1.50), and convolutions want as much of a strip as they do of the whole, whose reserved
+2.95 GiB are twice what is alive. Not measured on a card."""
+
+TINY_TILES = {"flux": (16,), "wan": (64,)}
 TINY_DECODE = 16
 """The tiny VAEs are so many times narrower than the real ones."""
 
@@ -149,15 +158,18 @@ def ring_bytes(streamed: Sequence[int], at_once: int = 2) -> int:
 
 def tiles(spec: JobSpec, facts: ModelFacts) -> tuple[int, ...]:
     """Return the tiles that the VAE may work in: 0 for the whole picture, then sides in pixels, the largest first."""
-    sides = TINY_TILES[facts.family] if facts.tiny else TILES
+    sides = (TINY_TILES if facts.tiny else TILES)[facts.family]
     return (*((0,) if spec.vae_tiling != "on" else ()), *(sides if spec.vae_tiling != "off" else ()))
 
 
 def decode_bytes(spec: JobSpec, facts: ModelFacts, tile: int, width: int) -> int:
     """Return what a decode in tiles of this side, 0 for whole, takes above the VAE, in floats of `width` bytes."""
     pixels = spec.width * spec.height
-    at_once = min(pixels, tile * tile) if tile else pixels
-    working = at_once * DECODE_BYTES_PER_PIXEL[facts.family] // (TINY_DECODE if facts.tiny else 1)
+    if tile and facts.family == "flux":
+        working = pixels * STRIPS_BYTES_PER_PIXEL + min(tile, spec.height) * spec.width * STRIP_BYTES_PER_PIXEL
+    else:
+        working = (min(pixels, tile * tile) if tile else pixels) * DECODE_BYTES_PER_PIXEL[facts.family]
+    working //= TINY_DECODE if facts.tiny else 1
     if tile and spec.num_frames:
         working += pixels * spec.num_frames * TILED_BYTES_PER_PIXEL_AND_FRAME
     return working * width // 2

@@ -123,7 +123,7 @@ class Plan(BaseModel):
     """None: as `dtype` says."""
     vae_tiling: bool
     vae_tile_pixels: int = 512
-    """Side of a tile, where there are tiles."""
+    """Side of a tile, where there are tiles; of FLUX's, which go from edge to edge, the height."""
     predicted: dict[str, PhasePrediction] = Field(default_factory=dict)
     seconds: float | None = None
     """Expected run time; None in plans that could not tell."""

@@ -488,13 +488,24 @@ def test_tiles_are_a_last_resort_however_fast_they_look() -> None:
     assert not make_plan(job(), gpu(40), TABLE, shown).vae_tiling
 
 
-def test_smaller_tiles_follow_larger_ones() -> None:
-    first = plan_of(job(vae_tiling="on"), gpu(40))
+def test_smaller_tiles_of_a_clip_follow_larger_ones_and_a_picture_has_one_size_of_them() -> None:
+    clip = job(model="wan-ti2v-5b", vae_tiling="on")
+    first = plan_of(clip, gpu(40))
     over = Overrun(phase="decode", memory="device", rung=first.rung,
                    predicted_bytes=first.predicted["decode"].device_bytes)  # fmt: skip
-    after = plan_of(job(vae_tiling="on"), gpu(40), overruns=(over,))
+    after = plan_of(clip, gpu(40), overruns=(over,))
 
     assert (first.vae_tile_pixels, after.vae_tile_pixels) == (512, 256)
+    assert plan_of(job(vae_tiling="on"), gpu(40)).vae_tile_pixels == 64
+
+
+def test_a_picture_in_tiles_takes_what_its_layers_hold_and_far_less_than_the_whole() -> None:
+    large = {"width": 1536, "height": 1536}
+    whole, tiled = (
+        plan_of(job(vae_tiling=how, **large), gpu(40)).predicted["decode"].device_bytes for how in ("off", "on")
+    )
+
+    assert 1536 * 1536 * 1000 < tiled - footprint.outside_bytes(TABLE["flux-schnell"]) < 0.6 * whole
 
 
 @pytest.mark.parametrize("phase", ["encode", "denoise", "decode"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench import cases, fullsize, gpu_cache, gpu_files, gpu_video, gpu_video_a14b, shapes
+from bench import cases, fullsize, gpu_cache, gpu_decode, gpu_files, gpu_video, gpu_video_a14b, shapes
 
 from safelight import caches, models
 
@@ -101,6 +101,14 @@ def test_single_files_are_tried_in_little(capsys: pytest.CaptureFixture[str]) ->
     assert [line["decoder"] for line in tried if "decoder" in line] == ["Q6_K", "fp8_e4m3 by row"]
     assert all(line["finite"] > line["numbers"] / 2 for line in tried if "decoder" in line)
     assert "Q4_K" in left_out["left_out"]
+
+
+def test_strips_are_tried_in_little(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_decode.main(["--tiny", "--rows", "32"]) == 0
+
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["way"] for line in lines if "way" in line] == ["whole", "strips of 32", "tiles of 512"]
+    assert [bar["ok"] for bar in lines if "bar" in bar] == [True]
 
 
 def test_weights_are_the_same_only_with_the_same_bits_and_dtype() -> None:

@@ -37,7 +37,7 @@ from safelightd.pipelines import (
     stop_inside,
     values,
 )
-from safelightd.pipelines.flux_controlnet import tile
+from safelightd.pipelines.flux_vae import in_strips
 from safelightd.preview import Values
 from safelightd.progress import Watch
 
@@ -156,7 +156,7 @@ def decode(spec: JobSpec, plan: Plan, loader: Loader, latents: torch.Tensor, wat
     with loader.component("vae", plan.device) as vae:
         stop_inside(vae, watch)
         if plan.vae_tiling:
-            tile(vae, plan.vae_tile_pixels)
+            in_strips(vae, plan.vae_tile_pixels)
         watch.loaded()
         pipe = _pipeline(vae=vae)
         unpacked = pipe._unpack_latents(  # noqa: SLF001 - the pipeline offers no other way to unpack
@@ -228,7 +228,7 @@ def _start(
     with loader.component("vae", device) as vae:
         stop_inside(vae, watch)
         if plan.vae_tiling:
-            tile(vae, plan.vae_tile_pixels)
+            in_strips(vae, plan.vae_tile_pixels)
         names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")
         pipe = FluxImg2ImgPipeline(scheduler=scheduler, vae=vae, **dict.fromkeys(names))
         pixels = pipe.image_processor.preprocess(image, height=spec.height, width=spec.width)

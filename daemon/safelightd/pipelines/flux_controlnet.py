@@ -18,6 +18,7 @@ from safelight.jobspec import JobSpec
 from safelight.plan import Plan
 from safelightd.loading import Loader
 from safelightd.pipelines import dtype_of, stop_between_blocks, stop_inside
+from safelightd.pipelines.flux_vae import in_strips
 from safelightd.progress import Watch
 
 Lead = Callable[[int, int, torch.Tensor, torch.Tensor, Mapping[str, Any]], dict[str, Any]]
@@ -47,7 +48,7 @@ def condition(
     with loader.component("vae", device) as vae:
         stop_inside(vae, watch)
         if plan.vae_tiling:
-            tile(vae, plan.vae_tile_pixels)
+            in_strips(vae, plan.vae_tile_pixels)
         names = ("scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer", "controlnet")
         pipe = FluxControlNetPipeline(vae=vae, **dict.fromkeys(names))
         pixels: torch.Tensor = pipe.prepare_image(image, spec.width, spec.height, 1, 1, device, vae.dtype)
@@ -94,10 +95,3 @@ def leading(
             }
 
         yield lead
-
-
-def tile(vae: Any, side: int) -> None:
-    """Make the VAE work in tiles of so many pixels; with diffusers' own, of 1024, nothing changes at 1024x1024."""
-    vae.enable_tiling()
-    vae.tile_sample_min_size = side
-    vae.tile_latent_min_size = side // 8
