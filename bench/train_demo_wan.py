@@ -132,7 +132,7 @@ class WanTraining(Training):
             batches = self.vae_batches(part, count)
 
             def ready(fit: Fit = fit, batches: Callable[[], Batch] = batches) -> Callable[[], Batch]:
-                if arguments.compile_vae:
+                if arguments.compile:
                     self.compiled_if_it_can_be(fit, batches(), whole_clips.activate)
                 return batches
 
@@ -324,7 +324,6 @@ def main() -> int:
     parser.add_argument("--draw-s", type=float, default=850.0)
     parser.add_argument("--vae-batch", type=int, default=32)
     parser.add_argument("--vae-whole-batch", type=int, default=8)
-    parser.add_argument("--compile-vae", action="store_true", help="compile what lies between its convolutions")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--lr", type=float, default=1.5e-3, help="of the transformer, at most")
     parser.add_argument("--guided", type=float, nargs="+", default=[1.5, 3.0], metavar="GUIDANCE_SCALE")

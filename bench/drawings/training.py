@@ -174,7 +174,9 @@ def run(
         )  # fmt: skip
     parser.add_argument("--limit-s", type=float, default=float("inf"), help="of this run; the same command goes on")
     parser.add_argument("--measured", type=int, default=1000, help="held-out prompts to say what it came to")
-    parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks first")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="compile what is learnt often; so it is on a card"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--tiny", action="store_true", help="a minute on the CPU: it learns nothing, all parts run")
     arguments = parser.parse_args()
@@ -184,6 +186,8 @@ def run(
     if needs_card and arguments.device == "cpu" and not arguments.tiny:
         print("There is no CUDA device here. Train on a machine that has one, or try --tiny.", file=sys.stderr)
         return 5
+    if arguments.compile is None:
+        arguments.compile = arguments.device == "cuda"
     arguments.to.mkdir(parents=True, exist_ok=True)
     # Forked before anything is on the GPU, which a forked process could not use; they only look at pictures.
     with get_context("fork").Pool() as readers:
