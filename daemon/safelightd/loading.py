@@ -5,6 +5,7 @@ Reads local safetensors and nothing else: no network, no pickle, no code that co
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import itertools
 import traceback
@@ -54,6 +55,9 @@ CLASSES = {
     ),
 }
 """What a model_index.json may name. Anything else would be a class nobody here has checked."""
+
+TOLD_BY_BYTES = 2**20
+"""Of a file: its names and shapes, and of FLUX's and Wan's VAEs some weights, which two trainings make differ."""
 
 WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 """How each library names a component's weights; sharded ones are listed in the same name plus .index.json."""
@@ -315,6 +319,20 @@ class Loader:
     def weights(self) -> dict[str, list[tuple[str, int, int]]]:
         """Return what tells the files of the repeated components from others: name, size and time of change."""
         return {name: list(self._pinned_key(name).files) for name in sorted(self._blocks)}
+
+    def vae_key(self) -> str:
+        """Return what tells the VAE from others, whichever model has it: made of the beginnings of its files.
+
+        Raises:
+            BadModelFolder: a file is missing.
+        """
+        place = self._component_folder("vae")
+        modelfiles.check_files(place, WEIGHTS["diffusers"])
+        found = hashlib.sha256()
+        for file in [place] if place.is_file() else sorted(place.glob("*.safetensors")):
+            with file.open("rb") as opened:
+                found.update(f"{file.stat().st_size}\n".encode() + opened.read(TOLD_BY_BYTES))
+        return found.hexdigest()[:16]
 
     def stored_precisions(self) -> dict[str, str]:
         """Return what most weights of the repeated components are published as, in words: bf16, Q4_K."""

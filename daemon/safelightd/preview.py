@@ -1,10 +1,10 @@
 """A small picture of what a job has denoised so far: each colour is a sum of the latent's channels. Knows no torch.
 
-The weights of these sums are learned here, one set a model, from each finished job: its last latents, and what its VAE
-made of them. So there is none before the first job of a model has ended; and a model of one's own gets its own.
+The weights of these sums are learned here, one set a VAE, from each finished job: its last latents, and what the VAE
+made of them. So there is none before the first job with a VAE has ended; models that share one learn for each other.
 
-    state/previews/<id>.jpg        what `safelight watch` shows, while the job runs
-    state/previews/<model>.json    what was learned
+    state/previews/<id>.jpg      what `safelight watch` shows, while the job runs
+    state/previews/<VAE>.json    what was learned
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ def _rows(latents: Values) -> NDArray[np.float64]:
 class Preview:
     """One job's. A disk that takes no preview costs the job nothing."""
 
-    def __init__(self, paths: Paths, job: str, model: str) -> None:
+    def __init__(self, paths: Paths, job: str, vae: str) -> None:
         self._picture = picture(paths, job)
-        self._file = paths.previews / f"{model}.json"
+        self._file = paths.previews / f"{vae}.json"
         self._factors = _load(self._file)
         self._shown_at = time.monotonic()
 

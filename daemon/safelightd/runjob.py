@@ -118,7 +118,7 @@ def _run_job(spec: JobSpec, attempt: int, setting: Setting, watch: Watch, circum
             plan = watch.plan = with_known_embeddings(plan, facts)
         stored = loader.stored_precisions()
         made_by = checkpoint.digest(spec, plan, loader.weights(), metadata.versions())
-        watch.preview = preview.Preview(paths, spec.id, spec.model)
+        watch.preview = preview.Preview(paths, spec.id, loader.vae_key())
         kept = checkpoint.Checkpoint(paths.checkpoints / spec.id, made_by, setting.config.settings.worker.checkpoint_s)
         control = spec.controlnet.image if spec.controlnet else None
         image, last_image, control_image = (

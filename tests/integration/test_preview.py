@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from safelight import display
 from safelightd import pipelines, preview
 from safelightd.preview import Preview
 from tests.conftest import Installation
+from tests.daemon.test_worker import specs_of
+from tests.integration.own_models import with_own_models
 from tests.integration.rendering import Run, spec_for
 from tests.integration.test_wan import JOBS, run_of
+from tests.integration.warm_engine import receipts
 
 CHANNELS, HEIGHT, WIDTH, TIMES = 5, 12, 16, 8
 RANDOM = np.random.default_rng(5)
@@ -31,7 +35,7 @@ def latents_and_frame() -> tuple[preview.Values, np.ndarray]:
 
 
 def of(installation: Installation, job: str = "job") -> Preview:
-    return Preview(installation.paths, job, "model")
+    return Preview(installation.paths, job, "vae")
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +48,7 @@ def learn(installation: Installation) -> None:
     assert len(list(of(installation).learning(iter([frame, frame]), latents))) == 2
 
 
-def test_before_a_job_of_the_model_has_ended_there_is_none(installation: Installation) -> None:
+def test_before_a_job_with_the_vae_has_ended_there_is_none(installation: Installation) -> None:
     def never() -> preview.Values:
         raise AssertionError("nobody can look at them yet")
 
@@ -90,7 +94,7 @@ def test_pictures_come_no_oftener_than_a_person_looks(
 )
 def test_what_was_learned_and_is_damaged_is_learned_again(content: bytes, installation: Installation) -> None:
     learn(installation)
-    (installation.paths.previews / "model.json").write_bytes(content)
+    (installation.paths.previews / "vae.json").write_bytes(content)
     of(installation).show(lambda: latents_and_frame()[0])
     assert not preview.picture(installation.paths, "job").exists()
 
@@ -111,8 +115,8 @@ def test_latents_that_are_no_numbers_or_another_vaes_are_not_shown(installation:
 
 def test_a_disk_that_takes_no_preview_fails_no_job(installation: Installation) -> None:
     learn(installation)
-    factors = (installation.paths.previews / "model.json").read_bytes()
-    (installation.paths.previews / "model.json").unlink()
+    factors = (installation.paths.previews / "vae.json").read_bytes()
+    (installation.paths.previews / "vae.json").unlink()
     installation.paths.previews.rmdir()
     shower = of(installation)
     installation.paths.previews.write_bytes(factors)  # a file where the folder was
@@ -158,7 +162,7 @@ def test_a_clip_shows_a_frame_that_is_denoised_and_not_what_lies_under_the_pictu
         def show(self, latents_of: Callable[[], preview.Values]) -> None:
             seen.append(latents_of())
 
-    run.watch.preview = Seen(installation.paths, "job", "model")
+    run.watch.preview = Seen(installation.paths, "job", "vae")
     latents = run.latents()
     shown, other = (pipelines.values(latents[0, :, place]) for place in (frame, -1 - frame))
 
@@ -166,6 +170,31 @@ def test_a_clip_shows_a_frame_that_is_denoised_and_not_what_lies_under_the_pictu
     assert not np.allclose(seen[-1], other, atol=1e-1)
     misses = [np.abs(values - shown).mean() for values in seen]  # of where the way would end if it were straight
     assert misses == sorted(misses, reverse=True)
+
+
+@pytest.mark.parametrize("same_vae", [True, False])
+def test_a_models_first_job_is_shown_where_another_model_with_its_vae_has_taught(
+    same_vae: bool, tiny_models_folder: Path, installation: Installation
+) -> None:
+    own = with_own_models(installation, tiny_models_folder, "tiny-flux-schnell", "tiny-flux-dev")
+    schnell, dev = own.paths.models / "tiny-flux-schnell", own.paths.models / "tiny-flux-dev"
+    if same_vae:
+        shutil.rmtree(dev / "vae")
+        shutil.copytree(schnell / "vae", dev / "vae")
+    (first,), (second,) = (specs_of(own, ["a fox"], model=f"tiny-flux-{kind}") for kind in ("schnell", "dev"))
+    shown: list[bool] = []
+
+    def told(message: dict[str, object]) -> None:
+        if (message["type"], message.get("phase")) == ("step", "denoise"):
+            shown.append(any(own.paths.previews.glob("*.jpg")))
+
+    run = receipts(own, told)
+    run(first)
+    assert shown == [False] * first.num_inference_steps
+    shown.clear()
+    run(second)
+
+    assert shown == [same_vae] * second.num_inference_steps
 
 
 def test_a_job_leaves_what_it_taught_and_no_picture(installation: Installation) -> None:
@@ -181,7 +210,7 @@ def test_a_job_leaves_what_it_taught_and_no_picture(installation: Installation) 
     leave_nothing(installation.paths, "job")
 
     assert [file.name for file in checkpoints.iterdir()] == ["other"]
-    assert [file.name for file in installation.paths.previews.iterdir()] == ["model.json"]
+    assert [file.name for file in installation.paths.previews.iterdir()] == ["vae.json"]
 
 
 def test_a_terminal_shows_two_pixels_a_character(tmp_path: Path) -> None:
