@@ -1,6 +1,6 @@
 """Wan's own program as a child: what it is told, how what it says is read in any pieces, and that nothing outlives it.
 
-Its stand-in, and what the program itself has said with 50 steps, are in tests/data/wan_cli.
+Its stand-in, which can say the same, and what the program itself has said with 50 steps are in tests/data/wan_cli.
 """
 
 from __future__ import annotations
@@ -218,7 +218,8 @@ class NoMeter:
 def checkout(tmp_path: Path) -> Path:
     folder = tmp_path / "Wan2.2"
     folder.mkdir()
-    shutil.copy(DATA / "generate.py", folder)
+    for file in ("generate.py", "transcript.txt"):
+        shutil.copy(DATA / file, folder)
     return folder
 
 
@@ -227,7 +228,8 @@ def running(checkout: Path, prompt: str, **written: Any) -> Iterator[tuple[Progr
     spec = spec_of(prompt, **written)
     where = Installed(Path(sys.executable), checkout, checkout)
     made = checkout / "program.mp4"
-    with at_work(words_of(spec, where, made), checkout, environment({**os.environ, "TQDM_DISABLE": "1"}), 4) as program:
+    env = environment({**os.environ, "TQDM_DISABLE": "1"})
+    with at_work(words_of(spec, where, made), checkout, env, spec.num_inference_steps) as program:
         yield program, made
 
 
@@ -248,6 +250,21 @@ def test_a_clip_is_made_and_its_steps_are_told(checkout: Path) -> None:
     assert steps[-1] == (4, 4)
     assert steps == sorted(set(steps))
     assert program.host_peak_bytes > 2**20
+
+
+def test_what_the_program_itself_has_said_is_followed_while_it_comes_in_pieces(checkout: Path) -> None:
+    sent: list[dict[str, Any]] = []
+    with running(checkout, "replay it", num_inference_steps=50) as (program, made):
+        follow(program, Watch(sent.append, threading.Event(), NoMeter()))
+        job._refuse_broken(made, spec_of(), program)
+
+    kinds = [message["phase"] for message in sent if message["type"] == "phase"]
+    steps = [(message["phase"], message["i"], message["n"]) for message in sent if message["type"] == "step"]
+    assert kinds == [*STAGES]
+    assert len(steps) > 10  # two that were said while nobody read are told as one
+    assert steps == sorted(set(steps))
+    assert {(phase, n) for phase, _, n in steps} == {("denoise", 50)}
+    assert steps[-1] == ("denoise", 50, 50)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,8 @@ native = "native"
 def worker(installation: Installation, queue: JobQueue) -> Iterator[Running]:
     """A worker where the program is installed beside the settings."""
     (installation.root / "Wan2.2").mkdir()
-    (installation.root / "Wan2.2/generate.py").write_bytes((DATA / "generate.py").read_bytes())
+    for name in ("generate.py", "transcript.txt"):
+        (installation.root / "Wan2.2" / name).write_bytes((DATA / name).read_bytes())
     for name in CHECKPOINTS:
         (installation.root / "native" / name).parent.mkdir(parents=True, exist_ok=True)
         (installation.root / "native" / name).touch()
@@ -92,6 +93,30 @@ def test_a_clip_of_wans_own_program_is_published_with_its_record(worker: Running
     assert not (worker.installation.paths.unfinished / spec.id).exists()
     assert calibration.load(worker.installation.paths.state) == NOTHING_LEARNED
     assert "Wan's own program" in runner(worker.installation)("show", spec.id).stdout
+
+
+def test_a_job_shows_the_steps_that_the_program_itself_has_told(worker: Running) -> None:
+    (spec,) = worker.submit("replay it", **{**JOB, "num_inference_steps": 50})
+    shown: list[tuple[str, int, int]] = []
+
+    def has_ended() -> bool:
+        told = json.loads(worker.queue.fields(spec.id).get("progress", "{}"))
+        if (
+            told.get("phase") == "denoise"
+            and told.get("i")
+            and (now := (told["phase"], told["i"], told["n"])) not in shown
+        ):
+            shown.append(now)
+        return worker.queue.state(spec.id) == "done"
+
+    eventually(has_ended, START_S)
+    receipt = receipt_of(worker, spec.id)
+
+    assert shown  # of many, those that the worker passes on
+    assert shown == sorted(shown)
+    assert {(phase, n) for phase, _, n in shown} == {("denoise", 50)}
+    assert [*receipt.phases] == ["plan", "load", "encode", "denoise", "decode", "verify"]
+    assert len(list(video.read_frames(worker.installation.paths.outbox / receipt.outputs[0].path))) == 5
 
 
 def test_a_picture_is_brought_to_the_clips_size_and_a_gif_and_frames_are_made_of_the_clip(worker: Running) -> None:

@@ -1,10 +1,10 @@
 """Stands in for generate.py of Wan-Video/Wan2.2: its options, its log lines, tqdm's own bars, a real MP4, and no model.
 
-The first word of the prompt says how it goes: `crash` (an exception while it denoises), `gpu` (one of
-CUDA's), `oom` (out of GPU memory while
-it decodes), `pinned` (the same of RAM), `unsaved` (it cannot write, and exits with 0), `full` (the same, of a full
-disk), `broken` and `short` (what it writes is no clip, or lacks frames), `killed` (by SIGKILL), `hang` (at its second
-step, with a child of its own); anything else, well. Bars are written a byte at a time.
+The first word of the prompt says how it goes: `crash` (an exception while it denoises), `gpu` (one of CUDA's), `oom`
+(out of GPU memory while it decodes), `pinned` (the same of RAM), `unsaved` (it cannot write, and exits with 0), `full`
+(the same, of a full disk), `broken` and `short` (what it writes is no clip, or lacks frames), `killed` (by SIGKILL),
+`hang` (at its second step, with a child of its own), `replay` (it says byte for byte what generate.py itself has said,
+transcript.txt beside it, in pieces that end in awkward places); anything else, well. Bars are written a byte at a time.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -83,6 +84,13 @@ class OutOfMemoryError(RuntimeError):
     __module__ = "torch"
 
 
+def replay(said: bytes) -> None:
+    """Say it in pieces that end after the return before a bar, within its characters of three bytes and its numbers."""
+    for piece in re.findall(rb"[^\r\xe2/\[]*[\r\xe2/\[]|[^\r\xe2/\[]+", said):
+        os.write(2, piece)
+        time.sleep(0.003)
+
+
 def decode(word: str) -> None:
     if word == "oom":
         raise OutOfMemoryError(
@@ -112,6 +120,13 @@ def main() -> None:
     prompt = arguments.prompt or "the example's"
     word = prompt.split()[0]
     Path(__file__).with_name("told.json").write_text(json.dumps({"argv": sys.argv[1:], "env": dict(os.environ)}))
+    fps = 24 if arguments.task == "ti2v-5B" else 16
+    if word == "replay":
+        said, finished, rest = Path(__file__).with_name("transcript.txt").read_bytes().rpartition(b"] INFO: Finished.")
+        replay(said)
+        save(Path(arguments.save_file), arguments.size, arguments.frame_num, fps, word)
+        replay(finished + rest)
+        return
     format_ = "[%(asctime)s] %(levelname)s: %(message)s"
     logging.basicConfig(level=logging.INFO, format=format_, handlers=[logging.StreamHandler(sys.stdout)])
     log.info("Generation job args: %s", arguments)
@@ -128,7 +143,6 @@ def main() -> None:
         with Image.open(arguments.image) as picture:
             size = f"{picture.width}*{picture.height}"
     log.info("Saving generated video to %s", arguments.save_file)
-    fps = 24 if arguments.task == "ti2v-5B" else 16
     save(Path(arguments.save_file), size, arguments.frame_num, fps, word)
     log.info("Finished.")
 
