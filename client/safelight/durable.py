@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 SYNC_ONE_BY_ONE_MAX = 8
 """Above this many files one syncfs(2) is cheaper than an fsync(2) each: 2,000 files of 1.2 KB took 1.07 s one by one
@@ -41,9 +43,34 @@ def write_all(files: Iterable[tuple[Path, bytes]]) -> None:
         sync_folder(folder)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """Have a file to write piece by piece, under another name; whole, durable and `path` when the block ends well.
+
+    Where it does not, what was there before stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = _unfinished(path)
+    try:
+        with unfinished.open("wb") as stream:
+            yield stream
+        sync_file(unfinished)
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def _unfinished(path: Path) -> Path:
+    """Return the name that a file has until it is whole; it starts with a dot, so that no scan takes it for the file
+    itself."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
 def _stage(path: Path, content: bytes) -> Path:
-    """Write beside the final name; the name starts with a dot, so that no scan takes it for the file itself."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """Write beside the final name."""
+    unfinished = _unfinished(path)
     try:
         try:
             unfinished.write_bytes(content)

@@ -66,12 +66,13 @@ class CacheRecord(BaseModel):
 
     kind: str
     forwards: int
-    """That the last attempt asked the transformers for."""
+    """That the job asked the transformers for, over all attempts whose steps are in the result."""
     skipped: int
     """Of them, those that did not run."""
     restarted_after_step: int | None = None
-    """Where an earlier attempt's steps were kept, and not what its cache held: it begins anew, so that the result is
-    not quite that of an undisturbed job."""
+    """Of receipts from before checkpoints held caches: where an earlier attempt's steps were kept, and not what its
+    cache held. It began anew, so that the result is not quite that of an undisturbed job, and the counts are of the
+    last attempt alone."""
 
 
 class Receipt(BaseModel):

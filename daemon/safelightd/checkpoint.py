@@ -1,30 +1,31 @@
 """A clip's denoising on disk, so that one that was killed goes on where it stood. Knows tensors and schedulers.
 
-    state/checkpoints/<id>       the sha256 of all that follows, in hex, a newline, and a safetensors file of latents,
-                                 conditions and everything the scheduler remembers
+    state/checkpoints/<id>       latents, conditions, everything the scheduler remembers, and what the job's cache holds
+                                 (safelightd.packed)
 
 No random numbers are in it: they are all drawn before the first step, and what became of them is in the latents.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 from safelight import durable
 from safelight.jobspec import JobSpec
+from safelight.machine import GIB
 from safelight.plan import Plan
+from safelightd import packed
 from safelightd.logs import Log
 
 DECIDES_THE_BITS = (
@@ -42,6 +43,14 @@ DECIDES_THE_BITS = (
 SCHEDULER_KEEPS = frozenset({"_internal_dict"})
 """What a scheduler was made from. It is made from the same again."""
 
+SHARE_OF_TIME = 0.02
+"""That saving may take: a checkpoint with a cache has gigabytes, and nothing is denoised while it is written."""
+
+SELDOM = 10
+"""Times `every_s` that lie between two at the most, however long one takes."""
+
+REMEDY = "the job starts from its first step"
+
 log = Log("safelight.checkpoint")
 
 
@@ -53,11 +62,17 @@ class Saved:
     tensors: Mapping[str, torch.Tensor]
     """On the CPU, by the names they were saved by."""
     scheduler: Mapping[str, Any]
+    cache: Any = None
+    """As packed.pack returned it."""
 
     def restore(self, scheduler: Any, device: torch.device) -> None:
         """Give a scheduler of the same settings back what it remembered."""
         for name, value in self.scheduler.items():
-            setattr(scheduler, name, _unpacked(value, self.tensors, device))
+            setattr(scheduler, name, packed.unpack(value, self.tensors, device))
+
+    def cache_on(self, device: torch.device) -> Any:
+        """Return what a cache told when this was saved, its tensors on `device`; None where there was none."""
+        return packed.unpack(self.cache, self.tensors, device)
 
 
 @dataclass(frozen=True)
@@ -69,50 +84,47 @@ class Checkpoint:
     made_by: str = ""
     """What `digest` says. Another spec, plan or model starts anew."""
     every_s: float = math.inf
+    leave_bytes: int = 0
+    """Of the disk, that stay free of it."""
 
     def load(self) -> Saved | None:
         """Return what an earlier attempt left; None where there is nothing, or nothing of use, which the log says."""
         if self.file is None:
             return None
         try:
-            content = self.file.read_bytes()
+            told, tensors = packed.read(self.file)
         except FileNotFoundError:
             return None
         except OSError as error:
-            log.warning("checkpoint.unread", file=self.file, error=error)
+            log.warning("checkpoint.unread", file=self.file, error=error, remedy=REMEDY)
             return None
-        digest, _, rest = content.partition(b"\n")
-        if digest != hashlib.sha256(rest).hexdigest().encode():
-            log.warning("checkpoint.damaged", file=self.file, remedy="the job starts from its first step")
+        except packed.Damaged as error:
+            log.warning("checkpoint.damaged", file=self.file, error=error, remedy=REMEDY)
             return None
-        try:
-            told = _metadata(rest)
-            tensors = load_tensors(rest)
-        except (SafetensorError, KeyError, ValueError) as error:
-            log.warning("checkpoint.unknown", file=self.file, error=error, remedy="the job starts from its first step")
+        if told.get("made_by") != self.made_by:
+            log.warning("checkpoint.of_another_plan", file=self.file, remedy=REMEDY)
             return None
-        if told["made_by"] != self.made_by:
-            log.warning("checkpoint.of_another_plan", file=self.file, remedy="the job starts from its first step")
-            return None
-        return Saved(int(told["step"]), tensors, json.loads(told["scheduler"]))
+        cache = json.loads(told.get("cache", "null"))
+        return Saved(int(told["step"]), tensors, json.loads(told["scheduler"]), cache)
 
-    def keeper(self) -> Keeper:
-        """Return what saves, from now on."""
-        return Keeper(self)
+    def keeper(self, step: int = 0) -> Keeper:
+        """Return what saves, from now on; what there is after so many steps is saved already."""
+        return Keeper(self, step)
 
 
 class Keeper:
     """Saves every so many seconds while a loop runs."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, step: int) -> None:
         self._checkpoint = checkpoint
+        self._step = step
         self._saved_at = time.monotonic()
-        self._step = 0
+        self._pause_s = checkpoint.every_s
 
     def is_due(self) -> bool:
-        return time.monotonic() - self._saved_at >= self._checkpoint.every_s
+        return time.monotonic() - self._saved_at >= self._pause_s
 
-    def save(self, step: int, tensors: Mapping[str, torch.Tensor | None], scheduler: Any) -> None:
+    def save(self, step: int, tensors: Mapping[str, torch.Tensor | None], scheduler: Any, cache: object = None) -> None:
         """Put what there is after so many steps in the place of what was saved before: whole, and synced.
 
         A disk that takes it not, or a scheduler of one's own that remembers what no file can hold, costs the job
@@ -120,24 +132,47 @@ class Keeper:
         """
         if self._checkpoint.file is None or step == self._step:
             return
-        self._saved_at = time.monotonic()
+        began = time.monotonic()
         self._step = step
-        packed = {name: _packed_tensor(tensor) for name, tensor in tensors.items() if tensor is not None}
+        self._write(self._checkpoint.file, step, tensors, scheduler, cache)
+        self._saved_at = time.monotonic()
+        self._pause_s = pause_s(self._checkpoint.every_s, self._saved_at - began)
+
+    def _write(
+        self, file: Path, step: int, tensors: Mapping[str, torch.Tensor | None], scheduler: Any, cache: object
+    ) -> None:
+        held = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        remembered = {name: value for name, value in vars(scheduler).items() if name not in SCHEDULER_KEEPS}
         try:
-            state = {
-                name: _packed(value, f"scheduler.{name}", packed)
-                for name, value in vars(scheduler).items()
-                if name not in SCHEDULER_KEEPS
+            told = {
+                "made_by": self._checkpoint.made_by,
+                "step": str(step),
+                "scheduler": json.dumps(
+                    {name: packed.pack(value, f"scheduler.{name}", held) for name, value in remembered.items()}
+                ),
+                "cache": json.dumps(packed.pack(cache, "cache.of", held)),
             }
         except TypeError as error:
             log.warning("checkpoint.impossible", error=error)
             return
-        told = {"made_by": self._checkpoint.made_by, "step": str(step), "scheduler": json.dumps(state)}
-        content = save_tensors(packed, metadata=told)
         try:
-            durable.write(self._checkpoint.file, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+            self._refuse_to_fill_the_disk(file, packed.size_bytes(held))
+            with durable.writing(file) as stream:
+                packed.write(stream, held, told)
         except OSError as error:
-            log.warning("checkpoint.unwritten", file=self._checkpoint.file, error=error)
+            log.warning("checkpoint.unwritten", file=file, error=error)
+
+    def _refuse_to_fill_the_disk(self, file: Path, needed_bytes: int) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(file.parent).free
+        if free - needed_bytes < self._checkpoint.leave_bytes:
+            says = f"{needed_bytes / GIB:.1f} GiB are needed and {free / GIB:.1f} free"
+            raise OSError(errno.ENOSPC, f"{says}, of which {self._checkpoint.leave_bytes / GIB:g} stay", str(file))
+
+
+def pause_s(every_s: float, took_s: float) -> float:
+    """Return the seconds from one checkpoint to the next."""
+    return min(max(every_s, took_s / SHARE_OF_TIME), SELDOM * every_s)
 
 
 NOWHERE = Checkpoint(None)
@@ -152,45 +187,10 @@ def digest(spec: JobSpec, plan: Plan, weights: object, versions: Mapping[str, st
         weights: what tells the model's files from others, as JSON can say it.
     """
     told = {
+        **({"holds": "its cache, too"} if spec.cache else {}),  # what was saved before there was that is of no use
         "spec": spec.model_dump(mode="json"),
         "plan": plan.model_dump(mode="json", include=set(DECIDES_THE_BITS)),
         "weights": weights,
         "versions": dict(versions),
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def _metadata(content: bytes) -> dict[str, str]:
-    """Return the text that a safetensors file carries (the format's README: a length, then JSON)."""
-    length = int.from_bytes(content[:8], "little")
-    told: dict[str, str] = json.loads(content[8 : 8 + length])["__metadata__"]
-    return told
-
-
-def _packed_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def _packed(value: object, name: str, tensors: dict[str, torch.Tensor]) -> object:
-    """Return a value as JSON can hold it; its tensors go into `tensors`.
-
-    Raises:
-        TypeError: it is of a kind that nobody knows how to give back.
-    """
-    if isinstance(value, torch.Tensor):
-        tensors[name] = _packed_tensor(value)
-        return {"tensor": name, "on": value.device.type}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_packed(part, f"{name}.{i}", tensors) for i, part in enumerate(value)]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"a scheduler's {name} is a {type(value).__name__}: no checkpoint can hold it")
-
-
-def _unpacked(value: Any, tensors: Mapping[str, torch.Tensor], device: torch.device) -> Any:
-    if isinstance(value, dict):
-        tensor = tensors[value["tensor"]].clone()
-        return tensor if value["on"] == "cpu" else tensor.to(device)
-    if isinstance(value, list):
-        return [_unpacked(part, tensors, device) for part in value]
-    return value

@@ -18,7 +18,7 @@ from safelight.errors import SafelightError
 from safelight.fused import seen
 from safelight.jobspec import JobSpec
 from safelight.ledger import Ledger
-from safelight.machine import Machine
+from safelight.machine import GIB, Machine
 from safelight.models import Models
 from safelight.plan import Overrun, Plan
 from safelight.planner import NO_CIRCUMSTANCES, make_plan, with_known_embeddings
@@ -119,7 +119,13 @@ def _run_job(spec: JobSpec, attempt: int, setting: Setting, watch: Watch, circum
         stored = loader.stored_precisions()
         made_by = checkpoint.digest(spec, plan, loader.weights(), metadata.versions())
         watch.preview = preview.Preview(paths, spec.id, loader.vae_key())
-        kept = checkpoint.Checkpoint(paths.checkpoints / spec.id, made_by, setting.config.settings.worker.checkpoint_s)
+        settings = setting.config.settings
+        kept = checkpoint.Checkpoint(
+            paths.checkpoints / spec.id,
+            made_by,
+            settings.worker.checkpoint_s,
+            leave_bytes=int(settings.policy.min_free_disk_gib * GIB),
+        )
         control = spec.controlnet.image if spec.controlnet else None
         image, last_image, control_image = (
             input_picture(digest, paths.inputs) for digest in (spec.image, spec.last_image, control)
@@ -194,12 +200,7 @@ def cache_record(spec: JobSpec, watch: Watch) -> CacheRecord | None:
     """Return how often the job's cache answered; None where it has none."""
     if spec.cache is None:
         return None
-    return CacheRecord(
-        kind=spec.cache.kind,
-        forwards=watch.forwards,
-        skipped=watch.skipped,
-        restarted_after_step=watch.resumed_after_step,
-    )
+    return CacheRecord(kind=spec.cache.kind, forwards=watch.forwards, skipped=watch.skipped)
 
 
 def input_picture(digest: str | None, inputs: Path) -> Image.Image | None:

@@ -24,6 +24,25 @@ def test_a_file_is_written_with_its_folders_and_replaced_whole(tmp_path: Path) -
     assert [file] == list(file.parent.iterdir())
 
 
+def test_a_file_that_is_written_in_pieces_is_whole_or_the_old_one(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "file"
+
+    def interrupted() -> None:
+        with durable.writing(file) as stream:
+            stream.write(b"three")
+            raise KeyboardInterrupt
+
+    with durable.writing(file) as stream:
+        stream.write(b"one, ")
+        stream.write(b"two")
+        assert not file.exists()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+
+    assert file.read_bytes() == b"one, two"
+    assert [file] == list(file.parent.iterdir())
+
+
 @pytest.mark.parametrize("count", [0, 1, durable.SYNC_ONE_BY_ONE_MAX, durable.SYNC_ONE_BY_ONE_MAX + 1, 300])
 def test_many_files_are_all_there(tmp_path: Path, count: int) -> None:
     durable.write_all((tmp_path / f"{i:03d}", str(i).encode()) for i in range(count))

@@ -40,6 +40,15 @@ def test_a_receipt_of_before_there_were_posters_and_new_frames_has_neither() -> 
     assert "poster" not in output.model_dump_json(exclude_none=True)
 
 
+def test_a_receipt_of_before_checkpoints_held_caches_says_where_its_cache_began_anew() -> None:
+    record = {"kind": "first-block", "forwards": 6, "skipped": 2, "restarted_after_step": 5}
+    written = {**json.loads(OLD.read_text()), "cache": record, "resumed_after_step": 5}
+    receipt = Receipt.model_validate(written, strict=False)
+
+    assert receipt.cache is not None
+    assert (receipt.cache.restarted_after_step, receipt.resumed_after_step) == (5, 5)
+
+
 @pytest.mark.parametrize("change", [{"v": 2}, {"state": "almost"}, {"surprise": 1}, {"outputs": [{"path": "x"}]}])
 def test_a_receipt_of_another_version_or_shape_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(ValidationError):

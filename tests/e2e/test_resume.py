@@ -1,4 +1,7 @@
-"""A clip whose processes are killed three times goes on where it stood, and is the one that nobody disturbed."""
+"""A clip whose processes are killed three times goes on where it stood, and is the one that nobody disturbed.
+
+It has a cache, which a checkpoint holds besides all that one of a clip without has.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,9 @@ from tests.cli_steps import runner
 from tests.conftest import Installation
 from tests.e2e.test_chaos import Daemon
 
-STEPS = 90
-CLIP = ("waves", "--model", "tiny-wan-ti2v", "--steps", str(STEPS), "--frames", "9", "--seed", "3")
+STEPS, FRAMES = 100, 33
+CLIP = ("waves", "--model", "tiny-wan-ti2v", "--steps", str(STEPS), "--frames", str(FRAMES), "--seed", "3",
+        "--cache", "first-block:threshold=0.1")  # fmt: skip
 
 
 def frames(installation: Installation, job: str) -> list[np.ndarray]:
@@ -51,16 +55,20 @@ def test_a_clip_killed_three_times_equals_the_undisturbed_one(installation: Inst
             os.kill(process.pid, signal.SIGKILL)
             reached.append(i)
         safelight("wait", killed)
-        receipt = installation.ledger.receipt(killed)
+        receipt, other = (installation.ledger.receipt(job) for job in (killed, undisturbed))
     finally:
         daemon.stop()
 
     assert receipt is not None
+    assert other is not None
     assert receipt.state == "done"
+    assert receipt.cache == other.cache
+    assert receipt.cache is not None
+    assert 0 < receipt.cache.skipped < receipt.cache.forwards == 2 * STEPS
     assert receipt.resumed_after_step is not None
     assert reached[-1] <= receipt.resumed_after_step < STEPS
     assert all(map(np.array_equal, frames(installation, killed), frames(installation, undisturbed)))
-    assert len(frames(installation, killed)) == 9
+    assert len(frames(installation, killed)) == FRAMES
     assert list(installation.paths.checkpoints.iterdir()) == []
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
+from safelight.caches import Cache
+from safelight.jobspec import JobSpec
 from safelight.plan import PhasePrediction
 from safelightd import checkpoint
 from safelightd.checkpoint import Checkpoint
@@ -123,13 +127,31 @@ def test_a_disk_that_takes_no_checkpoint_fails_no_job(
     def full(*_given: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("safelight.durable._stage", full)
+    monkeypatch.setattr("safelight.durable.sync_file", full)
     fields = {**JOBS["5B from text"], "num_inference_steps": 2}
     run = run_of(fields, tiny_models_folder, checkpoint=kept(tmp_path))
 
     assert run.latents().isfinite().all()
     assert "No space left on device" in caplog.text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_reserve_of_the_disk_is_left_by_checkpoints_too(
+    tiny_models_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = {**JOBS["5B from text"], "num_inference_steps": 2}
+    run = run_of(fields, tiny_models_folder, checkpoint=replace(kept(tmp_path), leave_bytes=2**60))
+
+    assert run.latents().isfinite().all()
+    assert "of which 1.07374e+09 stay" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_takes_long_to_write_is_written_more_seldom() -> None:
+    assert checkpoint.pause_s(60.0, 0.1) == 60.0
+    assert checkpoint.pause_s(60.0, 4.0) == 200.0
+    assert checkpoint.pause_s(60.0, 100.0) == 600.0
+    assert checkpoint.pause_s(0.0, 100.0) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -190,6 +212,23 @@ def test_only_what_decides_bits_makes_another_job() -> None:
         checkpoint.digest(spec, plan, [], {"torch": "3"}),
     ):
         assert other != same
+
+
+def test_a_checkpoint_of_before_there_were_caches_in_them_goes_on_where_the_job_has_none() -> None:
+    spec, plan = spec_for("tiny-wan-ti2v"), plan_for("tiny-wan-ti2v")
+    cached = spec.model_copy(update={"cache": Cache(kind="first-block")})
+
+    def of_before(spec: JobSpec) -> str:
+        told = {
+            "spec": spec.model_dump(mode="json"),
+            "plan": plan.model_dump(mode="json", include=set(checkpoint.DECIDES_THE_BITS)),
+            "weights": [],
+            "versions": {"torch": "2"},
+        }
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+    assert checkpoint.digest(spec, plan, [], {"torch": "2"}) == of_before(spec)
+    assert checkpoint.digest(cached, plan, [], {"torch": "2"}) != of_before(cached)
 
 
 def test_a_checkpoint_says_what_it_is_of(tiny_models_folder: Path, tmp_path: Path) -> None:

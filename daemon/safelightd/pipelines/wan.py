@@ -21,7 +21,7 @@ from PIL.Image import Image
 from safelight.errors import SafelightError
 from safelight.jobspec import JobSpec
 from safelight.plan import Plan
-from safelightd.caching import Context, caching
+from safelightd.caching import Context, Held, caching
 from safelightd.checkpoint import NOWHERE, Checkpoint, Saved
 from safelightd.loading import Loader
 from safelightd.pipelines import (
@@ -128,21 +128,24 @@ def denoise(
     scheduler.set_timesteps(spec.num_inference_steps, device=device)
     scheduler.set_begin_index(0)  # else it looks steps up by timestep, and a large shift makes neighbours equal
     experts = _experts(loader, scheduler)
-    latents, done = start.latents, 0
+    latents, done, held = start.latents, 0, Held.of(saved, device)
     if saved is not None:
         saved.restore(scheduler, device)
         watch.goes_on_after(done := saved.step)
-    keeper = checkpoint.keeper()
+        watch.forwarded(held.forwards, held.skipped)
+    del saved  # gigabytes of RAM, where there is a cache, until this takes them
+    keeper = checkpoint.keeper(done)
 
     def keep() -> None:
-        keeper.save(done, {"latents": latents, "condition": start.condition, "mask": start.mask}, scheduler)
+        tensors = {"latents": latents, "condition": start.condition, "mask": start.mask}
+        keeper.save(done, tensors, scheduler, held.told())
 
     try:
         for expert, steps in itertools.groupby(range(done, len(experts)), experts.__getitem__):
             by_frame = None if start.mask is None else wan_modulation.share
             with (
                 loader.component(expert, device, by_frame) as transformer,
-                caching(transformer, spec.cache, dtype_of(plan), watch.forwarded) as context,
+                caching(transformer, spec.cache, dtype_of(plan), watch.forwarded, held) as context,
             ):
                 stop_between_blocks(transformer, watch)
                 prompts = _prompts(embeddings, device, dtype_of(plan))
@@ -156,6 +159,9 @@ def denoise(
                     watch.show(clean)
                     latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
                     done = i + 1
+                    held.settle()
+                    if experts[done : done + 1] != [expert]:
+                        held.prompts.clear()  # the next one's begins empty
                     if keeper.is_due():
                         keep()
                     watch.step(done, len(experts))
