@@ -96,6 +96,8 @@ class Receipt(BaseModel):
     finished_at: str
     resumed_after_step: int | None = None
     """What an earlier attempt had denoised before it was killed or stopped."""
+    began_anew: str | None = None
+    """Where an earlier attempt had left a checkpoint, and it was of no use: why."""
     cache: CacheRecord | None = None
     phases: dict[str, PhaseRecord] = Field(default_factory=dict)
     seconds_per_step: float | None = None

@@ -14,7 +14,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,9 @@ REMEDY = "the job starts from its first step"
 log = Log("safelight.checkpoint")
 
 
+def _untold(_reason: str) -> None: ...
+
+
 @dataclass(frozen=True)
 class Saved:
     """What was there after some step."""
@@ -87,8 +90,12 @@ class Checkpoint:
     leave_bytes: int = 0
     """Of the disk, that stay free of it."""
 
-    def load(self) -> Saved | None:
-        """Return what an earlier attempt left; None where there is nothing, or nothing of use, which the log says."""
+    def load(self, tell: Callable[[str], None] = _untold) -> Saved | None:
+        """Return what an earlier attempt left; None where there is nothing, or nothing of use, which the log says.
+
+        Args:
+            tell: gets, of what is of no use, the reason.
+        """
         if self.file is None:
             return None
         try:
@@ -97,12 +104,15 @@ class Checkpoint:
             return None
         except OSError as error:
             log.warning("checkpoint.unread", file=self.file, error=error, remedy=REMEDY)
+            tell(f"its checkpoint cannot be read ({error.strerror})")
             return None
         except packed.Damaged as error:
             log.warning("checkpoint.damaged", file=self.file, error=error, remedy=REMEDY)
+            tell("its checkpoint is damaged")
             return None
         if told.get("made_by") != self.made_by:
             log.warning("checkpoint.of_another_plan", file=self.file, remedy=REMEDY)
+            tell("its checkpoint is of another plan, other weights or another version")
             return None
         cache = json.loads(told.get("cache", "null"))
         return Saved(int(told["step"]), tensors, json.loads(told["scheduler"]), cache)

@@ -56,6 +56,8 @@ class Watch:
         self.preview: Preview | None = None
         self.resumed_after_step: int | None = None
         """What an earlier attempt had denoised."""
+        self.began_anew: str | None = None
+        """Why nothing of what an earlier attempt had left is in this one."""
         self.forwards = self.skipped = 0
         """Of the transformers, and those of them that a cache answered."""
         self._phase_started = self._last_heard = self._first_step_ended = time.monotonic()
@@ -113,6 +115,10 @@ class Watch:
     def goes_on_after(self, step: int) -> None:
         """Say that so many steps of this phase were done by an earlier attempt."""
         self.resumed_after_step = step
+
+    def begins_anew(self, reason: str) -> None:
+        """Say why what an earlier attempt had left is of no use: "its checkpoint is damaged"."""
+        self.began_anew = reason
 
     def forwarded(self, asked: int, skipped: int) -> None:
         """Say how many forwards a cache was asked for, and how many it answered by itself."""

@@ -186,6 +186,7 @@ def receipt_of_done(
         started_at=started_at,
         finished_at=moment(),
         resumed_after_step=watch.resumed_after_step,
+        began_anew=watch.began_anew,
         cache=cache_record(spec, watch),
         phases=dict(watch.records),
         seconds_per_step=watch.seconds_per_step,

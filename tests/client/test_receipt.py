@@ -46,7 +46,7 @@ def test_a_receipt_of_before_checkpoints_held_caches_says_where_its_cache_began_
     receipt = Receipt.model_validate(written, strict=False)
 
     assert receipt.cache is not None
-    assert (receipt.cache.restarted_after_step, receipt.resumed_after_step) == (5, 5)
+    assert (receipt.cache.restarted_after_step, receipt.resumed_after_step, receipt.began_anew) == (5, 5, None)
 
 
 @pytest.mark.parametrize("change", [{"v": 2}, {"state": "almost"}, {"surprise": 1}, {"outputs": [{"path": "x"}]}])

@@ -65,6 +65,7 @@ def test_a_clip_killed_three_times_equals_the_undisturbed_one(installation: Inst
     assert receipt.cache == other.cache
     assert receipt.cache is not None
     assert 0 < receipt.cache.skipped < receipt.cache.forwards == 2 * STEPS
+    assert receipt.began_anew is None
     assert receipt.resumed_after_step is not None
     assert reached[-1] <= receipt.resumed_after_step < STEPS
     assert all(map(np.array_equal, frames(installation, killed), frames(installation, undisturbed)))

@@ -107,7 +107,7 @@ def test_a_cached_clip_whose_checkpoint_is_damaged_begins_anew_and_counts_anew(
     last = run_of(fields, tiny_models_folder, checkpoint=kept(tmp_path))
 
     assert torch.equal(last.latents(), expected)
-    assert last.watch.resumed_after_step is None
+    assert (last.watch.began_anew, last.watch.resumed_after_step) == ("its checkpoint is damaged", None)
     assert counts(last) == counts(undisturbed)
 
 

@@ -14,16 +14,22 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
+from safelight import durable
 from safelight.caches import Cache
 from safelight.jobspec import JobSpec
 from safelight.plan import PhasePrediction
 from safelightd import checkpoint
 from safelightd.checkpoint import Checkpoint
 from safelightd.progress import Cancelled
+from tests.cli_steps import runner
+from tests.conftest import Installation
+from tests.daemon.test_worker import specs_of
 from tests.integration.rendering import StopAt, plan_for, spec_for
 from tests.integration.test_wan import JOBS, run_of
+from tests.integration.warm_engine import receipts
 
 STEPS = 6
+OF_ANOTHER = "its checkpoint is of another plan, other weights or another version"
 CPU = torch.device("cpu")
 
 
@@ -118,7 +124,35 @@ def test_what_is_damaged_or_of_another_plan_is_left_and_the_log_says_so(
 
     assert torch.equal(latents, run_of(fields, tiny_models_folder).latents())
     assert last.watch.resumed_after_step is None
+    assert last.watch.began_anew == (OF_ANOTHER if damage == "another plan" else "its checkpoint is damaged")
     assert "first step" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["damaged", "another plan"])
+def test_the_receipt_says_that_a_job_began_anew_and_why_and_show_shows_it(
+    damage: str, installation: Installation
+) -> None:
+    (spec,) = specs_of(installation, ["a fox"], model="tiny-wan-ti2v")
+    spec = spec.model_copy(update={"num_inference_steps": 2})
+    file = installation.paths.checkpoints / spec.id
+    if damage == "damaged":
+        durable.write(file, b"what a disk made of it")
+    else:
+        Checkpoint(file, "another").keeper().save(1, {"latents": torch.zeros(1)}, FlowMatchEulerDiscreteScheduler())
+    receipt = receipts(installation)(spec)
+    reason = OF_ANOTHER if damage == "another plan" else "its checkpoint is damaged"
+
+    assert (receipt.began_anew, receipt.resumed_after_step) == (reason, None)
+    assert installation.ledger.receipt(spec.id) == receipt
+    assert f"began anew  {reason}\n" in runner(installation)("show", spec.id).stdout
+
+
+def test_the_receipt_of_a_job_that_found_no_checkpoint_says_nothing_of_it(installation: Installation) -> None:
+    (spec,) = specs_of(installation, ["a fox"], model="tiny-wan-ti2v")
+    receipt = receipts(installation)(spec.model_copy(update={"num_inference_steps": 2}))
+
+    assert receipt.began_anew is None
+    assert "began anew" not in runner(installation)("show", spec.id).stdout
 
 
 def test_a_disk_that_takes_no_checkpoint_fails_no_job(

@@ -234,6 +234,7 @@ def _print_job(found: dict[str, Any], receipts: Path) -> None:
     if receipt:
         lines += [
             *(("ran out", _overrun(overrun)) for overrun in receipt["overruns"]),
+            ("began anew", receipt["began_anew"]),
             ("ran on", _rung(receipt["plan"])),
             *((phase, _phase(record)) for phase, record in receipt["phases"].items()),
             ("receipt", str(receipts / f"{found['id']}.json")),

@@ -122,7 +122,7 @@ def denoise(
     """
     refuse_other_images(spec, image=image, last_image=last_image)
     device = torch.device(plan.device)
-    saved = checkpoint.load()
+    saved = checkpoint.load(watch.begins_anew)
     start = _start(spec, plan, loader, watch, image, last_image) if saved is None else _start_from(saved, device)
     scheduler = loader.scheduler(flow_shift=spec.flow_shift)
     scheduler.set_timesteps(spec.num_inference_steps, device=device)
