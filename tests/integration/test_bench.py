@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from bench import cases, fullsize, gpu_cache, gpu_decode, gpu_files, gpu_video, gpu_video_a14b, shapes
+from bench import cases, demo, fullsize, gpu_cache, gpu_decode, gpu_files, gpu_video, gpu_video_a14b, shapes
 
 from safelight import caches, models
+from safelight.receipt import Receipt
 
 ROOT = Path(__file__).parents[2]
 TABLE = models.load()
@@ -109,6 +110,25 @@ def test_strips_are_tried_in_little(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["way"] for line in lines if "way" in line] == ["whole", "strips of 32", "tiles of 512"]
     assert [bar["ok"] for bar in lines if "bar" in bar] == [True]
+
+
+def test_the_first_job_of_a_model_stands_for_no_warm_one() -> None:
+    def receipt(second: int, took_s: float, model: str = "demo-flux", **fields: Any) -> Receipt:
+        clip = model == "demo-wan"
+        asked = {"model": model, "prompt": "a red circle", "seed": 1, **({"num_frames": 17} if clip else {}), **fields}
+        spec = fullsize.spec_of(TABLE[model], tiny=False, **asked)
+        moment = "2026-11-26T20:00:{:09.6f}+00:00"
+        return Receipt(
+            id=f"{model}{second}", state="done", spec=spec,
+            started_at=moment.format(second), finished_at=moment.format(second + took_s),
+        )  # fmt: skip
+
+    taken = demo.job_seconds(
+        [receipt(20, 1.9, "demo-wan"), receipt(1, 3.0), receipt(5, 0.3), receipt(7, 0.9, num_inference_steps=8),
+         receipt(9, 0.25), receipt(10, 5.0, "demo-wan")]
+    )  # fmt: skip
+
+    assert taken == {"picture": [0.3, 0.25], "clip": [1.9]}
 
 
 def test_weights_are_the_same_only_with_the_same_bits_and_dtype() -> None:
