@@ -81,6 +81,35 @@ def test_a_quantised_plan_animates_the_same(animated: list[tuple[Scene, Any, Any
     assert clip_verdict(scene, list(other))["asked"]
 
 
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"offload": "partial", "streamed": {"transformer": (0, 2, 4)}},
+        {"offload": "partial", "streamed": {"transformer": tuple(range(6))}, "streamed_from": "file"},
+        {"offload": "partial", "streamed": {"text_encoder": (0,)}, "streamed_from": "file"},
+    ],
+    ids=["half of it streamed", "all of it streamed from the file", "the text encoder streamed"],
+)
+def test_a_plan_that_moves_weights_films_the_very_same_clip(
+    plan: dict[str, Any], animated: list[tuple[Scene, Any, Any]], tiny_models_folder: Path
+) -> None:
+    _, picture, clip = animated[0]
+    _, prompts, _ = asked(6)
+
+    assert np.array_equal(filmed(tiny_models_folder, prompts[0], picture, plan), clip)
+
+
+def test_tiles_that_hold_the_whole_clip_change_no_pixel(
+    animated: list[tuple[Scene, Any, Any]], tiny_models_folder: Path
+) -> None:
+    """256 is the smallest that the planner takes of Wan's."""
+    _, picture, clip = animated[0]
+    _, prompts, _ = asked(6)
+    tiled = filmed(tiny_models_folder, prompts[0], picture, {"vae_tiling": True, "vae_tile_pixels": 256})
+
+    assert np.array_equal(tiled, clip)
+
+
 def test_every_word_of_its_vocabulary_is_one_token(tiny_models_folder: Path) -> None:
     facts = MODELS["demo-wan"]
     tokenizer = Loader(model_folder(facts, tiny_models_folder), plan_for("demo-wan")).tokenizer("tokenizer")
