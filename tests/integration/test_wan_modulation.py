@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,11 +11,18 @@ from diffusers import WanTransformer3DModel
 
 from safelightd.pipelines import wan_modulation
 
-torch.set_num_threads(1)  # products this small are rounded by how their rows are shared out
-
 FRAMES = 5
 SIDES = {"all rows": 8, "fewer rows than tokens": 32}
 """Of a latent frame: with 16 tokens and with 256."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Products this small are rounded by how their rows are shared out."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
