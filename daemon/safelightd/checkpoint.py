@@ -166,6 +166,7 @@ class Keeper:
             log.warning("checkpoint.impossible", error=error)
             return
         try:
+            durable.sweep(file.parent)  # gigabytes of an engine that was killed while it wrote
             self._refuse_to_fill_the_disk(file, packed.size_bytes(held))
             with durable.writing(file) as stream:
                 packed.write(stream, held, told)

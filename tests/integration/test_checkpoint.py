@@ -6,6 +6,8 @@ import errno
 import hashlib
 import json
 import logging
+import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -179,6 +181,17 @@ def test_the_reserve_of_the_disk_is_left_by_checkpoints_too(
     assert run.latents().isfinite().all()
     assert "of which 1.07374e+09 stay" in caplog.text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_an_engine_that_was_killed_while_it_wrote_has_left_makes_room_for_the_next(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left, other = (tmp_path / f".job.{process}.part" for process in (ended.pid, os.getppid()))
+    for file in (left, other):
+        file.write_bytes(b"half")
+    kept(tmp_path).keeper().save(1, {"latents": torch.zeros(1)}, FlowMatchEulerDiscreteScheduler())
+
+    assert sorted(tmp_path.iterdir()) == [other, tmp_path / "job"]
 
 
 def test_what_takes_long_to_write_is_written_more_seldom() -> None:
