@@ -52,7 +52,9 @@ class Engine:
         self._jobs: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._execution = ""
-        self._cancelled_early: set[str] = set()
+        self._asked: dict[str, str] = {}
+        """What was asked of an execution, running or not yet: "cancel", or "stop" where the worker stops."""
+        self._watch: Watch | None = None
 
     def serve(self) -> int:
         """Answer jobs one after another; returns when the worker closes the link, or after a job that broke CUDA or ran
@@ -88,9 +90,16 @@ class Engine:
             if message["type"] == "run":
                 self._jobs.put(message)
             elif message["type"] == "cancel":
-                self._cancelled_early.add(message["execution"])
-                if message["execution"] == self._execution:
-                    self._stop.set()
+                self._asked[message["execution"]] = message["reason"]
+                self._end_if_asked()
+
+    def _end_if_asked(self) -> None:
+        """Make the job that runs stop if it is the one that was asked to; the reason first, which it then looks at."""
+        watch, reason = self._watch, self._asked.get(self._execution)
+        if watch is None or reason is None:
+            return
+        watch.is_given_up = reason == "cancel"
+        self._stop.set()
 
     def _leave(self) -> None:
         """The worker closed the link: end now in the middle of a job, in order between two."""
@@ -106,13 +115,13 @@ class Engine:
 
         self._execution = execution = str(message["execution"])
         self._stop.clear()
-        if execution in self._cancelled_early:
-            self._stop.set()
         done = threading.Event()
         threading.Thread(target=self._say_alive, args=(execution, done), daemon=True).start()
         watch = Watch(
             lambda fields: self._link.send(fields.pop("type"), execution, **fields), self._stop, device.ProcessMeter()
         )
+        self._watch = watch
+        self._end_if_asked()
         usable = True
         try:
             spec = spec_of(message)
@@ -133,8 +142,8 @@ class Engine:
                 log.warning("device.kept", execution=execution, bytes=kept)
         if verdict["kind"] == "refused" and not self._has_another(message, verdict["precision"]):
             verdict["kind"] = "job"
-        self._execution = ""
-        self._cancelled_early.discard(execution)
+        self._execution, self._watch = "", None
+        self._asked.pop(execution, None)
         self._link.send("done" if verdict["kind"] == "done" else "failed", execution, **verdict)
         return usable
 

@@ -54,6 +54,8 @@ class Watch:
         self.records: dict[str, PhaseRecord] = {}
         self.seconds_per_step: float | None = None
         self.preview: Preview | None = None
+        self.is_given_up = False
+        """Whether nobody will go on with the job once it has stopped: it was cancelled, not the worker stopped."""
         self.resumed_after_step: int | None = None
         """What an earlier attempt had denoised."""
         self.began_anew: str | None = None

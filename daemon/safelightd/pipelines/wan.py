@@ -118,7 +118,7 @@ def denoise(
     """Return latents (1, C, T, h, w), float32, on the CPU; every transformer is gone when this returns.
 
     Of two experts one is in memory at a time; `watch` counts the steps of both together. What is kept in `checkpoint`
-    when it is due, between two experts and when the job is asked to stop, the next attempt goes on with.
+    when it is due, between two experts and when the job is to go on later, the next attempt goes on with.
     """
     refuse_other_images(spec, image=image, last_image=last_image)
     device = torch.device(plan.device)
@@ -168,7 +168,8 @@ def denoise(
             if done < len(experts):
                 keep()
     except Cancelled:
-        keep()
+        if not watch.is_given_up:  # with a cache it would take gigabytes, and the GPU meanwhile
+            keep()
         raise
     return _with_picture(latents, start).cpu()
 
