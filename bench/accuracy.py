@@ -21,6 +21,7 @@ import json
 import math
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -42,6 +43,7 @@ from bench.drawings.drawing import clips
 from bench.drawings.flux import LATENT_CHANNELS, LATENT_SIDE, patches
 from bench.drawings.training import accuracy, as_bytes, clip_verdict, decibels, verdict
 from bench.drawings.world import Scene, World, texts
+from bench.fullsize import Meter
 from bench.gpu_techniques import Technique, techniques
 from safelight import caches, models
 from safelight.models import ModelFacts
@@ -51,19 +53,23 @@ from safelightd.assembly import PinnedSet
 from safelightd.caching import caching
 from safelightd.loading import Loader, model_folder
 from safelightd.pipelines import wan
-from safelightd.pipelines.flux_vae import in_strips
+from safelightd.pipelines.flux_vae import lessen
+from safelightd.progress import Watch
 
 SEED = 20_000
 AT_ONCE = {"flux": 100, "wan": 20}
 READ_AT_ONCE = 16
-TILES = {"flux": (64, 32), "wan": (256,)}
-"""Sides of the VAE's tiles: the smallest that the planner takes, and for FLUX half of it. Wan's holds a whole clip."""
+IN_PARTS = {
+    "flux": {"VAE in strips of 64": {"vae_strip_rows": 64}, "VAE in strips of 32": {"vae_strip_rows": 32},
+             "VAE in tiles of 256": {"vae_tiling": True, "vae_tile_pixels": 256}},
+    "wan": {"VAE in tiles of 256": {"vae_tiling": True, "vae_tile_pixels": 256}},
+}  # fmt: skip
+"""The smallest that the planner takes; of strips half of it, too. A tile of 256 holds a whole picture."""
 EXACT = {"dtype": "float32", "precision": "fp32"}
 CACHES = ("first-block:threshold=0.08", "first-block:threshold=0.4", "taylorseer:cache_interval=2")
 BARS = {"demo-flux": {"one": 95.0, "two": 85.0}, "demo-wan": {"asked": 85.0}}
 """Percent of held-out prompts, in float32."""
 FIRST_FRAME_DB = 25.0
-IN_TILES = "VAE in tiles of"
 ROUNDED_LEVELS, ROUNDED_TIMES = 1, 1.05
 """By how much sums in another order may differ: in float32 by a grey level anywhere; in bf16 they are, on the mean, as
 far from float32 as the whole is."""
@@ -153,7 +159,7 @@ def ask(facts: ModelFacts, count: int) -> Asked:
 
 
 def _plans(facts: ModelFacts) -> list[Technique]:
-    """Return every way of bench/gpu_techniques.py, those of the text encoder, and tiles."""
+    """Return every way of bench/gpu_techniques.py, those of the text encoder, and of the VAE."""
     text = "text_encoder_2" if facts.family == "flux" else "text_encoder"
     every = {text: tuple(range(sum(part.count for part in facts.blocks[text])))}
     return [
@@ -164,8 +170,8 @@ def _plans(facts: ModelFacts) -> list[Technique]:
             for precision in ("nf4", "int8-bnb", "fp8-weight-only")
         ),
         *(
-            Technique(f"{name} {IN_TILES} {side}", {"vae_tiling": True, "vae_tile_pixels": side, **changes})
-            for side in TILES[facts.family]
+            Technique(f"{name} {part}", {**part_changes, **changes})
+            for part, part_changes in IN_PARTS[facts.family].items()
             for name, changes in (("float32", EXACT), ("bf16", {}))
         ),
         *(Technique(f"bf16 resident, {cache}", {"cache": cache}) for cache in CACHES),
@@ -182,9 +188,9 @@ def _pipeline(
     names = list(facts.components)
     with ExitStack() as held:
         parts = {name: held.enter_context(loader.component(name, plan.device)) for name in names}
-        if plan.vae_tiling and facts.family == "flux":
-            in_strips(parts["vae"], plan.vae_tile_pixels)
-            parts["vae"].enable_slicing()  # strips are of one picture
+        if facts.family == "flux":
+            lessen(parts["vae"], plan, Watch(lambda _told: None, threading.Event(), Meter()))
+            parts["vae"].use_slicing = plan.vae_strip_rows > 0  # strips are of one picture
         elif plan.vae_tiling:
             wan.tile(parts["vae"], plan.vae_tile_pixels)
         parts |= {name: loader.tokenizer(name) for name in ("tokenizer", "tokenizer_2") if (folder / name).is_dir()}
@@ -309,10 +315,10 @@ def _bars(facts: ModelFacts, lines: list[dict[str, Any]]) -> list[dict[str, Any]
         differs = line.get("differs_from_resident")
         if line["plan"].endswith(MOVED) and "compiled" not in line["plan"] and differs is not None:
             bars.append(_bar(f"{line['plan']}: grey levels from resident", differs, 0, ok=differs == 0))
-        if line["plan"].startswith(f"float32 {IN_TILES}") and differs is not None:
+        if line["plan"].startswith("float32 VAE in") and differs is not None:
             ok = differs <= ROUNDED_LEVELS
             bars.append(_bar(f"{line['plan']}: grey levels from whole", differs, ROUNDED_LEVELS, ok=ok))
-        if line["plan"].startswith(f"bf16 {IN_TILES}") and "bf16 resident" in means and line["plan"] in means:
+        if line["plan"].startswith("bf16 VAE in") and "bf16 resident" in means and line["plan"] in means:
             mean, bound = means[line["plan"]], round(ROUNDED_TIMES * means["bf16 resident"], 4)
             bars.append(_bar(f"{line['plan']}: mean grey levels from float32", mean, bound, ok=mean <= bound))
         if line["plan"].startswith(CHOSEN_BY_AUTO):

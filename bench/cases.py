@@ -80,6 +80,8 @@ def learn(place: Place, model: str, cap: int, shrink: int, budget: Budget) -> It
                 break
             line = _run(place, f"{model} {size} on {cap} GB", spec, learn=True)
             yield {"part": "learned", **line}
+            if "seconds" not in line:
+                break  # it failed, and would again
 
 
 def run_cases(

@@ -29,9 +29,10 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from bench import shapes
 from bench.fullsize import FULL, spec_of, synchronise
 from safelight import footprint, models
+from safelight.footprint import Decoding
 from safelight.machine import GIB
 from safelight.models import ModelFacts
-from safelightd.pipelines.flux_vae import in_strips
+from safelightd.pipelines.flux_vae import in_strips, in_tiles
 
 SIZES = ("512x512", "1024x1024", "1536x1024", "1024x1536", "2048x1024", "1536x1536")
 TINY_SIZES = ("272x256",)
@@ -72,13 +73,17 @@ def _decoded(facts: ModelFacts, exact: Any, size: str, arguments: argparse.Names
     stream = torch.Generator(device).manual_seed(2)
     latents = torch.randn(1, exact.config.latent_channels, height // 8, width // 8, generator=stream, device=device)
     right = exact.decode(latents).sample.cpu()
-    for way, rows in (("whole", 0), *((f"strips of {rows}", rows) for rows in arguments.rows), ("tiles of 512", -512)):
+    ways = [
+        Decoding(),
+        *(Decoding(strip_rows=rows) for rows in arguments.rows),
+        Decoding(tile_pixels=footprint.TILES[0]),
+    ]
+    for how in ways:
         vae = copy.deepcopy(exact).to(dtype)
-        if rows > 0:
-            in_strips(vae, rows)
-        elif rows < 0:
-            vae.enable_tiling()
-            vae.tile_sample_min_size, vae.tile_latent_min_size = -rows, -rows // 8
+        if how.strip_rows:
+            in_strips(vae, how.strip_rows)
+        if how.tile_pixels:
+            in_tiles(vae, how.tile_pixels)
         _emptied()
         before = torch.cuda.memory_reserved() if device.type == "cuda" else 0
         shown, seconds = torch.empty(0), []
@@ -91,17 +96,23 @@ def _decoded(facts: ModelFacts, exact: Any, size: str, arguments: argparse.Names
         reserved = torch.cuda.max_memory_reserved() - before if device.type == "cuda" else 0
         off = (shown.cpu().float() - right).abs() * GREY_LEVELS
         yield {
-            "size": size, "way": way, "seconds_first": round(seconds[0], 4), "seconds": round(min(seconds), 4),
+            "size": size, "way": _name(how), "seconds_first": round(seconds[0], 4), "seconds": round(min(seconds), 4),
             "reserved_gib": round(reserved / GIB, 3), "bytes_a_pixel": round(reserved / (width * height)),
-            "counted_gib": round(_counted(facts, width, height, rows) / GIB, 3) if rows >= 0 else None,
+            "counted_gib": round(_counted(facts, width, height, how) / GIB, 3),
             "mean_grey_levels_off": round(float(off.mean()), 4), "largest": round(float(off.max()), 2),
         }  # fmt: skip
         del vae, shown
 
 
-def _counted(facts: ModelFacts, width: int, height: int, rows: int) -> int:
+def _name(how: Decoding) -> str:
+    if how.tile_pixels:
+        return f"tiles of {how.tile_pixels}"
+    return f"strips of {how.strip_rows}" if how.strip_rows else "whole"
+
+
+def _counted(facts: ModelFacts, width: int, height: int, how: Decoding) -> int:
     spec = spec_of(facts, tiny=False, width=width, height=height)
-    return footprint.decode_bytes(spec, facts, rows, 2) + footprint.SLACK_BYTES
+    return footprint.decode_bytes(spec, facts, how, 2) + footprint.SLACK_BYTES
 
 
 def _emptied() -> None:
@@ -132,7 +143,7 @@ def _bar(name: str, measured: float, bound: float) -> dict[str, Any]:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", metavar="WIDTHxHEIGHT")
-    parser.add_argument("--rows", type=int, nargs="+", default=list(footprint.TILES["flux"]))
+    parser.add_argument("--rows", type=int, nargs="+", default=[footprint.STRIP_ROWS])
     parser.add_argument("--tiny", action="store_true", help="on the CPU")
     return parser.parse_args(argv)
 

@@ -24,7 +24,7 @@ import torch
 from bench import fullsize, options
 from bench.fullsize import Meter, say
 from bench.measured import Budget
-from safelight import models
+from safelight import footprint, models
 from safelight.jobspec import JobSpec
 from safelight.machine import GIB
 from safelight.models import ModelFacts
@@ -219,13 +219,18 @@ def denoise(
 
 
 def decode(family: Any, spec: JobSpec, base: Plan, facts: ModelFacts, folder: Path, latents: torch.Tensor) -> None:
-    for tiled in (False, True):
-        plan = base.model_copy(update={"vae_tiling": tiled})
+    ways: dict[str, dict[str, Any]] = {
+        "whole": {},
+        "in strips": {"vae_strip_rows": footprint.STRIP_ROWS},
+        "tiled": {"vae_tiling": True, "vae_tile_pixels": footprint.TILES[0]},
+    }
+    for way, changes in ways.items():
+        plan = base.model_copy(update=changes)
         meter = Meter()
         meter.reset()
         began = time.perf_counter()
         list(family.decode(spec, plan, Loader(folder, plan, blocks=facts.blocks), latents, watch(Steps())))
-        say("decode tiled" if tiled else "decode whole", seconds=round(time.perf_counter() - began, 3), **_peaks(meter))
+        say(f"decode {way}", seconds=round(time.perf_counter() - began, 3), **_peaks(meter))
 
 
 def _as_dtype(embeddings: Any, dtype: torch.dtype) -> Any:

@@ -83,7 +83,8 @@ def work_key(plan: Plan, phase: PhaseName) -> str:
             led = f" with {plan.controlnet}" if plan.controlnet else ""
             return f"{plan.model}/denoise/{plan.precision}{' compiled' if plan.compiled else ''}{led}{_cached(plan)}"
         case "decode":
-            return f"{plan.model}/decode/{'tiled' if plan.vae_tiling else 'whole'}"
+            how = "tiled" if plan.vae_tiling else "in strips" if plan.vae_strip_rows else "whole"
+            return f"{plan.model}/decode/{how}"
 
 
 def link_key(plan: Plan) -> str:

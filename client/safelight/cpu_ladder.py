@@ -43,7 +43,7 @@ def _encode(_spec: JobSpec, facts: ModelFacts) -> Iterator[Rung]:
         every = {large: tuple(range(len(of)))}
         host = HOST + weights - _spared(of)
         changes = {"streamed": every}
-        yield Rung("encode", "float32 from the file", 0, host, seconds, changes=changes, last_resort=True)
+        yield Rung("encode", "float32 from the file", 0, host, seconds, changes=changes, last_resort=1)
 
 
 def _denoise(spec: JobSpec, facts: ModelFacts) -> Iterator[Rung]:
@@ -68,7 +68,7 @@ def _denoise(spec: JobSpec, facts: ModelFacts) -> Iterator[Rung]:
     }
     yield Rung(
         "denoise", "float32 from the file", 0, resident - _spared(of), SETUP_SECONDS, work, changes, reading, steps,
-        last_resort=True,
+        last_resort=1,
     )  # fmt: skip
 
 
@@ -76,9 +76,9 @@ def _decode(spec: JobSpec, facts: ModelFacts) -> Iterator[Rung]:
     vae = facts.components.get("vae", 0) * WIDTH
     frames = spec.width * spec.height * (spec.num_frames or 1)
     clip = frames * footprint.TILED_BYTES_PER_PIXEL_AND_FRAME * 2  # what is joined, whole or not
-    for tile in footprint.tiles(spec, facts):
-        host = HOST + vae + clip + footprint.decode_bytes(spec, facts, tile, WIDTH)
-        yield decode_rung(tile, 0, host, SETUP_SECONDS + frames * DECODE_SECONDS_PER_PIXEL)
+    for how in footprint.decodings(spec, facts):
+        host = HOST + vae + clip + footprint.decode_bytes(spec, facts, how, WIDTH)
+        yield decode_rung(how, 0, host, SETUP_SECONDS + frames * DECODE_SECONDS_PER_PIXEL)
 
 
 def _spared(of: Sequence[int]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from safelight.jobspec import JobSpec
 from safelight.machine import GIB
@@ -54,9 +55,12 @@ for fewer. H100, torch 2.11.0+cu130, 2026-11-26."""
 TILED_BYTES_PER_PIXEL_AND_FRAME = 7
 """The clip that the VAE joins of tiles before it gives any: 4.2 GiB in all at 1280x704x121."""
 
-TILES = {"flux": (64,), "wan": (512, 256)}
-"""Sides of the tiles that a VAE may work in, in pixels; Wan's smaller ones show more seams. FLUX's go from edge to
-edge, and are its whole decode within rounding (`safelightd.pipelines.flux_vae`)."""
+TILES = (512, 256)
+"""Sides of the tiles that a VAE may work in, in pixels; smaller ones show more seams."""
+
+STRIP_ROWS = 64
+"""Of the strips that FLUX's may work in, which have no seams (`safelightd.pipelines.flux_vae`): lower ones save little
+of what lies between two layers."""
 
 STRIPS_BYTES_PER_PIXEL = 1_100
 """What FLUX's decode in bf16 holds between two layers: 256 and twice 128 channels, 1,024, and a little."""
@@ -66,7 +70,8 @@ STRIP_BYTES_PER_PIXEL = 3_180
 1024x1024, where the whole has 1.50), and convolutions want as much of a strip as they do of the whole, whose reserved
 2.95 GiB are twice what is alive. Not measured on a card."""
 
-TINY_TILES = {"flux": (16,), "wan": (64,)}
+TINY_TILES = {"flux": (32,), "wan": (64,)}
+TINY_STRIP_ROWS = 16
 TINY_DECODE = 16
 """The tiny VAEs are so many times narrower than the real ones."""
 
@@ -156,21 +161,33 @@ def ring_bytes(streamed: Sequence[int], at_once: int = 2) -> int:
     return min(at_once * max(streamed), sum(streamed)) if streamed else 0
 
 
-def tiles(spec: JobSpec, facts: ModelFacts) -> tuple[int, ...]:
-    """Return the tiles that the VAE may work in: 0 for the whole picture, then sides in pixels, the largest first."""
-    sides = (TINY_TILES if facts.tiny else TILES)[facts.family]
-    return (*((0,) if spec.vae_tiling != "on" else ()), *(sides if spec.vae_tiling != "off" else ()))
+@dataclass(frozen=True)
+class Decoding:
+    """How a VAE goes over a picture: whole, unless one of these is above 0."""
+
+    strip_rows: int = 0
+    tile_pixels: int = 0
 
 
-def decode_bytes(spec: JobSpec, facts: ModelFacts, tile: int, width: int) -> int:
-    """Return what a decode in tiles of this side, 0 for whole, takes above the VAE, in floats of `width` bytes."""
+def decodings(spec: JobSpec, facts: ModelFacts) -> tuple[Decoding, ...]:
+    """Return how the VAE may work, the largest first; who wants tiles gets tiles, and who wants none gets none."""
+    rows = TINY_STRIP_ROWS if facts.tiny else STRIP_ROWS
+    without = (Decoding(), Decoding(strip_rows=rows)) if facts.family == "flux" else (Decoding(),)
+    tiles = tuple(Decoding(tile_pixels=side) for side in (TINY_TILES[facts.family] if facts.tiny else TILES))
+    return {"auto": without + tiles, "off": without, "on": tiles}[spec.vae_tiling]
+
+
+def decode_bytes(spec: JobSpec, facts: ModelFacts, how: Decoding, width: int) -> int:
+    """Return what a decode takes above the VAE, in floats of `width` bytes."""
     pixels = spec.width * spec.height
-    if tile and facts.family == "flux":
-        working = pixels * STRIPS_BYTES_PER_PIXEL + min(tile, spec.height) * spec.width * STRIP_BYTES_PER_PIXEL
+    if how.strip_rows:
+        working = pixels * STRIPS_BYTES_PER_PIXEL
+        working += min(how.strip_rows, spec.height) * spec.width * STRIP_BYTES_PER_PIXEL
     else:
-        working = (min(pixels, tile * tile) if tile else pixels) * DECODE_BYTES_PER_PIXEL[facts.family]
+        at_once = min(pixels, how.tile_pixels**2) if how.tile_pixels else pixels
+        working = at_once * DECODE_BYTES_PER_PIXEL[facts.family]
     working //= TINY_DECODE if facts.tiny else 1
-    if tile and spec.num_frames:
+    if how.tile_pixels and spec.num_frames:
         working += pixels * spec.num_frames * TILED_BYTES_PER_PIXEL_AND_FRAME
     return working * width // 2
 

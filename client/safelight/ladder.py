@@ -323,7 +323,7 @@ def _streamed(of: Sequence[int], room_bytes: int) -> tuple[int, ...]:
 
 
 def decode_rungs(spec: JobSpec, facts: ModelFacts, machine: Machine, dtype: Dtype, held: int) -> Iterator[Rung]:
-    """Yield the ways to decode: whole, and in tiles."""
+    """Yield the ways to decode: whole, in strips, and in tiles."""
     vae_dtype: Dtype = "float32" if dtype == "float16" else dtype
     width = footprint.WIDTHS[vae_dtype]
     weights = facts.components.get("vae", 0) * width
@@ -332,9 +332,9 @@ def decode_rungs(spec: JobSpec, facts: ModelFacts, machine: Machine, dtype: Dtyp
     seconds = frames / pace.decode_pixels_per_second(facts, machine)
     seconds += pace.VAE_SECONDS + frames * pace.WRITE_SECONDS_PER_PIXEL
     base = footprint.outside_bytes(facts) + weights + footprint.SLACK_BYTES
-    for tile in footprint.tiles(spec, facts):
-        device = base + footprint.decode_bytes(spec, facts, tile, width)
-        yield decode_rung(tile, device, host, seconds)
+    for how in footprint.decodings(spec, facts):
+        device = base + footprint.decode_bytes(spec, facts, how, width)
+        yield decode_rung(how, device, host, seconds)
 
 
 def of_phase(

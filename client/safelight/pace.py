@@ -94,7 +94,7 @@ DECODE_PIXELS_PER_FLOP = {"flux": 1.0e-7, "wan": 1.6e-8}
 """Output pixels per flop of the card's rate: FLUX decodes 1024x1024 in 0.1 s, Wan 1280x704x121 in 6.3 s (H100)."""
 
 TILED_TIMES = 1.6
-"""What a decode in tiles takes longer: they overlap."""
+"""What a decode in tiles takes longer: they overlap, where strips compute two rows more than they have."""
 
 CPU_FLOPS = 50e9
 """Of a few cores in float32."""

@@ -123,7 +123,10 @@ class Plan(BaseModel):
     """None: as `dtype` says."""
     vae_tiling: bool
     vae_tile_pixels: int = 512
-    """Side of a tile, where there are tiles; of FLUX's, which go from edge to edge, the height."""
+    """Side of a tile, where there are tiles."""
+    vae_strip_rows: int = 0
+    """Above 0 a picture goes through the VAE strip by strip, from edge to edge and so many rows high: no tiles, and the
+    numbers of the whole within rounding. FLUX only."""
     predicted: dict[str, PhasePrediction] = Field(default_factory=dict)
     seconds: float | None = None
     """Expected run time; None in plans that could not tell."""
@@ -170,4 +173,6 @@ class Plan(BaseModel):
             words.append(f"text encoders on the {self.text_encoder_device}")
         if self.vae_tiling:
             words.append(f"VAE in tiles of {self.vae_tile_pixels}")
+        if self.vae_strip_rows:
+            words.append(f"VAE in strips of {self.vae_strip_rows}")
         return ", ".join(words)

@@ -95,7 +95,7 @@ class Receipt(BaseModel):
     started_at: str | None = None
     finished_at: str
     resumed_after_step: int | None = None
-    """What an earlier attempt had denoised before it was killed or stopped."""
+    """What an earlier attempt had denoised before it was killed or stopped; of the last attempt, as the next is."""
     began_anew: str | None = None
     """Where an earlier attempt had left a checkpoint, and it was of no use: why."""
     cache: CacheRecord | None = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from safelight import pace
+from safelight.footprint import Decoding
 from safelight.plan import Dtype, Overrun, PhaseName, Precision, Shipped
 
 
@@ -67,9 +68,9 @@ class Rung:
     compile_seconds: float = 0.0
     shipped: Shipped | None = None
     """The seconds before they were corrected."""
-    last_resort: bool = False
-    """Taken only where nothing else fits, however fast it looks: it changes pixels, or reads again at every step what
-    there would be room for."""
+    last_resort: int = 0
+    """Above 0 it is taken only where nothing of a lower number fits, however fast it looks: it changes pixels, or reads
+    again at every step what there would be room for."""
 
     @property
     def work_seconds(self) -> float:
@@ -85,11 +86,14 @@ class Rung:
         return self.read_once_seconds + self.pin_seconds + self.compile_seconds
 
 
-def decode_rung(tile: int, device_bytes: int, host_bytes: int, seconds: float) -> Rung:
-    """Return a way to decode: in tiles of this side, or 0 for whole, which takes so many seconds, loading included."""
-    if not tile:
-        return Rung("decode", "VAE whole", device_bytes, host_bytes, 0.0, seconds, {"vae_tiling": False})
-    return Rung(
-        "decode", f"VAE in tiles of {tile}", device_bytes, host_bytes, 0.0, seconds * pace.TILED_TIMES,
-        {"vae_tiling": True, "vae_tile_pixels": tile}, last_resort=True,
-    )  # fmt: skip
+def decode_rung(how: Decoding, device_bytes: int, host_bytes: int, seconds: float) -> Rung:
+    """Return a way to decode, which takes so many seconds for the whole picture, loading included."""
+    name, resort = "VAE whole", 0
+    changes: dict[str, Any] = {"vae_tiling": bool(how.tile_pixels), "vae_strip_rows": how.strip_rows}
+    if how.strip_rows:
+        name, resort = f"VAE in strips of {how.strip_rows}", 1  # the same sums, and other last bits
+    if how.tile_pixels:
+        name, resort = f"VAE in tiles of {how.tile_pixels}", 2
+        seconds *= pace.TILED_TIMES
+        changes["vae_tile_pixels"] = how.tile_pixels
+    return Rung("decode", name, device_bytes, host_bytes, 0.0, seconds, changes, last_resort=resort)

@@ -480,32 +480,56 @@ def test_what_is_done_once_is_counted_once_for_many_jobs() -> None:
     assert plan.seconds_of(100) == pytest.approx(100 * ((plan.seconds or 0) - once) + once)
 
 
-def test_tiles_are_a_last_resort_however_fast_they_look() -> None:
-    """They change pixels; a machine that once decoded slowly must not change what comes out."""
+def test_strips_and_tiles_are_a_last_resort_however_fast_they_look() -> None:
+    """They change bits, or pixels; a machine that once decoded slowly must not change what comes out."""
     whole = plan_of(job(), gpu(40))
-    shown = Calibration(work={work_key(whole, "decode"): 50.0, "flux-schnell/decode/tiled": 0.01})
+    fast = {"flux-schnell/decode/tiled": 0.01, "flux-schnell/decode/in strips": 0.02}
+    shown = Calibration(work={work_key(whole, "decode"): 50.0, **fast})
+    large = job(width=1536, height=1536, precision="nf4")
 
     assert not make_plan(job(), gpu(40), TABLE, shown).vae_tiling
+    assert not make_plan(job(), gpu(40), TABLE, shown).vae_strip_rows
+    assert make_plan(large, gpu(6), TABLE, shown).vae_strip_rows
+    assert not make_plan(large, gpu(6), TABLE, shown).vae_tiling
 
 
-def test_smaller_tiles_of_a_clip_follow_larger_ones_and_a_picture_has_one_size_of_them() -> None:
-    clip = job(model="wan-ti2v-5b", vae_tiling="on")
-    first = plan_of(clip, gpu(40))
-    over = Overrun(phase="decode", memory="device", rung=first.rung,
-                   predicted_bytes=first.predicted["decode"].device_bytes)  # fmt: skip
-    after = plan_of(clip, gpu(40), overruns=(over,))
+def test_a_decode_that_runs_out_goes_on_in_strips_then_in_tiles_then_in_smaller_ones() -> None:
+    spec, overs, ways = job(), [], []
+    for _ in range(4):
+        plan = plan_of(spec, gpu(40), overruns=tuple(overs))
+        ways.append((plan.vae_strip_rows, plan.vae_tile_pixels if plan.vae_tiling else 0))
+        overs.append(Overrun(phase="decode", memory="device", rung=plan.rung,
+                             predicted_bytes=plan.predicted["decode"].device_bytes))  # fmt: skip
 
-    assert (first.vae_tile_pixels, after.vae_tile_pixels) == (512, 256)
-    assert plan_of(job(vae_tiling="on"), gpu(40)).vae_tile_pixels == 64
+    assert ways == [(0, 0), (64, 0), (0, 512), (0, 256)]
 
 
-def test_a_picture_in_tiles_takes_what_its_layers_hold_and_far_less_than_the_whole() -> None:
-    large = {"width": 1536, "height": 1536}
-    whole, tiled = (
-        plan_of(job(vae_tiling=how, **large), gpu(40)).predicted["decode"].device_bytes for how in ("off", "on")
+@pytest.mark.parametrize(
+    ("wanted", "ways"), [("auto", ("whole", 64, 512, 256)), ("off", ("whole", 64)), ("on", (512, 256))]
+)
+def test_who_wants_tiles_gets_tiles_and_who_wants_none_gets_none(wanted: str, ways: tuple[object, ...]) -> None:
+    found = footprint.decodings(job(vae_tiling=wanted), TABLE["flux-schnell"])
+    clip = footprint.decodings(job(model="wan-ti2v-5b", vae_tiling=wanted), TABLE["wan-ti2v-5b"])
+
+    assert tuple(how.strip_rows or how.tile_pixels or "whole" for how in found) == ways
+    assert tuple(how.tile_pixels or "whole" for how in clip) == tuple(way for way in ways if way != 64)
+
+
+def test_a_large_picture_in_strips_takes_what_lies_between_its_layers_and_half_of_the_whole() -> None:
+    large = job(width=1536, height=1536)
+    whole, strips = (
+        footprint.decode_bytes(large, TABLE["flux-schnell"], footprint.Decoding(strip_rows=rows), 2) for rows in (0, 64)
     )
 
-    assert 1536 * 1536 * 1000 < tiled - footprint.outside_bytes(TABLE["flux-schnell"]) < 0.6 * whole
+    assert 1536 * 1536 * 1024 < strips < whole / 2
+
+
+@pytest.mark.parametrize("size", [{"width": 1536, "height": 1536}, {"width": 2048, "height": 1024}])
+def test_the_largest_pictures_are_decoded_on_small_cards_too(size: dict[str, int]) -> None:
+    plan = plan_of(job(precision="fp16", **size), gpu(4, capability=(7, 5)))
+
+    assert plan.vae_tiling
+    assert plan.predicted["decode"].device_bytes < 4 * GIB
 
 
 @pytest.mark.parametrize("phase", ["encode", "denoise", "decode"])

@@ -23,7 +23,7 @@ from safelightd.assembly import PinnedSet
 from safelightd.checkpoint import NOWHERE, Checkpoint
 from safelightd.fused import Results
 from safelightd.loading import Loader, controlnet_folder, model_folder
-from safelightd.pipelines import Frame
+from safelightd.pipelines import Frame, flux_vae, wan
 from safelightd.progress import Watch
 
 torch.set_num_threads(1)  # the tiny models have no work for two, and waiting for the second takes longer
@@ -246,7 +246,7 @@ def stock_answer(run: Run, *, tiled: bool = False) -> tuple[torch.Tensor, list[F
     """Return the stock pipeline's latents and frames for the run's job."""
     pipe = stock_pipeline(run)
     if tiled:
-        run.family.tile(pipe.vae, run.plan.vae_tile_pixels)  # type: ignore[attr-defined]  # not every family need have it
+        (wan.tile if run.spec.kind == "video" else flux_vae.in_tiles)(pipe.vae, run.plan.vae_tile_pixels)
     latents = stock(run, pipe, "latent")
     pictures = stock(run, pipe, "pil")
     if run.spec.kind == "video":

@@ -99,7 +99,8 @@ def test_it_goes_with_streamed_and_quantised_blocks_and_float16(tiny_models_fold
     streamed = bf16 | {"offload": "partial", "streamed": {"transformer": (0, 1, 2, 3)}}
 
     assert torch.equal(resident, run_of(tiny_models_folder, plan_changes=streamed).latents())
-    for changes in (bf16 | {"precision": "nf4"}, HALF, {"vae_tiling": True, "vae_tile_pixels": 32}):
+    tiles, strips = {"vae_tiling": True, "vae_tile_pixels": 32}, {"vae_strip_rows": 16}
+    for changes in (bf16 | {"precision": "nf4"}, HALF, tiles, strips):
         assert run_of(tiny_models_folder, plan_changes=changes).frames()[0].std() > 10
 
 

@@ -168,6 +168,19 @@ def test_an_iterator_that_is_closed_before_its_end_gives_the_vae_back(schnell: R
     assert alive() == before
 
 
+def test_a_vae_in_strips_asks_before_each_of_them_whether_to_stop(tiny_models_folder: Path) -> None:
+    spec = spec_for("tiny-flux-schnell", width=128, height=128, num_inference_steps=1, image="0" * 64, strength=1.0)
+    runs = [Run(spec, tiny_models_folder, {"vae_strip_rows": rows}, image=picture()) for rows in (128, 16)]
+    asked = []
+    for run in runs:
+        latents = run.denoise(run.encode())
+        after_denoising = run.stop.asked
+        run.decode(latents)
+        asked.append((after_denoising, run.stop.asked - after_denoising))
+
+    assert all(many > few + 20 for few, many in zip(*asked, strict=True))
+
+
 def test_decoding_does_not_switch_gradients_off_for_who_reads_the_frames(schnell: Run) -> None:
     latents = schnell.latents()
 
@@ -175,10 +188,22 @@ def test_decoding_does_not_switch_gradients_off_for_who_reads_the_frames(schnell
         assert torch.is_grad_enabled()
 
 
-def test_a_picture_in_tiles_is_that_of_the_whole_within_rounding(tiny_models_folder: Path) -> None:
+def test_tiles_are_smaller_than_a_large_picture_and_give_the_bits_of_stock_tiles(tiny_models_folder: Path) -> None:
     large = spec_for("tiny-flux-schnell", num_inference_steps=1).model_copy(update={"width": 640, "height": 576})
     whole = Run(large, tiny_models_folder)
-    tiled = Run(large, tiny_models_folder, plan_changes={"vae_tiling": True, "vae_tile_pixels": 64})
+    tiled = Run(large, tiny_models_folder, plan_changes={"vae_tiling": True})
+    latents, pictures = stock_answer(tiled, tiled=True)
+
+    frame = tiled.decode(latents)[0]
+
+    assert np.array_equal(pictures[0], frame)
+    assert not np.array_equal(whole.decode(latents)[0], frame)
+
+
+def test_a_picture_in_strips_is_that_of_the_whole_within_rounding(tiny_models_folder: Path) -> None:
+    large = spec_for("tiny-flux-schnell", num_inference_steps=1).model_copy(update={"width": 640, "height": 576})
+    whole = Run(large, tiny_models_folder)
+    in_strips = Run(large, tiny_models_folder, plan_changes={"vae_strip_rows": 64})
     latents = whole.latents()
     shown: list[int] = []
 
@@ -187,7 +212,7 @@ def test_a_picture_in_tiles_is_that_of_the_whole_within_rounding(tiny_models_fol
             shown.append(given[0].shape[2])
 
     with register_module_forward_pre_hook(look):
-        frame = tiled.decode(latents)[0]
+        frame = in_strips.decode(latents)[0]
 
     assert np.abs(frame.astype(int) - whole.decode(latents)[0]).max() <= 1
     assert max(shown) == 64 + 2
@@ -202,10 +227,10 @@ def test_numbers_that_are_no_picture_are_refused(number: float, schnell: Run) ->
         schnell.decode(latents)
 
 
-@pytest.mark.parametrize("tiled", [False, True])
-def test_pixels_that_overflow_in_the_vae_are_refused(tiled: bool, tiny_models_folder: Path) -> None:
+@pytest.mark.parametrize("how", [{}, {"vae_tiling": True}, {"vae_strip_rows": 16}], ids=["whole", "tiles", "strips"])
+def test_pixels_that_overflow_in_the_vae_are_refused(how: dict[str, Any], tiny_models_folder: Path) -> None:
     """Finite latents can overflow on the way to pixels, as float16 does."""
-    run = Run(spec_for("tiny-flux-schnell"), tiny_models_folder, plan_changes={"vae_tiling": tiled})
+    run = Run(spec_for("tiny-flux-schnell"), tiny_models_folder, plan_changes=how)
 
     with pytest.raises(BrokenResult, match="pixels hold NaN or infinity"):
         run.decode(torch.full_like(run.latents(), 3e38))
@@ -234,18 +259,19 @@ def _same(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.parametrize("strength", [0.5, None])
-def test_a_picture_in_tiles_and_in_float16_is_started_from_too(
+def test_a_picture_in_tiles_in_strips_and_in_float16_is_started_from_too(
     strength: float | None, tiny_models_folder: Path
 ) -> None:
     fields = {"image": "0" * 64, "width": 96, "height": 96, **({"strength": strength} if strength else {})}
     spec = spec_for("tiny-flux-schnell", **fields)
 
-    whole, half, tiled = (
+    whole, half, tiled, in_strips = (
         Run(spec, tiny_models_folder, plan_changes=changes, image=picture()).frames()[0].astype(int)
-        for changes in ({}, HALF, {"vae_tiling": True, "vae_tile_pixels": 32})
+        for changes in ({}, HALF, {"vae_tiling": True, "vae_tile_pixels": 32}, {"vae_strip_rows": 16})
     )
     assert half.std() > 10
-    assert np.abs(tiled - whole).max() <= 1
+    assert tiled.std() > 10
+    assert np.abs(in_strips - whole).max() <= 1
 
 
 def test_cancelling_while_the_picture_is_encoded_leaves_nothing(tiny_models_folder: Path) -> None:

@@ -37,7 +37,7 @@ from safelightd.pipelines import (
     stop_inside,
     values,
 )
-from safelightd.pipelines.flux_vae import in_strips
+from safelightd.pipelines.flux_vae import lessen
 from safelightd.preview import Values
 from safelightd.progress import Watch
 
@@ -155,8 +155,7 @@ def decode(spec: JobSpec, plan: Plan, loader: Loader, latents: torch.Tensor, wat
     refuse_broken(latents, "The denoised latents")
     with loader.component("vae", plan.device) as vae:
         stop_inside(vae, watch)
-        if plan.vae_tiling:
-            in_strips(vae, plan.vae_tile_pixels)
+        lessen(vae, plan, watch)
         watch.loaded()
         pipe = _pipeline(vae=vae)
         unpacked = pipe._unpack_latents(  # noqa: SLF001 - the pipeline offers no other way to unpack
@@ -227,8 +226,7 @@ def _start(
         return latents, places
     with loader.component("vae", device) as vae:
         stop_inside(vae, watch)
-        if plan.vae_tiling:
-            in_strips(vae, plan.vae_tile_pixels)
+        lessen(vae, plan, watch)
         names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")
         pipe = FluxImg2ImgPipeline(scheduler=scheduler, vae=vae, **dict.fromkeys(names))
         pixels = pipe.image_processor.preprocess(image, height=spec.height, width=spec.width)

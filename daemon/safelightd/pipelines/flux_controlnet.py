@@ -18,7 +18,7 @@ from safelight.jobspec import JobSpec
 from safelight.plan import Plan
 from safelightd.loading import Loader
 from safelightd.pipelines import dtype_of, stop_between_blocks, stop_inside
-from safelightd.pipelines.flux_vae import in_strips
+from safelightd.pipelines.flux_vae import lessen
 from safelightd.progress import Watch
 
 Lead = Callable[[int, int, torch.Tensor, torch.Tensor, Mapping[str, Any]], dict[str, Any]]
@@ -47,8 +47,7 @@ def condition(
     device, dtype = torch.device(plan.device), dtype_of(plan)
     with loader.component("vae", device) as vae:
         stop_inside(vae, watch)
-        if plan.vae_tiling:
-            in_strips(vae, plan.vae_tile_pixels)
+        lessen(vae, plan, watch)
         names = ("scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer", "controlnet")
         pipe = FluxControlNetPipeline(vae=vae, **dict.fromkeys(names))
         pixels: torch.Tensor = pipe.prepare_image(image, spec.width, spec.height, 1, 1, device, vae.dtype)
