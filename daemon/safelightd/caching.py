@@ -48,8 +48,9 @@ def _nothing() -> None: ...
 class Held:
     """What a job's cache holds after its last whole step, and how often it answered until then.
 
-    What it holds is not copied. A prompt's is let go as soon as its next forward replaces it, so that the device never
-    holds it twice: the step that this forward is of computes again what was replaced, whatever of it was done.
+    What it holds is not copied. first-block's of a prompt is let go as soon as the prompt's next forward replaces it,
+    so that the device never holds it twice: the step that this forward is of computes again what was replaced, whatever
+    of it was done. taylorseer's factors, of one layer, stay until the step is whole.
     """
 
     forwards: int = 0

@@ -8,10 +8,12 @@ Written piece by piece, so that what lies on a GPU is copied neither there nor w
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -128,30 +130,69 @@ def _pieces(tensors: Mapping[str, torch.Tensor], told: Mapping[str, str]) -> Ite
             yield piece.to("cpu", copy=True).numpy().data
 
 
-def read(file: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Return what a file tells, and its tensors, which share the memory that it was read into.
+def read(file: Path) -> tuple[dict[str, str], Mapping[str, torch.Tensor]]:
+    """Return what a file tells, and its tensors, each read when it is asked for: together they may be gigabytes.
 
     Raises:
         Damaged: it is cut, or another than was written.
         OSError: it cannot be read.
     """
-    with file.open("rb") as stream:
-        digest = stream.readline(DIGEST_BYTES)
-        content = bytearray(max(os.fstat(stream.fileno()).st_size - len(digest), 0))
-        stream.readinto(content)
-    if digest != hashlib.sha256(content).hexdigest().encode() + b"\n":
+    opened = _Opened(file)
+    digest = opened.read(0, DIGEST_BYTES)
+    found = hashlib.sha256()
+    for begin in range(DIGEST_BYTES, opened.size, PIECE_BYTES):
+        found.update(opened.read(begin, min(PIECE_BYTES, opened.size - begin)))
+    if digest != found.hexdigest().encode() + b"\n":
         raise Damaged(f"{file}: its digest is another")
     try:
-        start = 8 + int.from_bytes(content[:8], "little")
-        header = json.loads(content[8:start])
+        start = DIGEST_BYTES + 8
+        length = int.from_bytes(opened.read(DIGEST_BYTES, 8), "little")
+        header = json.loads(opened.read(start, length))
         told = header.pop("__metadata__")
-        return told, {name: _tensor(content, start, row) for name, row in header.items()}
+        return told, _Tensors(opened, start + length, header)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{file}: {error}") from error
 
 
-def _tensor(content: bytearray, start: int, row: Mapping[str, Any]) -> torch.Tensor:
-    shape, dtype = row["shape"], DTYPES[row["dtype"]]
-    if not (count := math.prod(shape)):
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(content, dtype=dtype, count=count, offset=start + row["data_offsets"][0]).reshape(shape)
+class _Opened:
+    """A file that stays open for as long as somebody holds this, whatever takes its place meanwhile."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor)
+        self.size = os.fstat(self._descriptor).st_size
+
+    def read(self, begin: int, count: int) -> bytearray:
+        """Return so many bytes, fewer where the file ends."""
+        content = bytearray(max(min(count, self.size - begin), 0))
+        view, done = memoryview(content), 0
+        while done < len(content):
+            more = os.preadv(self._descriptor, [view[done:]], begin + done)
+            if not more:
+                raise OSError(errno.EIO, "it ends before its end", str(self._file))
+            done += more
+        return content
+
+
+class _Tensors(Mapping[str, torch.Tensor]):
+    """The tensors of a file."""
+
+    def __init__(self, opened: _Opened, start: int, rows: Mapping[str, Any]) -> None:
+        self._opened = opened
+        self._start = start
+        self._rows = rows
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        row = self._rows[name]
+        shape, dtype = row["shape"], DTYPES[row["dtype"]]
+        if not math.prod(shape):
+            return torch.empty(shape, dtype=dtype)
+        begin, end = row["data_offsets"]
+        return torch.frombuffer(self._opened.read(self._start + begin, end - begin), dtype=dtype).reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,26 @@ def test_a_tensor_larger_than_a_piece_comes_back_whole(tmp_path: Path) -> None:
     numbers = torch.arange(packed.PIECE_BYTES // 4 + 3, dtype=torch.int32)
 
     assert torch.equal(there_and_back(numbers, tmp_path / "file"), numbers)
+
+
+def test_a_file_is_read_a_tensor_at_a_time_and_whatever_took_its_place(tmp_path: Path) -> None:
+    """A cache's has gigabytes, which nobody counts while the transformer is loaded."""
+    file, other = tmp_path / "file", tmp_path / "other"
+    numbers = {str(i): torch.full((8 * 2**20,), float(i)) for i in range(4)}  # 32 MiB each
+    with file.open("wb") as stream:
+        packed.write(stream, numbers, {})
+    tracemalloc.start()
+    try:
+        _, tensors = packed.read(file)
+        other.write_bytes(b"another")
+        other.replace(file)
+        for name in tensors:
+            assert torch.equal(tensors[name], numbers[name])
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak_bytes < 80 * 2**20
 
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, b"bytes", torch.zeros(1, dtype=torch.complex64), {(): object()}])

@@ -133,7 +133,6 @@ def denoise(
         saved.restore(scheduler, device)
         watch.goes_on_after(done := saved.step)
         watch.forwarded(held.forwards, held.skipped)
-    del saved  # gigabytes of RAM, where there is a cache, until this takes them
     keeper = checkpoint.keeper(done)
 
     def keep() -> None:
@@ -282,7 +281,7 @@ def _start(
 
 def _start_from(saved: Saved, device: torch.device) -> Start:
     # A copy also on the CPU: in a file's bytes they lie anywhere, and BLAS rounds by where they lie.
-    there = {name: tensor.to(device, copy=True) for name, tensor in saved.tensors.items() if "." not in name}
+    there = {name: saved.tensors[name].to(device, copy=True) for name in saved.tensors if "." not in name}
     return Start(there["latents"], there.get("condition"), there.get("mask"))
 
 
