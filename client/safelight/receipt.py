@@ -95,9 +95,9 @@ class Receipt(BaseModel):
     started_at: str | None = None
     finished_at: str
     resumed_after_step: int | None = None
-    """What an earlier attempt had denoised before it was killed or stopped; of the last attempt, as the next is."""
+    """What an earlier attempt had denoised before it was killed or stopped."""
     began_anew: str | None = None
-    """Where an earlier attempt had left a checkpoint, and it was of no use: why."""
+    """Where an attempt had left a checkpoint, and it was of no use to the next: why. Later ones may have gone on."""
     cache: CacheRecord | None = None
     phases: dict[str, PhaseRecord] = Field(default_factory=dict)
     seconds_per_step: float | None = None

@@ -94,7 +94,7 @@ class Checkpoint:
         """Return what an earlier attempt left; None where there is nothing, or nothing of use, which the log says.
 
         Args:
-            tell: gets, of what is of no use, the reason.
+            tell: gets, of what is of no use, the reason; and the one that an earlier attempt had for beginning anew.
         """
         if self.file is None:
             return None
@@ -114,19 +114,26 @@ class Checkpoint:
             log.warning("checkpoint.of_another_plan", file=self.file, remedy=REMEDY)
             tell("its checkpoint is of another plan, other weights or another version")
             return None
+        if "began_anew" in told:
+            tell(told["began_anew"])
         cache = json.loads(told.get("cache", "null"))
         return Saved(int(told["step"]), tensors, json.loads(told["scheduler"]), cache)
 
-    def keeper(self, step: int = 0) -> Keeper:
-        """Return what saves, from now on; what there is after so many steps is saved already."""
-        return Keeper(self, step)
+    def keeper(self, step: int = 0, began_anew: str | None = None) -> Keeper:
+        """Return what saves, from now on; what there is after so many steps is saved already.
+
+        Args:
+            began_anew: why the job did, for the attempts that go on with this one.
+        """
+        return Keeper(self, step, began_anew)
 
 
 class Keeper:
     """Saves every so many seconds while a loop runs."""
 
-    def __init__(self, checkpoint: Checkpoint, step: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, step: int, began_anew: str | None) -> None:
         self._checkpoint = checkpoint
+        self._began_anew = {"began_anew": began_anew} if began_anew else {}
         self._step = step
         self._saved_at = time.monotonic()
         self._pause_s = checkpoint.every_s
@@ -161,6 +168,7 @@ class Keeper:
                     {name: packed.pack(value, f"scheduler.{name}", held) for name, value in remembered.items()}
                 ),
                 "cache": json.dumps(packed.pack(cache, "cache.of", held)),
+                **self._began_anew,
             }
         except TypeError as error:
             log.warning("checkpoint.impossible", error=error)

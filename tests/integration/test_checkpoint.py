@@ -130,6 +130,17 @@ def test_what_is_damaged_or_of_another_plan_is_left_and_the_log_says_so(
     assert "first step" in caplog.text
 
 
+def test_why_a_job_began_anew_is_known_to_the_attempts_after(tiny_models_folder: Path, tmp_path: Path) -> None:
+    fields = {**JOBS["5B from text"], "num_inference_steps": STEPS}
+    (tmp_path / "job").write_bytes(b"what a disk made of it")
+    for after_step in (2, 4):
+        interrupted(fields, tiny_models_folder, kept(tmp_path), after_step)
+    last = run_of(fields, tiny_models_folder, checkpoint=kept(tmp_path))
+    last.latents()
+
+    assert (last.watch.began_anew, last.watch.resumed_after_step) == ("its checkpoint is damaged", 4)
+
+
 @pytest.mark.parametrize("damage", ["damaged", "another plan"])
 def test_the_receipt_says_that_a_job_began_anew_and_why_and_show_shows_it(
     damage: str, installation: Installation

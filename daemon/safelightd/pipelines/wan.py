@@ -133,7 +133,7 @@ def denoise(
         saved.restore(scheduler, device)
         watch.goes_on_after(done := saved.step)
         watch.forwarded(held.forwards, held.skipped)
-    keeper = checkpoint.keeper(done)
+    keeper = checkpoint.keeper(done, watch.began_anew)
 
     def keep() -> None:
         tensors = {"latents": latents, "condition": start.condition, "mask": start.mask}
