@@ -1,6 +1,6 @@
 """Train demo-wan from nothing: the video VAE, the text encoder, then the transformer with it.
 
-    python -m bench.train_demo_wan --to FOLDER                   # half an hour on an H100
+    python -m bench.train_demo_wan --to FOLDER                   # a quarter of an hour on an H100
     python -m bench.train_demo_wan --to FOLDER --limit-s 500     # so far today; the same command again goes on
     python -m bench.train_demo_wan --to FOLDER --tiny            # the same path in minutes on the CPU
 
@@ -318,10 +318,10 @@ def train(arguments: argparse.Namespace, readers: Pool) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vae-s", type=float, default=180.0, help="of the VAE with squares of clips")
-    parser.add_argument("--vae-whole-s", type=float, default=480.0, help="of the VAE with whole clips")
+    parser.add_argument("--vae-s", type=float, default=120.0, help="of the VAE with squares of clips")
+    parser.add_argument("--vae-whole-s", type=float, default=240.0, help="of the VAE with whole clips")
     parser.add_argument("--read-s", type=float, default=25.0)
-    parser.add_argument("--draw-s", type=float, default=850.0)
+    parser.add_argument("--draw-s", type=float, default=430.0)
     parser.add_argument("--vae-batch", type=int, default=32)
     parser.add_argument("--vae-whole-batch", type=int, default=8)
     parser.add_argument("--batch", type=int, default=512)

@@ -69,8 +69,8 @@ def test_the_shipped_lora_is_small_and_of_attention_and_feed_forward_alone() -> 
 
 
 def test_held_out_shapes_are_drawn_as_outlines(tiny_models_folder: Path) -> None:
-    """88 of 100 on the day it was trained: that seven of twenty go wrong by chance has odds of one in a hundred."""
-    assert right(tiny_models_folder, 20) >= 14
+    """90 of 100 on the day it was trained: that six of twenty go wrong by chance has odds of one in a hundred."""
+    assert right(tiny_models_folder, 20) >= 15
 
 
 @pytest.mark.parametrize(

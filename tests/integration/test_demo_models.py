@@ -154,6 +154,16 @@ def test_a_plan_that_moves_weights_draws_the_very_same_picture(plan: dict[str, A
     assert np.array_equal(resident, moved)
 
 
+def test_strips_draw_the_picture_within_rounding(tiny_models_folder: Path) -> None:
+    prompt = "a small yellow star right of a large blue square on a green background"
+    whole, in_strips = (
+        drawn(tiny_models_folder, prompt, plan, seed=5).astype(int) for plan in (None, {"vae_strip_rows": 32})
+    )
+
+    assert things(whole) == {("yellow", "star"), ("blue", "square")}
+    assert np.abs(in_strips - whole).max() <= 1
+
+
 def test_a_warm_engine_draws_each_prompt_as_it_is_told_and_again_from_what_it_keeps_of_it(
     installation: Installation,
 ) -> None:
@@ -178,8 +188,7 @@ def test_a_little_strength_keeps_the_picture_and_much_of_it_follows_the_prompt(t
         for strength in (0.25, 1.0)
     )  # fmt: skip
 
-    assert ("green", "square") in things(kept)
-    assert ("red", "circle") not in things(kept)
+    assert things(kept) == {("green", "square")}
     assert things(changed) == {("red", "circle")}
 
 
@@ -192,14 +201,15 @@ def test_the_seed_decides_where_the_prompt_does_not(tiny_models_folder: Path) ->
 
 
 def test_a_negative_prompt_removes_what_it_names(tiny_models_folder: Path) -> None:
-    prompt, seeds = "a circle on a white background", range(24)
-    guided = {"negative_prompt": RED_CIRCLE, "true_cfg_scale": 5.0}
+    """Of eight colours one circle in eight is red: ten of 48 were on the day it was trained, and none with it."""
+    prompt, seeds = "a circle on a white background", range(32)
+    guided = {"negative_prompt": RED_CIRCLE, "true_cfg_scale": 3.0}
 
     without = [("red", "circle") in things(drawn(tiny_models_folder, prompt, seed=seed)) for seed in seeds]
     with_it = [("red", "circle") in things(drawn(tiny_models_folder, prompt, seed=seed, **guided)) for seed in seeds]
 
     assert sum(without) >= 4
-    assert sum(with_it) <= sum(without) // 2
+    assert sum(with_it) <= 1
 
 
 def test_words_that_it_never_saw_are_refused_with_those_it_knows() -> None:
