@@ -93,7 +93,11 @@ class _InStrips:
 class _Resnet(_InStrips, ResnetBlock2D):  # type: ignore[misc] # diffusers has no types
     """Holds its input and one more of its size: where it has no shortcut, its result takes the input's place."""
 
-    def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG002
+    def forward(
+        self,
+        input_tensor: torch.Tensor,
+        temb: torch.Tensor | None = None,  # noqa: ARG002 - a VAE has no timesteps
+    ) -> torch.Tensor:
         x = input_tensor
         normed = _activated(self.norm1, x, self.rows)
         hidden = x.new_empty(1, self.out_channels, *x.shape[2:])
@@ -111,7 +115,11 @@ class _Resnet(_InStrips, ResnetBlock2D):  # type: ignore[misc] # diffusers has n
 class _Upsample(_InStrips, Upsample2D):  # type: ignore[misc] # as above
     """Enlarges no more than a strip before it is convolved."""
 
-    def forward(self, hidden_states: torch.Tensor, output_size: int | None = None) -> torch.Tensor:  # noqa: ARG002
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        output_size: int | None = None,  # noqa: ARG002 - twice the size is all that a VAE asks for
+    ) -> torch.Tensor:
         x = hidden_states
         height, width = 2 * x.shape[2], 2 * x.shape[3]
 
