@@ -20,14 +20,16 @@ def take(demo: Any, folder: Path, kinds: Mapping[str, Any], names: Iterable[str]
         kinds: the class of each module.
         names: of them, and VAE_ENCODER.
     """
-    taken = {}
+    taken: dict[str, Any] = {}
     for name in names:
         part = "vae" if name == VAE_ENCODER else name
-        stored = kinds[part].from_pretrained(folder, subfolder=part, dtype=torch.float32, local_files_only=True)
-        weights = stored.state_dict()
+        if part not in taken:
+            taken[part] = kinds[part].from_pretrained(
+                folder, subfolder=part, dtype=torch.float32, local_files_only=True
+            )
+        weights = taken[part].state_dict()
         if name == VAE_ENCODER:
             own = getattr(demo, part).state_dict()
             weights = own | {key: weights[key] for key in own if key.startswith(("encoder.", "quant_conv."))}
         getattr(demo, part).load_state_dict(weights)
-        taken[part] = stored
     return taken
