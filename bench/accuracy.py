@@ -21,7 +21,6 @@ import json
 import math
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -43,7 +42,6 @@ from bench.drawings.drawing import clips
 from bench.drawings.flux import LATENT_CHANNELS, LATENT_SIDE, patches
 from bench.drawings.training import accuracy, as_bytes, clip_verdict, decibels, verdict
 from bench.drawings.world import Scene, World, texts
-from bench.fullsize import Meter
 from bench.gpu_techniques import Technique, techniques
 from safelight import caches, models
 from safelight.models import ModelFacts
@@ -54,7 +52,6 @@ from safelightd.caching import caching
 from safelightd.loading import Loader, model_folder
 from safelightd.pipelines import wan
 from safelightd.pipelines.flux_vae import lessen
-from safelightd.progress import Watch
 
 SEED = 20_000
 AT_ONCE = {"flux": 100, "wan": 20}
@@ -189,7 +186,7 @@ def _pipeline(
     with ExitStack() as held:
         parts = {name: held.enter_context(loader.component(name, plan.device)) for name in names}
         if facts.family == "flux":
-            lessen(parts["vae"], plan, Watch(lambda _told: None, threading.Event(), Meter()))
+            lessen(parts["vae"], plan)
             parts["vae"].use_slicing = plan.vae_strip_rows > 0  # strips are of one picture
         elif plan.vae_tiling:
             wan.tile(parts["vae"], plan.vae_tile_pixels)

@@ -155,7 +155,7 @@ def decode(spec: JobSpec, plan: Plan, loader: Loader, latents: torch.Tensor, wat
     refuse_broken(latents, "The denoised latents")
     with loader.component("vae", plan.device) as vae:
         stop_inside(vae, watch)
-        lessen(vae, plan, watch)
+        lessen(vae, plan, watch.check)
         watch.loaded()
         pipe = _pipeline(vae=vae)
         unpacked = pipe._unpack_latents(  # noqa: SLF001 - the pipeline offers no other way to unpack
@@ -226,7 +226,7 @@ def _start(
         return latents, places
     with loader.component("vae", device) as vae:
         stop_inside(vae, watch)
-        lessen(vae, plan, watch)
+        lessen(vae, plan, watch.check)
         names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")
         pipe = FluxImg2ImgPipeline(scheduler=scheduler, vae=vae, **dict.fromkeys(names))
         pixels = pipe.image_processor.preprocess(image, height=spec.height, width=spec.width)

@@ -47,7 +47,7 @@ def condition(
     device, dtype = torch.device(plan.device), dtype_of(plan)
     with loader.component("vae", device) as vae:
         stop_inside(vae, watch)
-        lessen(vae, plan, watch)
+        lessen(vae, plan, watch.check)
         names = ("scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer", "controlnet")
         pipe = FluxControlNetPipeline(vae=vae, **dict.fromkeys(names))
         pixels: torch.Tensor = pipe.prepare_image(image, spec.width, spec.height, 1, 1, device, vae.dtype)

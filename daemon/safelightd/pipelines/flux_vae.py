@@ -20,7 +20,6 @@ from torch import nn
 from torch.nn import functional
 
 from safelight.plan import Plan
-from safelightd.progress import Watch
 
 Rows = Callable[[int, int], torch.Tensor]
 """Rows of what a convolution is shown, from the first one to before the last."""
@@ -29,10 +28,14 @@ Rows = Callable[[int, int], torch.Tensor]
 def _go_on() -> None: ...
 
 
-def lessen(vae: Any, plan: Plan, watch: Watch) -> None:
-    """Make FLUX's VAE take less memory at once, as the plan has it; between two strips it asks whether to stop."""
+def lessen(vae: Any, plan: Plan, ask: Callable[[], None] = _go_on) -> None:
+    """Make FLUX's VAE take less memory at once, as the plan has it.
+
+    Args:
+        ask: is called before each strip, and may raise.
+    """
     if plan.vae_strip_rows:
-        in_strips(vae, plan.vae_strip_rows, watch.check)
+        in_strips(vae, plan.vae_strip_rows, ask)
     if plan.vae_tiling:
         in_tiles(vae, plan.vae_tile_pixels)
 
