@@ -7,6 +7,7 @@ is there, empty, as soon as one job has used those LoRAs; its time is that of it
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -221,8 +222,9 @@ def room_bytes(config: Config, table: Models, whole: Sequence[str], now: float |
     """
     limit, reserve = limits(config)
     folder = config.paths.models
-    if not limit or not os.access(_place(folder), os.W_OK | os.X_OK):
-        return 0
+    with _place(folder) as place:
+        if not limit or not os.access(".", os.W_OK | os.X_OK, dir_fd=place):
+            return 0
     staying = going = 0
     for at in sets(folder):
         size = held_bytes(at)
@@ -242,22 +244,32 @@ def give_way(config: Config, beside: Path) -> None:
     """
     folder, least = config.paths.models, int(config.settings.policy.min_free_disk_gib * GIB)
     for at in sets(folder):
-        if free_bytes(folder) >= least or _place(folder).stat().st_dev != beside.stat().st_dev:
-            return
+        with _place(folder) as place:
+            if shutil.disk_usage(place).free >= least or os.fstat(place).st_dev != beside.stat().st_dev:
+                return
         remove_set(at)
 
 
 def free_bytes(models_folder: Path) -> int:
     """Return what is free on the disk that results are kept on: `fused` may be a link to another."""
-    while True:
-        with suppress(FileNotFoundError):  # removed between two looks, by another process
-            return shutil.disk_usage(_place(models_folder)).free
+    with _place(models_folder) as place:
+        return shutil.disk_usage(place).free
 
 
-def _place(models_folder: Path) -> Path:
-    """Return the folder of results, or the nearest above it that is there."""
+@contextmanager
+def _place(models_folder: Path) -> Iterator[int]:
+    """Open the folder of results, or the nearest above it that is there: its name may be gone at the next look."""
     own = models_folder / FOLDER
-    return next(at for at in (own, *own.parents) if at.is_dir())
+    for at in (own, *own.parents):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            place = os.open(at, os.O_PATH | os.O_DIRECTORY)
+            break
+    else:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(own))
+    try:
+        yield place
+    finally:
+        os.close(place)
 
 
 def is_resting(at: Path, table: Models, whole: Sequence[str], now: float | None = None) -> bool:

@@ -570,7 +570,7 @@ def test_folders_that_come_and_go_meanwhile_disturb_no_plan(own: Installation) -
     thread.start()
     try:
         assert begun.wait(10)
-        for _ in range(300):
+        for _ in range(1000):
             usable = whole(own)
             assert usable == []
             assert kept.room_bytes(own.config, own.models, usable) > 0
