@@ -47,9 +47,10 @@ from safelight import caches, models
 from safelight.models import ModelFacts
 from safelight.plan import Plan
 from safelightd import device as held_by
-from safelightd.assembly import PinnedSet
 from safelightd.caching import caching
-from safelightd.loading import Loader, model_folder
+from safelightd.loading import Loader
+from safelightd.modelfolder import model_folder
+from safelightd.pinnedset import PinnedSet
 from safelightd.pipelines import wan
 from safelightd.pipelines.flux_vae import lessen
 

@@ -43,7 +43,8 @@ from safelight.models import ModelFacts
 from safelight.tensorfile import GGUF_TYPES
 from safelightd import singlefile
 from safelightd.encodings import Ggml, Scaled
-from safelightd.loading import Loader, model_folder
+from safelightd.loading import Loader
+from safelightd.modelfolder import model_folder
 from safelightd.weights import ENCODED_PIECE_BYTES, Encoding, Reader, Stored
 
 SEED = 40_000

@@ -36,7 +36,8 @@ from safelight.jobspec import JobSpec
 from safelight.lora import Lora
 from safelight.pace import COMPILED_EFFICIENCY
 from safelight.receipt import Receipt
-from safelightd.loading import WEIGHTS, model_folder
+from safelightd.loading import WEIGHTS
+from safelightd.modelfolder import model_folder
 from safelightd.weights import stored_tensors
 
 MODEL, TINY = "flux-schnell", "tiny-flux-schnell"

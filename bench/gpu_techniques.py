@@ -31,8 +31,8 @@ from safelight.models import ModelFacts
 from safelight.plan import Plan
 from safelightd import device as held_by
 from safelightd import pipelines
-from safelightd.assembly import PinnedSet
 from safelightd.loading import Loader
+from safelightd.pinnedset import PinnedSet
 from safelightd.progress import Watch
 
 
@@ -116,7 +116,7 @@ def main() -> int:
     device: Any = "cpu" if arguments.tiny else "cuda"
     folder = arguments.folder / facts.key
     if arguments.tiny:
-        from safelightd.loading import model_folder
+        from safelightd.modelfolder import model_folder
 
         folder = model_folder(facts, arguments.folder)
     else:

@@ -34,7 +34,7 @@ from bench import fullsize, options
 from bench.measured import Budget, Place, place
 from safelight.machine import GIB
 from safelightd import device
-from safelightd.loading import model_folder
+from safelightd.modelfolder import model_folder
 
 MODEL, TINY = "wan-ti2v-5b", "tiny-wan-ti2v"
 CAP = 16

@@ -210,8 +210,8 @@ def place(device: str, folders: dict[str, Path], compiled: Path, prepared: Path 
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compiled.absolute())
         os.environ["TRITON_CACHE_DIR"] = str(compiled.absolute() / "triton")
         from safelightd import runjob
-        from safelightd.assembly import PinnedSet
         from safelightd.embeddings import Cache
+        from safelightd.pinnedset import PinnedSet
 
         table = models.load(config)
         cache = Cache(config.paths.embeddings, GIB)

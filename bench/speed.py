@@ -17,8 +17,9 @@ from safelight.plan import Plan
 from safelight.planner import make_plan
 from safelight.rung import Circumstances
 from safelightd import calibration, device, pipelines, probe, runjob
-from safelightd.assembly import PinnedSet
-from safelightd.loading import Loader, model_folder
+from safelightd.loading import Loader
+from safelightd.modelfolder import model_folder
+from safelightd.pinnedset import PinnedSet
 from safelightd.progress import Watch
 
 TIMED_RUNS = 3

@@ -61,8 +61,8 @@ class Engine:
         out of memory: the next one gets a fresh process."""
         threading.Thread(target=self._read, daemon=True).start()
         from safelightd import fused, runjob  # torch and diffusers: seconds, once
-        from safelightd.assembly import PinnedSet
         from safelightd.embeddings import Cache
+        from safelightd.pinnedset import PinnedSet
 
         setting = runjob.Setting(
             self._config,

@@ -20,18 +20,19 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from safelight import models, prepared, published
+from safelight import prepared
 from safelight.lora import Lora
-from safelight.models import Blocks, ModelFacts
+from safelight.models import Blocks
 from safelight.plan import Plan, Precision
 from safelight.refusals import BY_LIBRARY
 from safelight.rung import Pinned
-from safelightd import attention, compiling, modelfiles, precision, singlefile, skeleton, tiny
+from safelightd import attention, compiling, libraryoffload, modelfiles, precision, singlefile, skeleton
 from safelightd import lora as lora_files
-from safelightd.assembly import Order, PinnedKey, PinnedSet, assembled
+from safelightd.assembly import Order, assembled
 from safelightd.device import give_back
 from safelightd.fused import Results
 from safelightd.fusing import fuse
+from safelightd.pinnedset import PinnedKey, PinnedSet
 from safelightd.weights import BadModelFolder
 
 CLASSES = {
@@ -67,51 +68,6 @@ OTHER_SHAPE = ("ignore_mismatched_sizes", "automatic conversion of the weights")
 
 _NO_PATHS: Mapping[str, str] = MappingProxyType({})
 _NO_BLOCKS: Mapping[str, tuple[Blocks, ...]] = MappingProxyType({})
-
-
-def model_folder(facts: ModelFacts, models_folder: Path) -> Path:
-    """Return the diffusers folder of a model; a tiny one is built first where it is missing.
-
-    Raises:
-        BadModelFolder: there is none.
-    """
-    folder = models.folder(facts, models_folder)
-    if facts.tiny:
-        tiny.build(facts.key, folder)
-    if facts.path and not folder.exists():
-        raise modelfiles.gone(folder, facts.key)
-    if not (folder / "model_index.json").is_file():
-        what = facts.repository or facts.key
-        raise BadModelFolder(
-            f"{folder / 'model_index.json'} is missing. {_fetching(facts)}Put the diffusers folder of {what} there, "
-            f"or name yours as [models.{facts.key}] path in the settings."
-        )
-    return folder
-
-
-def controlnet_folder(facts: ModelFacts, key: str, models_folder: Path) -> Path:
-    """Return the folder of a model's ControlNet; a tiny one is built first where it is missing.
-
-    Raises:
-        BadModelFolder: there is none.
-    """
-    if key not in facts.controlnets:
-        raise BadModelFolder(f"{facts.key} has no ControlNet {key} any more. Put it back into the settings.")
-    folder = models.controlnet_folder(facts, key, models_folder)
-    if facts.tiny:
-        tiny.build_controlnet(folder)
-    if not (folder / "config.json").is_file():
-        what = published.of_controlnet(facts, key, models_folder)
-        fetching = f"{what.command} fetches it. " if what.repository else ""
-        where = f"or name yours as [{what.table}] path in the settings"
-        raise BadModelFolder(
-            f"{folder / 'config.json'} is missing. {fetching}Put the files of {what.repository or key} there, {where}."
-        )
-    return folder
-
-
-def _fetching(facts: ModelFacts) -> str:
-    return f"safelight models pull {facts.key} fetches it. " if facts.repository else ""
 
 
 class Loader:
@@ -269,25 +225,13 @@ class Loader:
     def _offloaded_by_library(
         self, name: str, device: torch.device, reshape: Callable[[nn.Module], None]
     ) -> Iterator[nn.Module]:
-        """A transformer in RAM that diffusers or accelerate brings to the GPU, leaf by leaf or block by block."""
+        """A transformer in RAM that its library brings to the GPU part by part."""
         module = self._load(name, torch.device("cpu"), device)
         self._shape(name, module, reshape)
         try:
-            if self._plan.offload == "sequential":
-                accelerate = importlib.import_module("accelerate")
-                accelerate.cpu_offload(module, device)
-            else:
-                group: Any = module
-                group.enable_group_offload(
-                    onload_device=device,
-                    offload_type=f"{self._plan.offload}_level",
-                    num_blocks_per_group=1 if self._plan.offload == "block" else None,
-                    use_stream=device.type == "cuda",
-                    low_cpu_mem_usage=self._plan.low_cpu_mem_usage,
-                )
-            yield module
+            with libraryoffload.offloaded(module, device, self._plan):
+                yield module
         finally:
-            _remove_hooks(module, self._plan.offload)
             _empty(module)
 
     def _shape(self, name: str, module: nn.Module, reshape: Callable[[nn.Module], None]) -> None:
@@ -448,16 +392,6 @@ def _from_pretrained(wanted: Any, folder: Path, **arguments: Any) -> Any:
         if not any(words in str(error) for words in OTHER_SHAPE):
             raise
         raise BadModelFolder(f"{folder}: the weights are not of the shapes that config.json says.") from error
-
-
-def _remove_hooks(module: Any, offload: str) -> None:
-    """Take the library's hooks off: they hold what they moved, pinned."""
-    if offload == "sequential":
-        importlib.import_module("accelerate.hooks").remove_hook_from_module(module, recurse=True)
-        return
-    registry = importlib.import_module("diffusers.hooks").HookRegistry.check_if_exists_or_initialize(module)
-    for hook in ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading"):
-        registry.remove_hook(hook, recurse=True)
 
 
 def _as_it_is(_module: nn.Module) -> None:

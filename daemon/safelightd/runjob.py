@@ -40,8 +40,9 @@ from safelightd import (
     probe,
     verify,
 )
-from safelightd.assembly import PinnedSet
-from safelightd.loading import Loader, controlnet_folder, model_folder
+from safelightd.loading import Loader
+from safelightd.modelfolder import controlnet_folder, model_folder
+from safelightd.pinnedset import PinnedSet
 from safelightd.progress import Watch
 
 

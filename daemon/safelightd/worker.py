@@ -1,4 +1,4 @@
-"""The RQ worker: one GPU, one RQ queue of its own, one job at a time. The only daemon file that imports rq.
+"""The RQ worker: one GPU, one RQ queue of its own, one job at a time.
 
 RQ keeps its bookkeeping (a forked work horse a job, registries, results); what may never go wrong is ours: jobs come
 from the shared waiting line, one at a time; the GPU is locked; orphans are recovered from the ledger and not from
@@ -21,7 +21,6 @@ from types import FrameType
 from typing import Any
 
 import redis
-from rq import Worker
 from rq.exceptions import StopRequested
 from rq.serializers import JSONSerializer
 from rq.timeouts import HorseMonitorTimeoutException
@@ -39,6 +38,7 @@ from safelightd.execution import Execution, Place
 from safelightd.horse import Requests, Shared
 from safelightd.link import ENGINE, EngineProcess
 from safelightd.logs import Log
+from safelightd.loneworker import SERVER_TIMEOUT_S, LoneWorker
 from safelightd.notices import Notices
 from safelightd.patience import patiently
 from safelightd.safejob import JOB_FUNCTION, RESULT_TTL_S, SafeJob, SafeQueue
@@ -48,10 +48,6 @@ WORKER_TTL_S = 30
 """RQ forgets a silent worker after this and a minute; `status` after FORGOTTEN_S."""
 
 AWAY_POLL_S = 1.0
-SERVER_TIMEOUT_S = 10.0
-"""For one answer; longer than the longest blocking read, or an idle wait would look like an outage. With its second try
-a call on a server that hangs takes 20 s, well within the watchdog's time."""
-
 FORGOTTEN_S = 90
 HOLD_POLL_S = 2.0
 """How often holds are looked at while one is in force or nothing waits; a submission wakes the worker at once."""
@@ -59,7 +55,7 @@ HOLD_POLL_S = 2.0
 log = Log("safelight.worker")
 
 
-class GpuWorker(Worker):
+class GpuWorker(LoneWorker):
     """One device's worker. Its name is the host's and the device's, so that a restart finds its own orphans."""
 
     queue_class = SafeQueue
@@ -409,45 +405,9 @@ class GpuWorker(Worker):
             self._unsure = True  # a client may have had to leave its jobs to the ledger
             log.debug("queue.away", error=error)  # the job goes on without a server
 
-    def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
-        """RQ's heartbeat; outside a pipeline an absent server is no reason to end."""
-        with suppress(*(() if pipeline is not None else AWAY)):
-            super().heartbeat(timeout, pipeline)
-
     def _finalize_success(self, job: SafeJob, queue: SafeQueue, execution: Any, return_value: Any) -> None:
         wait = self.requests.wait_unless_stopped
         patiently(lambda: super(GpuWorker, self)._finalize_success(job, queue, execution, return_value), wait)
-
-    def register_birth(self) -> None:
-        """Register, replacing what a killed earlier life left: the lock says that it is dead."""
-        self.connection.delete(self.key)
-        super().register_birth()
-
-    def register_death(self) -> None:
-        with suppress(*AWAY):
-            super().register_death()
-
-    def check_for_suspension(self, burst: bool) -> None:  # noqa: FBT001 - RQ's signature
-        """Nothing: `rq suspend` is one key for all workers; our holds are named and each worker's own."""
-
-    @property
-    def connection_timeout(self) -> float:
-        """RQ's own least timeout, for its blocking reads, of which we use none."""
-        return SERVER_TIMEOUT_S
-
-    @property
-    def should_run_maintenance_tasks(self) -> bool:
-        """No: RQ's maintenance repairs queues that several workers share, and can end a worker over one bad hash."""
-        return False
-
-    def subscribe(self) -> None:
-        """Listen to no commands: no thread at the fork, and nobody but us stops a job."""
-
-    def unsubscribe(self) -> None:
-        """There is nothing to leave."""
-
-    def procline(self, message: str) -> None:
-        """Leave the process's name alone: systemd and people look for it."""
 
     def request_stop(self, _signum: int, _frame: FrameType | None) -> None:
         """On SIGTERM or SIGINT: take no more jobs; the running one stops at its next step and keeps its place."""

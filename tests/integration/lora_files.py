@@ -11,7 +11,7 @@ from bench.layouts import wan_of_authors
 from safetensors.torch import load_file, save_file
 
 from safelight.lora import Lora
-from safelightd.loading import model_folder
+from safelightd.modelfolder import model_folder
 from tests.integration.rendering import MODELS
 
 RANK = 4

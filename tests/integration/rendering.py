@@ -19,10 +19,11 @@ from safelight.lora import Lora
 from safelight.models import ModelFacts
 from safelight.plan import Plan
 from safelightd import pipelines
-from safelightd.assembly import PinnedSet
 from safelightd.checkpoint import NOWHERE, Checkpoint
 from safelightd.fused import Results
-from safelightd.loading import Loader, controlnet_folder, model_folder
+from safelightd.loading import Loader
+from safelightd.modelfolder import controlnet_folder, model_folder
+from safelightd.pinnedset import PinnedSet
 from safelightd.pipelines import Frame, flux_vae, wan
 from safelightd.progress import Watch
 

@@ -20,7 +20,8 @@ from safelight.config import Config
 from safelight.errors import SafelightError
 from safelightd import attention, checkpoint
 from safelightd.attention import Probed, Shape
-from safelightd.loading import Loader, model_folder
+from safelightd.loading import Loader
+from safelightd.modelfolder import model_folder
 from tests.conftest import Installation
 from tests.integration.rendering import MODELS, Run, plan_for, spec_for
 from tests.integration.test_wan import JOBS, run_of

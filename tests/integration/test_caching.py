@@ -11,7 +11,8 @@ import torch
 from safelight.caches import Cache
 from safelightd import runjob, streaming
 from safelightd.caching import caching
-from safelightd.loading import Loader, model_folder
+from safelightd.loading import Loader
+from safelightd.modelfolder import model_folder
 from safelightd.progress import Cancelled
 from tests.conftest import Installation
 from tests.daemon.test_worker import specs_of

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from safelightd import compiling, device
-from safelightd.loading import Loader, model_folder
+from safelightd.loading import Loader
+from safelightd.modelfolder import model_folder
 from tests.integration.rendering import MODELS, Run, spec_for
 
 SIZES = ((128, 128), (96, 64), (128, 96), (32, 48), (64, 64))

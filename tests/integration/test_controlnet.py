@@ -16,9 +16,10 @@ from safelight import inputs, models
 from safelight.errors import SafelightError
 from safelight.jobqueue import JobQueue
 from safelightd import tiny
-from safelightd.loading import BadModelFolder, controlnet_folder
+from safelightd.modelfolder import controlnet_folder
 from safelightd.progress import Cancelled
 from safelightd.tiny.weights import fill
+from safelightd.weights import BadModelFolder
 from tests.cli_steps import end, ids_of, runner
 from tests.conftest import Installation
 from tests.daemon.test_worker import specs_of

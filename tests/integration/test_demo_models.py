@@ -15,7 +15,8 @@ from PIL import Image
 
 from safelight import digests, jobspec
 from safelightd import demo_models, tiny
-from safelightd.loading import Loader, model_folder
+from safelightd.loading import Loader
+from safelightd.modelfolder import model_folder
 from tests.conftest import Installation
 from tests.daemon.test_worker import specs_of
 from tests.integration.rendering import MODELS, Run, parameters_of, plan_for, spec_for

@@ -14,7 +14,8 @@ from bench.drawings.training import as_bytes, clip_verdict, decibels
 from bench.drawings.world import Scene, World, texts
 from PIL import Image
 
-from safelightd.loading import Loader, model_folder
+from safelightd.loading import Loader
+from safelightd.modelfolder import model_folder
 from tests.integration.rendering import MODELS, Run, plan_for, spec_for
 
 FIRST_FRAME_DB = 25.0

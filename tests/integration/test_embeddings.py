@@ -19,7 +19,8 @@ from safelight.models import ModelFacts
 from safelight.plan import Plan
 from safelightd import embeddings
 from safelightd.embeddings import Cache, Keys
-from safelightd.loading import Loader, model_folder
+from safelightd.loading import Loader
+from safelightd.modelfolder import model_folder
 from tests.conftest import Installation
 from tests.daemon.test_worker import specs_of
 from tests.integration import making

@@ -32,9 +32,10 @@ from safelight.plan import Plan
 from safelight.receipt import Receipt
 from safelight.rung import Circumstances
 from safelightd import fused, holds, probe, runjob
-from safelightd.assembly import PinnedSet
 from safelightd.embeddings import Cache
-from safelightd.loading import Loader, model_folder
+from safelightd.loading import Loader
+from safelightd.modelfolder import model_folder
+from safelightd.pinnedset import PinnedSet
 from safelightd.progress import Cancelled, Watch
 from safelightd.shards import Entry
 from tests.cli_steps import runner

@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from safelightd import tiny
-from safelightd.loading import BadModelFolder, Loader, model_folder
+from safelightd.loading import Loader
+from safelightd.modelfolder import model_folder
 from safelightd.progress import Cancelled
+from safelightd.weights import BadModelFolder
 from tests.integration.rendering import MODELS, Run, alive, picture, plan_for, spec_for
 
 KEY = "tiny-flux-schnell"

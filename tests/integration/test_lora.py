@@ -15,10 +15,12 @@ from safelight.errors import InvalidJob
 from safelight.lora import Lora
 from safelightd import compiling
 from safelightd import lora as lora_files
-from safelightd.assembly import PinnedSet
 from safelightd.fusing import AT_ONCE, Change, fuse
-from safelightd.loading import BadModelFolder, Loader, model_folder
+from safelightd.loading import Loader
+from safelightd.modelfolder import model_folder
+from safelightd.pinnedset import PinnedSet
 from safelightd.precision import format_of
+from safelightd.weights import BadModelFolder
 from tests.integration.lora_files import factors, peft, random_lora, rescaled, weights_of, write
 from tests.integration.rendering import MODELS, Run, plan_for, spec_for
 from tests.integration.test_streaming import HELD

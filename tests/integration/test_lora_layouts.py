@@ -12,7 +12,8 @@ from bench import layouts
 from safetensors.torch import load_file
 
 from safelight.errors import InvalidJob
-from safelightd.loading import Loader, model_folder
+from safelightd.loading import Loader
+from safelightd.modelfolder import model_folder
 from tests.integration.lora_files import random_lora
 from tests.integration.rendering import MODELS, PLACEMENTS, Run, plan_for, spec_for
 

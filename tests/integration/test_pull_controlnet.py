@@ -17,7 +17,8 @@ from safelight.errors import BadConfig, InvalidJob, SafelightError
 from safelightd import pull as pulling
 from safelightd import tiny
 from safelightd.hub import NoAccess, NotOnHub, Unreachable
-from safelightd.loading import BadModelFolder, controlnet_folder
+from safelightd.modelfolder import controlnet_folder
+from safelightd.weights import BadModelFolder
 from tests.cli_steps import process, runner
 from tests.conftest import Installation
 from tests.hub_server import COMMIT, LICENSED, Hub, files_of, serving, with_hub

@@ -20,7 +20,7 @@ from safelight import config as settings
 from safelight import register, registered
 from safelight.errors import InvalidJob
 from safelight.paths import SYSTEM_CONFIG
-from safelightd.loading import model_folder
+from safelightd.modelfolder import model_folder
 from tests.cli_steps import runner
 from tests.conftest import Installation
 from tests.integration import registering

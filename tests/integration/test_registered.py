@@ -19,8 +19,9 @@ from safelight import durable, prepared, published, pulled, registered
 from safelight.errors import BadConfig
 from safelightd import holds, pull
 from safelightd.claim import claimed
-from safelightd.loading import BadModelFolder, model_folder
+from safelightd.modelfolder import model_folder
 from safelightd.prepare import prepare
+from safelightd.weights import BadModelFolder
 from tests.cli_steps import process, runner
 from tests.conftest import Installation
 from tests.integration import registering

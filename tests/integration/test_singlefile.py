@@ -20,7 +20,8 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
 from safelightd import singlefile, skeleton
-from safelightd.loading import Loader, model_folder
+from safelightd.loading import Loader
+from safelightd.modelfolder import model_folder
 from safelightd.weights import BadModelFolder, Reader, Stored
 from tests.integration.rendering import MODELS, PLACEMENTS, Run, plan_for, spec_for
 

@@ -13,7 +13,8 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 
 from safelight.lora import Lora
-from safelightd.loading import Loader, model_folder
+from safelightd.loading import Loader
+from safelightd.modelfolder import model_folder
 from safelightd.precision import format_of
 from tests.client.test_plan import gpu, job, plan_of
 from tests.conftest import Installation

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safelightd.assembly import PinnedSet
-from safelightd.loading import Loader, model_folder
+from safelightd.loading import Loader
+from safelightd.modelfolder import model_folder
 from safelightd.pinned import PinnedMemory
+from safelightd.pinnedset import PinnedSet
 from safelightd.precision import format_of
 from safelightd.progress import Cancelled
 from safelightd.streaming import places

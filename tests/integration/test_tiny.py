@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from safelightd import tiny
-from safelightd.loading import Loader, model_folder
+from safelightd.loading import Loader
+from safelightd.modelfolder import model_folder
 from tests.integration.rendering import MODELS, parameters_of, plan_for
 
 BYTES_MAX = 4_000_000

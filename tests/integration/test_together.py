@@ -18,7 +18,7 @@ from safelight.controlnet import ControlNet
 from safelight.jobspec import JobSpec
 from safelight.lora import Lora
 from safelightd import checkpoint, metadata, tiny
-from safelightd.assembly import PinnedSet
+from safelightd.pinnedset import PinnedSet
 from tests.conftest import Installation
 from tests.daemon.test_worker import specs_of
 from tests.integration import registering

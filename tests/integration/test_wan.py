@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from safelight.errors import SafelightError
-from safelightd.loading import BadModelFolder
 from safelightd.pipelines import BrokenResult
 from safelightd.progress import Cancelled, Watch
+from safelightd.weights import BadModelFolder
 from tests.integration.rendering import (
     HALF,
     NoMeter,

@@ -13,8 +13,8 @@ from safelight.jobspec import JobSpec
 from safelight.machine import GIB
 from safelight.receipt import Receipt
 from safelightd import runjob
-from safelightd.assembly import PinnedSet
 from safelightd.embeddings import Cache
+from safelightd.pinnedset import PinnedSet
 from safelightd.progress import Watch
 from tests.conftest import Installation
 from tests.integration.rendering import NoMeter

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,8 +14,6 @@ from safelight.commands.machine import become_daemon
 
 if TYPE_CHECKING:
     from safelight.errors import SafelightError
-    from safelight.inventory import Standing
-    from safelight.models import ModelFacts
     from safelight.registered import Registration
 
 PRECISIONS = (
@@ -52,162 +48,9 @@ def list_models(client: Client, *, as_json: bool) -> None:
     what `safelight models prepare` has stored; one made of other weights than are there now is not used. What is kept
     of jobs with LoRAs ([worker] fused_gib) stands behind it.
     """
-    from safelight import display, fused, inventory
-    from safelight.models import folder
+    from safelight.commands import modeltable
 
-    defaults = client.config.settings.defaults
-    default_keys = (defaults.image_model, defaults.video_model)
-    stored = _prepared(client)
-    kept_in = client.config.paths.models / fused.FOLDER
-    kept = {facts.key: fused.held_bytes(kept_in / facts.key) for facts in client.models.values()}
-    standings = {facts.key: inventory.standing(facts, client.config.paths.models) for facts in client.models.values()}
-    digests = _digests(client)
-    rows = [
-        {
-            "key": facts.key,
-            "kind": facts.kind,
-            "serves": inventory.serves(facts),
-            "default": facts.key in default_keys,
-            "licence": facts.licence,
-            "bf16_bytes": 2 * sum(facts.components.values()),
-            "present": (at := standings[facts.key]).state in ("present", "built on first use"),
-            "here": at.state,
-            "missing": at.missing,
-            "stored": at.precision,
-            "stored_bytes": at.size_bytes,
-            "registered": at.registered,
-            "digests_done_bytes": None,
-            "digests_total_bytes": None,
-            "digests_faults": [],
-            **digests.get(facts.key, {}),
-            "tiny": facts.tiny,
-            "folder": str(folder(facts, client.config.paths.models)),
-            "component_paths": facts.component_paths,
-            "repository": facts.repository,
-            "prepared": stored.get(facts.key, []),
-            "controlnets": _controlnets(client, facts),
-            "fused_bytes": kept[facts.key],
-        }
-        for facts in client.models.values()
-    ]
-    for fault in client.models.faults:
-        click.echo(fault, err=True)
-    if as_json:
-        click.echo(json.dumps(rows, ensure_ascii=False, indent=2))
-        return
-    cells = [
-        [
-            f"{facts.key}{' *' if facts.key in default_keys else ''}",
-            ", ".join(inventory.serves(facts)),
-            _stored(standings[facts.key]),
-            "tiny" if facts.tiny else display.gib(2 * sum(facts.components.values())),
-            _here(standings[facts.key], facts) + _digesting(digests.get(facts.key)),
-            ", ".join(f"{net['key']} {net['here']}" for net in _controlnets(client, facts)) or "-",
-            _shown(stored.get(facts.key, []), kept[facts.key]),
-            facts.licence,
-            ", ".join([str(folder(facts, client.config.paths.models)), *facts.component_paths.values()]),
-        ]
-        for facts in client.models.values()
-    ]
-    display.columns(
-        ["MODEL", "SERVES", "STORED", "BF16", "HERE", "CONTROLNETS", "PREPARED", "LICENCE", "FOLDER"], cells
-    )
-
-
-def _controlnets(client: Client, facts: ModelFacts) -> list[dict[str, object]]:
-    """Return what is there of a model's ControlNets."""
-    from safelight import inventory, published
-
-    folder = client.config.paths.models
-    rows: list[dict[str, object]] = []
-    for key, at in inventory.controlnets(facts, folder).items():
-        what = published.of_controlnet(facts, key, folder)
-        rows.append(
-            {
-                "key": key,
-                "here": at.state,
-                "missing": at.missing,
-                "repository": what.repository,
-                "licence": what.licence,
-                "folder": str(what.folder),
-            }
-        )
-    return rows
-
-
-def _stored(standing: Standing) -> str:
-    from safelight import display
-
-    return f"{standing.precision}, {display.gib(standing.size_bytes)}" if standing.precision else "-"
-
-
-def _here(standing: Standing, facts: ModelFacts) -> str:
-    """Return how much of a model is there, in words, and what it lacks."""
-    from safelight import inventory
-
-    if standing.state == "missing" and (cache := inventory.in_hub_cache(facts, os.environ)):
-        return f"in the hub's cache: safelight models add {cache}"
-    if not standing.missing:
-        return standing.state
-    more = f" and {len(standing.missing) - 2} more" if len(standing.missing) > 2 else ""
-    word = {"incomplete": "incomplete: lacks", "damaged": "damaged:", "gone": "gone:"}.get(
-        standing.state, standing.state
-    )
-    return f"{word} {', '.join(standing.missing[:2])}{more}"
-
-
-def _digests(client: Client) -> dict[str, dict[str, object]]:
-    """Return how many bytes have digests of each registered model that is there, and what could not be read."""
-    from safelight import digesting, registered
-
-    config = client.config
-    reading = digesting.read(config.paths.digests)
-    found: dict[str, dict[str, object]] = {}
-    for registration in registered.read_all(config.paths.models)[0]:
-        try:
-            at = registered.digested(config.paths.models, registration)
-        except OSError:
-            continue  # what is gone is said of it
-        found[registration.key] = {
-            "digests_done_bytes": reading.done_of(registration.key, at),
-            "digests_total_bytes": at.total_bytes,
-            "digests_faults": reading.faults_of(at),
-        }
-    return found
-
-
-def _digesting(row: dict[str, Any] | None) -> str:
-    """Return how much of a model has digests, in words; "" where all of it has."""
-    if not row or (row["digests_done_bytes"] == row["digests_total_bytes"] and not row["digests_faults"]):
-        return ""
-    percent = 100 * row["digests_done_bytes"] // max(1, row["digests_total_bytes"])
-    return f", digests {percent} %" + "".join(f", {fault}" for fault in row["digests_faults"][:1])
-
-
-def _prepared(client: Client) -> dict[str, list[dict[str, object]]]:
-    """Return what is prepared, by model: {precision, component, bytes, current}."""
-    from safelight import prepared
-
-    found: dict[str, list[dict[str, object]]] = {}
-    for manifest, current in prepared.manifests(client.config.paths.models, client.models):
-        row = {
-            "precision": manifest.precision,
-            "component": manifest.component,
-            "bytes": manifest.size_bytes,
-            "current": current,
-        }
-        found.setdefault(manifest.key, []).append(row)
-    return found
-
-
-def _shown(stored: list[dict[str, object]], kept_bytes: int) -> str:
-    from safelight import display
-
-    words = [
-        f"{row['precision']} {row['component']}{'' if row['current'] else ' (of other weights)'}" for row in stored
-    ]
-    words += [f"{display.gib(kept_bytes)} with LoRAs"] if kept_bytes else []
-    return ", ".join(words) or "-"
+    modeltable.show(client, as_json=as_json)
 
 
 @models.command()
@@ -251,6 +94,7 @@ def add(
         safelight models add ~/flux1-schnell-Q4_K_S.gguf --with ~/FLUX.1-schnell
     """
     from safelight import inventory, register, registered
+    from safelight.commands import modeltable
     from safelight.errors import Fault, InvalidJob
 
     pairs = dict(each.partition("=")[::2] for each in components)
@@ -270,7 +114,7 @@ def add(
     for registration in found:
         facts = table[registration.key]
         standing = inventory.standing(facts, client.config.paths.models)
-        click.echo(f"{registration.key}: {_stored(standing)}, {_here(standing, facts)}", err=True)
+        click.echo(f"{registration.key}: {modeltable.stored(standing)}, {modeltable.here(standing, facts)}", err=True)
         click.echo(registration.key)
     wrong = [line for registration in found if digests for line in _read(client, registration)]
     lacking = [each.key for each in found if not digests and _lacks_digests(client, each)]
