@@ -6,7 +6,7 @@ a forward that will leave blocks out, so that nothing passes for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -125,12 +125,7 @@ def caching(
                 with transformer.cache_context(prompt):
                     held.prompts[prompt] = [_remembered(state.get_state()) for state in states]
 
-        seen = dict.fromkeys(kept := held.taken())
-        for prompt, parts in kept.items():
-            with transformer.cache_context(prompt):
-                for state, part in zip(states, parts, strict=True):
-                    vars(state.get_state()).update(part)
-        del kept
+        seen = dict.fromkeys(_restored(transformer, states, held.taken()))
         settle()
         held.settle = settle
         leaving.callback(setattr, held, "settle", _nothing)  # it holds the transformer
@@ -150,6 +145,17 @@ def caching(
         finally:
             tell(asked, asked - ran[0])
     held.prompts.clear()
+
+
+def _restored(
+    transformer: Any, states: Sequence[StateManager], prompts: Mapping[str, list[dict[str, Any]]]
+) -> list[str]:
+    """Put back what the states remembered, and return of which prompts; no name points at any of it afterwards."""
+    for prompt, parts in prompts.items():
+        with transformer.cache_context(prompt):
+            for state, part in zip(states, parts, strict=True):
+                vars(state.get_state()).update(part)
+    return list(prompts)
 
 
 def _states(transformer: nn.Module) -> list[StateManager]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from safelightd import runjob
+from safelightd import checkpoint, runjob
 from safelightd.checkpoint import Checkpoint
 from safelightd.progress import Cancelled
 from tests.integration.rendering import Run, StopAt
@@ -92,6 +93,50 @@ def test_what_a_forward_replaces_is_not_held_until_the_step_is_whole(tiny_models
 
     assert _cached_bytes(place) == []
     assert torch.equal(run_of(fields, tiny_models_folder, checkpoint=place).denoise(embeddings), expected)
+
+
+@pytest.mark.parametrize("cache", [None, {"kind": "first-block", "threshold": 0.0}])
+def test_a_clip_that_goes_on_lets_go_of_what_its_checkpoint_had(
+    cache: dict[str, Any] | None, tiny_models_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors that a forward has replaced would be on the device twice, and a replaced file takes room while open."""
+    fields = {**JOBS["5B from text"], "num_inference_steps": STEPS, "cache": cache}
+    interrupted(fields, tiny_models_folder, kept(tmp_path), 3)
+    loaded: list[weakref.ref[torch.Tensor]] = []
+    cache_on = checkpoint.Saved.cache_on
+
+    def seen(saved: checkpoint.Saved, device: torch.device) -> Any:
+        found = cache_on(saved, device)
+        states = [state for states in found[2].values() for state in states]
+        values = [part for state in states for value in state.values() for part in _parts(value)]
+        loaded.extend(weakref.ref(part) for part in values if isinstance(part, torch.Tensor))
+        return found
+
+    monkeypatch.setattr(checkpoint.Saved, "cache_on", seen)
+    alive: list[int] = []
+    opened: list[list[str]] = []
+
+    def look(told: dict[str, Any]) -> None:
+        if told["type"] == "step" and told["phase"] == "denoise":
+            alive.append(sum(tensor() is not None for tensor in loaded))
+            opened.append([place for place in _open_files() if str(tmp_path) in place])
+
+    run = run_of(fields, tiny_models_folder, checkpoint=kept(tmp_path))
+    run.watch._send = look
+    run.latents()
+
+    assert len(loaded) == (4 if cache else 0)
+    assert alive[-1] == 0
+    assert opened == [[]] * (STEPS - 3)
+
+
+def _parts(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _open_files() -> list[str]:
+    folder = Path("/proc/self/fd")
+    return [str(entry.readlink()) for entry in folder.iterdir() if entry.is_symlink()]
 
 
 def test_a_cached_clip_whose_checkpoint_is_damaged_begins_anew_and_counts_anew(

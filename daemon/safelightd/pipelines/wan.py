@@ -128,11 +128,12 @@ def denoise(
     scheduler.set_timesteps(spec.num_inference_steps, device=device)
     scheduler.set_begin_index(0)  # else it looks steps up by timestep, and a large shift makes neighbours equal
     experts = _experts(loader, scheduler)
-    latents, done, held = start.latents, 0, Held.of(saved, device)
+    latents, done, held = start.latents, 0, Held.of(saved, device) if spec.cache else Held()
     if saved is not None:
         saved.restore(scheduler, device)
         watch.goes_on_after(done := saved.step)
         watch.forwarded(held.forwards, held.skipped)
+    del saved  # its file is replaced soon, and takes its room for as long as it is open
     keeper = checkpoint.keeper(done, watch.began_anew)
 
     def keep() -> None:
