@@ -170,11 +170,12 @@ class Decoding:
 
 
 def decodings(spec: JobSpec, facts: ModelFacts) -> tuple[Decoding, ...]:
-    """Return how the VAE may work, the largest first; who wants tiles gets tiles, and who wants none gets none."""
+    """Return how the VAE may work, the largest first; who names a way gets that and no other."""
     rows = TINY_STRIP_ROWS if facts.tiny else STRIP_ROWS
-    without = (Decoding(), Decoding(strip_rows=rows)) if facts.family == "flux" else (Decoding(),)
+    strips = (Decoding(strip_rows=rows),) if facts.family == "flux" else ()
     tiles = tuple(Decoding(tile_pixels=side) for side in (TINY_TILES[facts.family] if facts.tiny else TILES))
-    return {"auto": without + tiles, "off": without, "on": tiles}[spec.vae_tiling]
+    ways = {"off": (Decoding(),), "strips": strips, "on": tiles}
+    return ways[spec.vae_tiling] if spec.vae_tiling != "auto" else (Decoding(), *strips, *tiles)
 
 
 def decode_bytes(spec: JobSpec, facts: ModelFacts, how: Decoding, width: int) -> int:

@@ -100,7 +100,7 @@ class JobSpec(BaseModel):
 
     precision: Precision = "auto"
     offload: Offload = "auto"
-    vae_tiling: Literal["auto", "on", "off"] = "auto"
+    vae_tiling: Literal["auto", "on", "off", "strips"] = "auto"
     text_encoder_device: Literal["auto", "gpu", "cpu"] = "auto"
     text_encoder_precision: Precision = "auto"
     """Of the large text encoder."""
@@ -216,7 +216,7 @@ FIELDS: dict[str, tuple[Callable[[object], Any], str]] = {
     "seed": (_to_int, _WHOLE),
     "precision": (_to_text, "auto or one of " + ", ".join(get_args(Precision)[1:])),
     "offload": (_to_text, "auto or one of " + ", ".join(get_args(Offload)[1:])),
-    "vae_tiling": (_to_text, "auto, on or off"),
+    "vae_tiling": (_to_text, "auto, off, strips or on"),
     "text_encoder_device": (_to_text, "auto, gpu or cpu"),
     "text_encoder_precision": (_to_text, "auto or one of " + ", ".join(get_args(Precision)[1:])),
     "compile": (_to_switch, "auto, on or off"),
@@ -235,7 +235,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "backend": get_args(Backend),
     "precision": get_args(Precision),
     "offload": get_args(Offload),
-    "vae_tiling": ("auto", "on", "off"),
+    "vae_tiling": ("auto", "off", "strips", "on"),
     "text_encoder_device": ("auto", "gpu", "cpu"),
     "text_encoder_precision": get_args(Precision),
     "compile": ("auto", "on", "off"),
@@ -339,6 +339,8 @@ def _check_rest(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> No
             f"output_format {shown(fields['output_format'])} is none for {facts.kind}s: {', '.join(legal)} are",
             f"Use {legal[0]}.",
         )
+    if fields.get("vae_tiling") == "strips" and facts.family != "flux":
+        faults.add(f"vae_tiling strips is not offered for {facts.key}", "Use auto, off or on.")
     within(fields, "seed", 0, SEED_MAX, faults)
     if "batch" in fields and not is_folder_name(fields["batch"]):
         faults.add(f"batch {shown(fields['batch'])} cannot be a folder name", "Use letters, digits, spaces, . _ and -.")

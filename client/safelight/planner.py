@@ -174,7 +174,7 @@ def _plan(
     order: tuple[PhaseName, ...] = ("denoise", "encode", "decode")
     for phase in order:
         pinned = 0 if phase == "denoise" else _pinned(plan, facts)
-        limits = _limits(phase, machine, circumstances)
+        limits = _limits(phase, spec, machine, circumstances)
         if phase == "denoise":
             limits = replace(limits, host=limits.host - spared_bytes)
         comfortable = _comfortable(limits, calibration)
@@ -195,7 +195,7 @@ def _plan(
             plan = plan.model_copy(update={"seconds_per_step": round(chosen.work_seconds / chosen.steps, 4)})
         order_of = _order(circumstances.waiting)
         faster = [rung for rung in corrected if order_of(rung) < order_of(chosen)]
-        passed_over += _reasons(faster, comfortable)
+        passed_over += _reasons(faster, limits, comfortable)
         warnings += _warnings(chosen, faster)
     warnings += _advice(plan, facts, circumstances.waiting)
     if spec.encodes_picture:
@@ -315,13 +315,17 @@ class _Limits:
         return max(rung.device_bytes / max(self.device, 1), rung.host_bytes / max(self.host, 1))
 
 
-def _limits(phase: PhaseName, machine: Machine, circumstances: Circumstances) -> _Limits:
-    """Return what the phase may take at most: what is free, and less than what this job has run out with."""
+def _limits(phase: PhaseName, spec: JobSpec, machine: Machine, circumstances: Circumstances) -> _Limits:
+    """Return what the phase may take at most: what is free, and less than what this job has run out with.
+
+    A picture is encoded while denoising begins, in the way that the VAE decodes in.
+    """
+    phases = {phase, "denoise"} if phase == "decode" and spec.encodes_picture else {phase}
     device, host = machine.vram_free_bytes, machine.ram_available_bytes
     for overrun in circumstances.overruns:
-        if overrun.phase == phase and overrun.memory == "device":
+        if overrun.phase in phases and overrun.memory == "device":
             device = min(device, smaller_than(overrun.predicted_bytes, footprint.CONTEXT_BYTES))
-        if overrun.phase == phase and overrun.memory == "host":
+        if overrun.phase in phases and overrun.memory == "host":
             host = min(host, smaller_than(overrun.predicted_bytes, footprint.HOST_BYTES[machine.device]))
     return _Limits(device, host)
 
@@ -346,15 +350,17 @@ def _order(waiting: int) -> Callable[[Rung], tuple[int, float]]:
 
 def _fastest(rungs: Sequence[Rung], limits: _Limits, comfortable: _Limits, waiting: int) -> Rung:
     """Return the fastest rung that is comfortable; where none is, the one that is nearest to it within the limits: what
-    others once took may be free again, and is no reason to refuse a job.
+    others once took may be free again, and is no reason to refuse a job, nor to change what it shows.
 
     Raises:
         _Lacking: none is within the limits.
     """
-    if fitting := [rung for rung in rungs if comfortable.holds(rung)]:
+    within = [rung for rung in rungs if limits.holds(rung)]
+    within = [rung for rung in within if not rung.changes_pixels] or within
+    if fitting := [rung for rung in within if comfortable.holds(rung)]:
         return min(fitting, key=_order(waiting))
-    if tight := [rung for rung in rungs if limits.holds(rung)]:
-        return min(tight, key=comfortable.excess)
+    if within:
+        return min(within, key=comfortable.excess)
     if on_device := [rung for rung in rungs if rung.device_bytes <= limits.device or rung.device_bytes == 0]:
         least = min(on_device, key=lambda rung: rung.host_bytes)
         raise _Lacking(least, "RAM", least.host_bytes, limits.host)
@@ -362,16 +368,19 @@ def _fastest(rungs: Sequence[Rung], limits: _Limits, comfortable: _Limits, waiti
     raise _Lacking(least, "GPU memory", least.device_bytes, limits.device)
 
 
-def _reasons(faster: Iterable[Rung], limits: _Limits) -> list[str]:
-    """Say of the fastest rungs that were not taken what they need."""
-    device, host = limits.device, limits.host
+def _reasons(faster: Iterable[Rung], limits: _Limits, comfortable: _Limits) -> list[str]:
+    """Say of the fastest rungs that were not taken what they need, and what there is, or was when others took more."""
     found = []
     for rung in sorted(faster, key=lambda rung: rung.seconds)[:PASSED_OVER_MAX]:
-        if rung.device_bytes > device:
-            need, there = rung.device_bytes, device
-            found.append(f"{rung.words}: needs {need / GIB:.1f} GiB of GPU memory, {there / GIB:.1f} is free")
+        if rung.device_bytes > comfortable.device:
+            what, need, wise = "GPU memory", rung.device_bytes, comfortable.device
+            there = f"{limits.device / GIB:.1f} is free"
         else:
-            found.append(f"{rung.words}: needs {rung.host_bytes / GIB:.1f} GiB of RAM, {host / GIB:.1f} is available")
+            what, need, wise = "RAM", rung.host_bytes, comfortable.host
+            there = f"{limits.host / GIB:.1f} is available"
+        if wise < (limits.device if what == "GPU memory" else limits.host):
+            there += f", of which others have left {wise / GIB:.1f} before"
+        found.append(f"{rung.words}: needs {need / GIB:.1f} GiB of {what}, {there}")
     return found
 
 

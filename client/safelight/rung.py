@@ -71,6 +71,8 @@ class Rung:
     last_resort: int = 0
     """Above 0 it is taken only where nothing of a lower number fits, however fast it looks: it changes pixels, or reads
     again at every step what there would be room for."""
+    changes_pixels: bool = False
+    """Beyond rounding: others' memory, which may be free again, is no reason to take it."""
 
     @property
     def work_seconds(self) -> float:
@@ -96,4 +98,14 @@ def decode_rung(how: Decoding, device_bytes: int, host_bytes: int, seconds: floa
         name, resort = f"VAE in tiles of {how.tile_pixels}", 2
         seconds *= pace.TILED_TIMES
         changes["vae_tile_pixels"] = how.tile_pixels
-    return Rung("decode", name, device_bytes, host_bytes, 0.0, seconds, changes, last_resort=resort)
+    return Rung(
+        "decode",
+        name,
+        device_bytes,
+        host_bytes,
+        0.0,
+        seconds,
+        changes,
+        last_resort=resort,
+        changes_pixels=how.tile_pixels > 0,
+    )

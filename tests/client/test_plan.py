@@ -287,9 +287,10 @@ def test_a_model_that_has_left_the_table_since_is_named() -> None:
         plan_of(image_spec(model="my-flux"), CPU)
 
 
+@pytest.mark.parametrize("written", [{}, {"model": "flux-dev", "image": "0" * 64, "width": 1536, "height": 1536}])
 @pytest.mark.parametrize("phase", ["encode", "denoise", "decode"])
-def test_each_plan_that_ran_out_is_followed_by_a_smaller_one_until_none_is_left(phase: Any) -> None:
-    spec, overruns, needs = job(), (), []
+def test_each_plan_that_ran_out_is_followed_by_a_smaller_one_until_none_is_left(phase: Any, written: Any) -> None:
+    spec, overruns, needs = job(**written), (), []
     while True:
         found = attempt(spec, gpu(14.8), waiting=100, overruns=overruns)
         if isinstance(found, DoesNotFit):
@@ -505,13 +506,14 @@ def test_a_decode_that_runs_out_goes_on_in_strips_then_in_tiles_then_in_smaller_
 
 
 @pytest.mark.parametrize(
-    ("wanted", "ways"), [("auto", ("whole", 64, 512, 256)), ("off", ("whole", 64)), ("on", (512, 256))]
+    ("wanted", "ways"),
+    [("auto", ("whole", 64, 512, 256)), ("off", ("whole",)), ("strips", (64,)), ("on", (512, 256))],
 )
-def test_who_wants_tiles_gets_tiles_and_who_wants_none_gets_none(wanted: str, ways: tuple[object, ...]) -> None:
-    found = footprint.decodings(job(vae_tiling=wanted), TABLE["flux-schnell"])
-    clip = footprint.decodings(job(model="wan-ti2v-5b", vae_tiling=wanted), TABLE["wan-ti2v-5b"])
+def test_who_names_a_way_to_decode_gets_that_and_no_other(wanted: str, ways: tuple[object, ...]) -> None:
+    spec = job(vae_tiling=wanted)
+    picture, clip = (footprint.decodings(spec, TABLE[model]) for model in ("flux-schnell", "wan-ti2v-5b"))
 
-    assert tuple(how.strip_rows or how.tile_pixels or "whole" for how in found) == ways
+    assert tuple(how.strip_rows or how.tile_pixels or "whole" for how in picture) == ways
     assert tuple(how.tile_pixels or "whole" for how in clip) == tuple(way for way in ways if way != 64)
 
 
@@ -592,6 +594,15 @@ def test_memory_that_others_once_took_makes_plans_small_and_refuses_no_job(memor
     assert getattr(plan.predicted["denoise"], of) < getattr(usual.predicted["denoise"], of)
     with pytest.raises(DoesNotFit):
         plan_of(job(offload="model", precision="bf16"), gpu(14.8))
+
+
+def test_memory_that_others_once_took_changes_no_pixel_and_the_plan_says_what_it_counts_on() -> None:
+    whole = plan_of(job(), gpu(14.8)).predicted["decode"].device_bytes
+    plans = [make_plan(job(), gpu(14.8), TABLE, Calibration(room_bytes=room)) for room in (GIB, whole - 1, whole)]
+
+    assert [(plan.vae_tiling, plan.vae_strip_rows) for plan in plans] == [(False, 64), (False, 64), (False, 0)]
+    (reason,) = (reason for reason in plans[0].passed_over if reason.startswith("VAE whole"))
+    assert reason.endswith("GiB of GPU memory, 14.8 is free, of which others have left 1.0 before")
 
 
 def test_a_picture_that_is_started_from_costs_its_encoding_and_spares_steps() -> None:

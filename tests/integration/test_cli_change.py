@@ -200,14 +200,17 @@ def test_rerun_submits_the_same_job_under_a_new_id(
     assert installation.ledger.spec(same) == new
 
 
+@pytest.mark.parametrize(
+    ("decoded", "word"), [({"vae_tiling": True}, "on"), ({"vae_strip_rows": 64}, "strips"), ({}, "off")]
+)
 def test_rerun_holds_the_planner_to_the_plan_of_the_file(
-    safelight: Safelight, installation: Installation, queue: JobQueue
+    decoded: dict[str, Any], word: str, safelight: Safelight, installation: Installation, queue: JobQueue
 ) -> None:
     (job,) = ids_of(safelight("add", "a red fox"))
     receipt = end(installation, queue, job)
     plan = Plan(
-        model="tiny-flux-schnell", device="cuda", dtype="bfloat16", precision="bf16", offload="model", vae_tiling=True,
-        text_encoder_device="cpu",
+        model="tiny-flux-schnell", device="cuda", dtype="bfloat16", precision="bf16", offload="model",
+        text_encoder_device="cpu", **{"vae_tiling": False, **decoded},
     )  # fmt: skip
     record = installation.root / "record.json"
     record.write_text(receipt.model_copy(update={"plan": plan}).model_dump_json())
@@ -216,7 +219,7 @@ def test_rerun_holds_the_planner_to_the_plan_of_the_file(
 
     held = queue.spec(planned)
     assert held is not None
-    assert (held.precision, held.offload, held.vae_tiling, held.text_encoder_device) == ("bf16", "model", "on", "cpu")
+    assert (held.precision, held.offload, held.vae_tiling, held.text_encoder_device) == ("bf16", "model", word, "cpu")
     spec = queue.spec(free)
     assert spec is not None
     assert (spec.precision, spec.vae_tiling) == ("auto", "auto")

@@ -282,7 +282,7 @@ def _as_planned(plan: Plan | None) -> dict[str, str]:
     return {
         "precision": plan.precision if plan.precision in get_args(Precision) else "auto",
         "offload": plan.offload if plan.offload in get_args(Offload) else "auto",
-        "vae_tiling": "on" if plan.vae_tiling else "off",
+        "vae_tiling": "on" if plan.vae_tiling else "strips" if plan.vae_strip_rows else "off",
         "text_encoder_device": "cpu" if plan.text_encoder_device == "cpu" else "gpu",
     }
 
