@@ -253,16 +253,19 @@ class Loader:
 
     def _pinned_key(self, name: str) -> PinnedKey:
         folder = self._source(name)
-        there = [folder] if folder.is_file() else sorted(folder.glob("*"))
-        files = tuple((file.name, (at := file.stat()).st_size, at.st_mtime_ns) for file in there)
+        files = tuple(_told([folder] if folder.is_file() else sorted(folder.glob("*"))))
         blocks = self._plan.streamed.get(name, ())
         loras = self._loras if name.startswith("transformer") else ()
         held = Pinned(self._plan.model, name, self._precision(name), self._plan.dtype, blocks, loras)
         return PinnedKey(held, folder, files)
 
     def weights(self) -> dict[str, list[tuple[str, int, int]]]:
-        """Return what tells the files of the repeated components from others: name, size and time of change."""
-        return {name: list(self._pinned_key(name).files) for name in sorted(self._blocks)}
+        """Return what tells the files of the repeated components, and of their schedule, from others: name, size and
+        time of change."""
+        found = {name: list(self._pinned_key(name).files) for name in sorted(self._blocks)}
+        return found | {
+            "schedule": _told([self._folder / "model_index.json", *sorted(self._folder.glob("scheduler/*"))])
+        }
 
     def vae_key(self) -> str:
         """Return what tells the VAE from others, whichever model has it: made of the beginnings of its files.
@@ -377,6 +380,10 @@ class Loader:
         for stored, changes in self._changes.get(name, {}).items():
             known = next(alias for alias in (stored, stored.removeprefix("text_model.")) if alias in weights)
             fuse(weights[known].data, changes, device)
+
+
+def _told(files: Sequence[Path]) -> list[tuple[str, int, int]]:
+    return [(file.name, (at := file.stat()).st_size, at.st_mtime_ns) for file in files]
 
 
 def _from_pretrained(wanted: Any, folder: Path, **arguments: Any) -> Any:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -270,6 +271,18 @@ def test_only_what_decides_bits_makes_another_job() -> None:
         checkpoint.digest(spec, plan, [], {"torch": "3"}),
     ):
         assert other != same
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "scheduler/scheduler_config.json"])
+def test_another_schedule_makes_another_job(name: str, tiny_models_folder: Path, tmp_path: Path) -> None:
+    """Else the sigmas and the boundary of before would go on under what the model says now."""
+    own = Path(shutil.copytree(tiny_models_folder, tmp_path / "models"))
+    run = run_of(JOBS["5B from text"], own)
+    before = run.loader.weights()
+    config = own / run.spec.model / name
+    config.write_text(config.read_text() + " ")
+
+    assert run.loader.weights() != before
 
 
 def test_a_checkpoint_of_before_there_were_caches_in_them_goes_on_where_the_job_has_none() -> None:
