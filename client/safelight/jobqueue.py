@@ -363,6 +363,10 @@ class JobQueue:
             pipe.expire(f"safelight:worker:{name}", ttl_s)
             pipe.execute()
 
+    def heard_of(self, name: str) -> bool:
+        """Whether a worker has said lately that it lives."""
+        return bool(self.server.exists(f"safelight:worker:{name}"))
+
     def forget_worker(self, name: str) -> None:
         with self.server.pipeline() as pipe:
             pipe.srem("safelight:workers", name)

@@ -1,19 +1,16 @@
-"""Taking up what a dead process left: from the ledger, into the line. Knows no RQ."""
+"""Having in the line what the ledger says should be there. Knows no RQ."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Collection, Iterator, Sequence
 
 from safelight import durable
 from safelight.errors import LedgerDamaged
 from safelight.jobspec import JobSpec
 from safelight.ledger import Ledger, leave_nothing
 from safelight.paths import Paths
-from safelightd import gpulock
-from safelightd.execution import Place, conclude, give_back, rejected, settle_job, spec_of
+from safelightd.execution import Place
 from safelightd.logs import Log
 
 LATE_S = 5.0
@@ -23,53 +20,21 @@ Sending them twice does no harm: each is queued at most once."""
 log = Log("safelight.recovery")
 
 
-def own_orphans(place: Place) -> None:
-    """Settle the jobs that an earlier life of this worker had started, or had taken and not started.
+def fill(place: Place, elsewhere: Collection[str]) -> None:
+    """Have every accepted job without a receipt in the line, in its order: also after the server lost everything.
 
-    It may have had another name: a machine's name changes. Whoever held our lock is dead, for we hold it.
+    Args:
+        elsewhere: jobs that other workers run.
     """
-    ours = [found for found in place.ledger.interrupted() if place.worker == found.worker or place.lock == found.lock]
-    orphans = {found.id: found.worker for found in ours}
-    orphans |= {job: worker for job, worker in place.queue.running().items() if worker == place.worker}
-    for job in sorted(orphans):
-        settle_orphan(replace(place, worker=orphans[job]), job, "the worker was killed")
-
-
-def settle_orphan(place: Place, job: str, reason: str) -> None:
-    """Bring a job whose process died to where the ledger says it is: ended, or back in the line."""
-    try:
-        _settle_orphan(place, job, reason)
-    except LedgerDamaged as damaged:
-        rejected(place, job, str(damaged))
-
-
-def _settle_orphan(place: Place, job: str, reason: str) -> None:
-    if receipt := place.ledger.receipt(job):
-        conclude(place, receipt)
-        return
-    spec = spec_of(place, job)
-    if spec is None:
-        rejected(place, job, "neither the queue nor the ledger knows what was asked for")
-        return
-    attempts = place.ledger.attempts(job)
-    if attempts.running:
-        settle_job(place, spec, attempts, "return", reason)
-    else:
-        give_back(place, spec, attempts)
-
-
-def fill(place: Place) -> None:
-    """Have every accepted job without a receipt in the line, in its order: also after the server lost everything."""
-    queue_submissions(place, place.ledger.open_submissions())
+    queue_submissions(place, place.ledger.open_submissions(), elsewhere)
     place.queue.mark_filled()
     place.ledger.close_ended()
 
 
-def queue_submissions(place: Place, submissions: Sequence[str]) -> None:
+def queue_submissions(place: Place, submissions: Sequence[str], elsewhere: Collection[str]) -> None:
     """Have the jobs of these submissions in the line unless they have ended or run elsewhere; each at most once."""
     ledger, queue = place.ledger, place.queue
     ended = ledger.ended()
-    elsewhere = {found.id for found in ledger.interrupted() if found.worker != place.worker and _lives(found.lock)}
     over: list[str] = []
 
     def waiting() -> Iterator[JobSpec]:
@@ -92,10 +57,6 @@ def _accepted(ledger: Ledger, submissions: Sequence[str]) -> Iterator[JobSpec]:
             yield from ledger.submission(submission)
         except LedgerDamaged as damaged:
             log.error("submission.damaged", error=damaged)
-
-
-def _lives(lock: str) -> bool:
-    return bool(lock) and gpulock.is_taken(Path(lock))
 
 
 def _restore_ended(place: Place, ids: list[str]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -32,7 +31,19 @@ from safelight.jobqueue import JobQueue
 from safelight.ledger import Ledger
 from safelight.machine import Machine
 from safelight.queueserver import AWAY
-from safelightd import calibration, gpulock, gpustate, holds, linux, missing_gpu, probe, recovery, shortage, systemd
+from safelightd import (
+    calibration,
+    gpulock,
+    gpustate,
+    holds,
+    linux,
+    missing_gpu,
+    orphans,
+    probe,
+    recovery,
+    shortage,
+    systemd,
+)
 from safelightd.awake import Awake
 from safelightd.execution import Execution, Place
 from safelightd.horse import Requests, Shared
@@ -71,7 +82,7 @@ class GpuWorker(LoneWorker):
     ) -> None:
         self.config = config
         self.machine = machine
-        name = f"{socket.gethostname()}-{machine.uuid or 'cpu'}"
+        name = gpulock.worker_name(machine)
         self.line = JobQueue(server, keep_days=config.settings.queue.keep_days)
         super().__init__(
             [name],
@@ -96,6 +107,8 @@ class GpuWorker(LoneWorker):
         self._waiting = False
         self._unsure = False
         self._looked_until = 0.0
+        self._silence = orphans.Silence()
+        self._elsewhere: list[str] = []
         self._idle_since = time.monotonic()
         self.place = Place(
             config=config,
@@ -142,12 +155,17 @@ class GpuWorker(LoneWorker):
         return 0 if self.stopping.is_set() else 1
 
     def recover(self) -> None:
-        """Take up what an earlier life of this worker left: from the ledger, whatever RQ's registries say."""
+        """Take up what dead workers left, an earlier life of this one first of all: from the ledger, whatever RQ's
+        registries say."""
         self._looked_until = time.time()
         self._clear_rq()
-        recovery.own_orphans(self.place)
-        recovery.fill(self.place)
+        self._take_up([found.id for found in self.place.ledger.interrupted()])
+        recovery.fill(self.place, self._elsewhere)
         self.line.set_calibration(calibration.load(self.config.paths.state))
+
+    def _take_up(self, started: list[str]) -> None:
+        """Put back what workers left that have died since the last look; those of them that live keep theirs."""
+        self._elsewhere = orphans.take_up(self.place, self._silence, started)
 
     def _clear_rq(self) -> None:
         """Empty this worker's own RQ queue and registries: the lock says that nobody else uses them."""
@@ -192,6 +210,8 @@ class GpuWorker(LoneWorker):
         if self._unsure or not self.line.filled():
             self.recover()
             self._unsure = False
+        else:
+            self._take_up(self._elsewhere)
         in_force = self._look_at_holds()
         self._say(in_force)
         self.notices.look(self.line.counts(), in_force)
@@ -280,7 +300,7 @@ class GpuWorker(LoneWorker):
         """Queue what a client wrote down and did not live to hand over."""
         late, self._looked_until = recovery.written_late(self.place.ledger, self._looked_until, time.time())
         if late:
-            recovery.queue_submissions(self.place, late)
+            recovery.queue_submissions(self.place, late, self._elsewhere)
 
     def _retire_idle_engine(self) -> None:
         """A warm engine keeps its imports and compiled code; after idle_exit_s nobody needs them."""
@@ -325,7 +345,7 @@ class GpuWorker(LoneWorker):
         """A horse that was killed concluded nothing: the job goes back to the line, now or when the server is back."""
         try:
             if self.line.running().get(job) == self.name:
-                recovery.settle_orphan(self.place, job, "the process that ran it was killed")
+                orphans.settle_orphan(self.place, job, "the process that ran it was killed")
             self.notices.ended(self.place.ledger.receipt(job))
         except (*AWAY, QueueUnreachable, OSError, LedgerDamaged) as error:
             self._unsure = True
