@@ -19,7 +19,7 @@ from pathlib import Path
 from safelight import config as settings
 from safelight import inventory, models, prepared, published, pulled, queueserver, tonight, wan_cli
 from safelight.config import Config
-from safelight.errors import BadConfig, NoUsableGpu, QueueUnreachable
+from safelight.errors import BadConfig, LedgerDamaged, NoUsableGpu, QueueUnreachable
 from safelight.finding import Finding, fail, ok, warn
 from safelight.jobqueue import JobQueue, WorkerRow
 from safelight.ledger import Ledger
@@ -48,7 +48,14 @@ def examine(file: Path | None) -> list[Finding]:
         table = models.load(config)
     except BadConfig as error:
         return [fail("settings", fault, "Mend the settings file.") for fault in str(error).splitlines()]
-    found = [_settings(config), *_folders(config), _claiming(config), *_sharing(config), _disk(config)]
+    found = [
+        _settings(config),
+        *_folders(config),
+        _claiming(config),
+        *_sharing(config),
+        _disk(config),
+        *_ledger(config),
+    ]
     found += [*_models(config, table), *_prepared(config, table), *_own_program(config, table)]
     found += [_daemon(), _units(), *_services(), *tonight.lid(), *tonight.idle()]
     found += [*tonight.swap(), tonight.clock(datetime.now().astimezone(), Ledger(config.paths).open_submissions())]
@@ -158,6 +165,19 @@ def _disk(config: Config) -> Finding:
     if tight:
         return fail("disk", f"{'; '.join(tight)}: jobs wait below min_free_disk_gib = {least:g}", "Make room.")
     return ok("disk", f"{shutil.disk_usage(existing).free / GIB:.0f} GiB free")
+
+
+def _ledger(config: Config) -> Iterator[Finding]:
+    """Jobs that were accepted and do not run, since nobody can read them; for who may read the others."""
+    if not os.access(config.paths.jobs, os.W_OK):
+        return
+    ledger = Ledger(config.paths)
+    for submission in ledger.open_submissions():
+        try:
+            ledger.submission(submission)
+        except LedgerDamaged as damaged:
+            says, _, remedy = str(damaged).rpartition(". ")
+            yield fail("ledger", says, remedy)
 
 
 def _room(config: Config, queue: JobQueue) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ Every file is written whole (safelight.durable). Knows no Redis.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -29,6 +30,10 @@ from safelight.jobspec import JobSpec
 from safelight.paths import Paths
 from safelight.plan import Overrun
 from safelight.receipt import Receipt
+
+UNREADABLE = (errno.EIO, errno.EACCES, errno.EISDIR)
+"""What reading one file may meet while the others are well: a bad sector, another user's umask, a folder in its
+place."""
 
 _last_submission_ms = 0
 
@@ -340,12 +345,13 @@ class Ledger:
             LedgerDamaged: the file is there and cannot be read back.
         """
         file = self.paths.attempts / f"{job}.json"
+        remedy = "Move it aside to forget the attempts."
         try:
-            return Attempts.model_validate_json(file.read_bytes())
+            return Attempts.model_validate_json(_content(file, remedy))
         except FileNotFoundError:
             return Attempts(id=job)
         except ValidationError as error:
-            raise LedgerDamaged(f"{file}: not an attempts file. Move it aside to forget the attempts.") from error
+            raise LedgerDamaged(f"{file}: not an attempts file. {remedy}") from error
 
     def interrupted(self) -> list[Attempts]:
         """Return the jobs that were started and have neither ended nor been given back since.
@@ -394,22 +400,39 @@ def _lines(specs: Iterable[JobSpec]) -> bytes:
     return b"".join(_json(spec) for spec in specs)
 
 
+def _content(file: Path, remedy: str) -> bytes:
+    """Return what a file of the ledger holds.
+
+    Raises:
+        FileNotFoundError: there is none.
+        LedgerDamaged: it alone cannot be read.
+        OSError: its folder cannot be, either: that is the machine's fault, and no job's.
+    """
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        if error.errno not in UNREADABLE:
+            raise
+        os.listdir(file.parent)
+        raise LedgerDamaged(f"{file}: cannot be read: {error.strerror}. {remedy}") from error
+
+
 def _read_specs(file: Path) -> Iterator[JobSpec]:
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+    remedy = "Move the file aside to go on without it."
+    for number, line in enumerate(_content(file, remedy).splitlines(), start=1):
         try:
             yield JobSpec.model_validate(json.loads(line), strict=False)
         except ValueError as error:
-            remedy = "Move the file aside to go on without it."
             raise LedgerDamaged(f"{file}:{number}: not a job of safelight ({_fault(error)}). {remedy}") from error
 
 
 def _read_receipt(file: Path) -> Receipt | None:
+    remedy = "Move it aside to run the job again."
     try:
-        return Receipt.model_validate(json.loads(file.read_bytes()), strict=False)
+        return Receipt.model_validate(json.loads(_content(file, remedy)), strict=False)
     except FileNotFoundError:
         return None
     except ValueError as error:
-        remedy = "Move it aside to run the job again."
         raise LedgerDamaged(f"{file}: not a receipt of safelight ({_fault(error)}). {remedy}") from error
 
 

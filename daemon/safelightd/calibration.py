@@ -40,7 +40,7 @@ def load(state: Path) -> Calibration:
         return Calibration.model_validate_json(file.read_bytes())
     except FileNotFoundError:
         return NOTHING_LEARNED
-    except ValidationError as error:
+    except (OSError, ValidationError) as error:
         log.warning("calibration.damaged", file=file, error=error)  # no reason to fail a night of jobs
         return NOTHING_LEARNED
 

@@ -137,12 +137,12 @@ def _models(config: Config) -> str | None:
                 f"it: safelight models rm {registration.key}"
             )
     folder, seen = config.paths.models, config.paths.state / "models.seen"
-    remembered = seen.read_text() if seen.exists() else ""
+    own, remembered = os.fsencode(folder), seen.read_bytes() if seen.exists() else b""
     if any(folder.glob("*/model_index.json")):
-        if remembered != str(folder):
-            durable.write(seen, str(folder).encode())
+        if remembered != own:
+            durable.write(seen, own)
         return None
-    if remembered != str(folder):
+    if remembered != own:
         return None
     return f"the models in {folder} are gone; is its disk mounted? If you removed them, remove {seen} too"
 

@@ -56,6 +56,24 @@ def test_an_inbox_that_is_open_to_everybody_is_named(safelight: Safelight, insta
     assert found["remedy"] == f"chmod o-w {installation.paths.inbox}"
 
 
+# -- the ledger --------------------------------------------------------------------------------------------------
+
+
+def test_accepted_jobs_that_nobody_can_read_are_named(safelight: Safelight, installation: Installation) -> None:
+    installation.paths.jobs.mkdir(parents=True)
+    assert looks(safelight, "ledger") == []
+    half, folder = (installation.paths.jobs / f"20261122-20300{n}-0041a2b.jsonl" for n in (1, 2))
+    half.write_text("half a li")
+    folder.mkdir()
+
+    found = looks(safelight, "ledger")
+
+    assert [row["look"] for row in found] == ["fail", "fail"]
+    assert found[0]["says"].startswith(f"{half}:1: not a job")
+    assert found[1]["says"] == f"{folder}: cannot be read: Is a directory"
+    assert found[1]["remedy"] == "Move the file aside to go on without it."
+
+
 # -- the queue ---------------------------------------------------------------------------------------------------
 
 

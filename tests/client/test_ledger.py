@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -183,6 +185,47 @@ def test_a_damaged_submission_is_named_and_the_others_are_still_closed(ledger: L
     ledger.close_ended()
 
     assert ledger.open_submissions() == [FIRST]
+
+
+READ = [
+    (lambda paths: paths.jobs, "jsonl", lambda ledger, name: ledger.submission(name)),
+    (lambda paths: paths.attempts, "json", lambda ledger, name: ledger.attempts(name)),
+    (lambda paths: paths.receipts, "json", lambda ledger, name: ledger.receipt(name)),
+    (lambda paths: paths.publishing, "json", lambda ledger, name: ledger.intended(name)),
+]
+
+
+@pytest.mark.parametrize(("folder", "suffix", "read"), READ)
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+def test_one_file_that_cannot_be_read_is_damaged_and_a_folder_that_cannot_is_the_machines_fault(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, folder: Any, suffix: str, read: Any, code: int
+) -> None:
+    """A bad sector or another user's umask, which root's tests meet nowhere: the kernel's answer is stood in for."""
+    file = folder(ledger.paths) / f"{FIRST}.{suffix}"
+    file.parent.mkdir(parents=True)
+    file.touch()
+
+    def fail(path: Path) -> bytes:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(LedgerDamaged, match=f"^{file}: cannot be read: {os.strerror(code)}. Move (it|the file) aside"):
+        read(ledger, FIRST)
+
+    def closed(path: Path) -> list[str]:
+        raise PermissionError(errno.EACCES, "of the folder", str(path))
+
+    monkeypatch.setattr(os, "listdir", closed)
+    with pytest.raises(PermissionError, match="of the folder"):
+        read(ledger, FIRST)
+
+
+@pytest.mark.parametrize(("folder", "suffix", "read"), READ)
+def test_a_folder_in_the_place_of_a_file_is_damaged(ledger: Ledger, folder: Any, suffix: str, read: Any) -> None:
+    (folder(ledger.paths) / f"{FIRST}.{suffix}").mkdir(parents=True)
+
+    with pytest.raises(LedgerDamaged, match="Is a directory"):
+        read(ledger, FIRST)
 
 
 def test_leftovers_of_a_killed_writer_are_nobodys_jobs(ledger: Ledger) -> None:

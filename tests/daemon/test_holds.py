@@ -156,6 +156,22 @@ def test_a_models_disk_that_is_unmounted_is_missed_once_it_was_seen(tmp_path: Pa
     assert read(config) == {}
 
 
+def test_what_is_remembered_of_the_models_disk_may_be_damaged_and_is_written_anew(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    config.paths.state.mkdir(parents=True, exist_ok=True)
+    seen = config.paths.state / "models.seen"
+    seen.write_bytes(b"\xff\xfe")
+
+    assert read(config) == {}
+
+    model = config.paths.models / "flux-schnell"
+    model.mkdir(parents=True)
+    (model / "model_index.json").touch()
+
+    assert read(config) == {}
+    assert seen.read_bytes() == os.fsencode(config.paths.models)
+
+
 # -- windows -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,12 +1,14 @@
-"""What a client wrote down and did not hand over is found, whatever the clock does meanwhile."""
+"""What the ledger holds is in the line after every start, also where a part of it cannot be read or was never handed
+over."""
 
 from __future__ import annotations
 
 import os
 
+from safelight.jobqueue import JobQueue
 from safelightd.recovery import LATE_S, written_late
 from tests.conftest import Installation
-from tests.daemon.test_worker import specs_of
+from tests.daemon.test_worker import Running, specs_of
 
 NOON = 1_800_000_000.0
 HOUR = 3600.0
@@ -48,3 +50,33 @@ def test_a_clock_that_is_set_forward_an_hour_hides_nothing(installation: Install
 
     assert late == ["before"]
     assert looked == NOON + HOUR - LATE_S
+
+
+def test_files_that_cannot_be_read_keep_no_worker_from_starting_and_no_other_job_from_running(
+    installation: Installation, queue: JobQueue
+) -> None:
+    """Each a folder: what reading answers then is an error of the system's, as for a bad sector or another's file."""
+    paths = installation.paths
+    counted, ended, begun, fine = specs_of(installation, ["ok", "ok", "ok", "ok"])
+    for file in (
+        paths.jobs / "20200101-000000-000abcd.jsonl",
+        paths.attempts / f"{counted.id}.json",
+        paths.receipts / f"{ended.id}.json",
+        paths.publishing / f"{begun.id}.json",
+        paths.state / "calibration.json",
+    ):
+        file.mkdir(parents=True)
+    (paths.state / "models.seen").write_bytes(b"\xff\xfe")
+    queue.submit([counted, ended, begun, fine])
+    worker = Running(installation, queue)
+    try:
+        worker.all_in([fine], "done")
+        worker.all_in([counted, ended, begun], "failed")
+
+        assert "cannot be read" in queue.fields(counted.id)["error"]
+
+        worker.stop()
+        worker.start()
+        worker.all_in(worker.submit("ok"), "done")
+    finally:
+        worker.kill()
