@@ -256,6 +256,17 @@ class Ledger:
         receipt.replace(old / f"{job}.{taken + 1}.json")
         durable.sync_folder(self.paths.receipts)
 
+    def reopened(self) -> dict[str, str]:
+        """Return the jobs that were opened again and have not ended since, each with the state it had ended in, or with
+        "" where nobody can read that."""
+        found: dict[str, tuple[int, Path]] = {}
+        ended = self.ended()
+        for file in (self.paths.receipts / "old").glob("[!.]*.json"):
+            job, _, number = file.stem.rpartition(".")
+            if job not in ended and number.isdecimal():
+                found[job] = max(found.get(job, (0, file)), (int(number), file))
+        return {job: _state_of(file) for job, (_, file) in sorted(found.items())}
+
     def forgotten(self) -> set[str]:
         """Return the submissions, and the jobs that were written down alone, whose records were removed."""
         try:
@@ -434,6 +445,14 @@ def _read_receipt(file: Path) -> Receipt | None:
         return None
     except ValueError as error:
         raise LedgerDamaged(f"{file}: not a receipt of safelight ({_fault(error)}). {remedy}") from error
+
+
+def _state_of(file: Path) -> str:
+    try:
+        receipt = _read_receipt(file)
+    except LedgerDamaged:
+        return ""
+    return receipt.state if receipt else ""
 
 
 def _fault(error: ValueError) -> str:

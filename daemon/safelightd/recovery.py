@@ -27,8 +27,18 @@ def fill(place: Place, elsewhere: Collection[str]) -> None:
         elsewhere: jobs that other workers run.
     """
     queue_submissions(place, place.ledger.open_submissions(), elsewhere)
+    _requeue_retried(place, elsewhere)
     place.queue.mark_filled()
     place.ledger.close_ended()
+
+
+def _requeue_retried(place: Place, elsewhere: Collection[str]) -> None:
+    """`retry` puts the receipt aside before it tells the queue, which may not have heard of it, or have forgotten with
+    the last second of its file. What it says besides that is news: cancelled by a client without a ledger, say."""
+    for job, state in place.ledger.reopened().items():
+        is_news = state and place.queue.state(job) != state
+        if job not in elsewhere and not is_news and place.queue.requeue(job):
+            log.info("retry.requeued", id=job)
 
 
 def queue_submissions(place: Place, submissions: Sequence[str], elsewhere: Collection[str]) -> None:

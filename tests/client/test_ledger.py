@@ -127,6 +127,17 @@ def test_a_job_that_is_retried_loses_its_receipt_and_attempts_and_is_open_again(
     assert sorted(file.name for file in old.iterdir()) == [f"{job}.1.json", f"{job}.2.json"]
 
 
+def test_jobs_that_were_opened_again_are_known_until_they_end_with_what_they_were_last(ledger: Ledger) -> None:
+    jobs = [spec.id for spec in specs(FIRST)]
+    ledger.accept({FIRST: specs(FIRST)})
+    assert ledger.reopened() == {}
+    for number, state in enumerate(("failed", *["quarantined"] * 9, "cancelled"), start=1):
+        ledger.record(receipt(jobs[0], state))
+        assert ledger.reopened() == {}
+        ledger.reopen(jobs[0])
+        assert ledger.reopened() == {jobs[0]: state}, number
+
+
 def test_forgotten_jobs_are_known_to_have_ended_and_cannot_be_opened_again(ledger: Ledger) -> None:
     ledger.accept({FIRST: specs(FIRST), SECOND: specs(SECOND, 1)})
     ledger.record_all([receipt(job_id(FIRST, 1), "failed"), receipt(job_id(FIRST, 2)), receipt(job_id(SECOND, 1))])

@@ -4,11 +4,14 @@ over."""
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+
+import pytest
 
 from safelight.jobqueue import JobQueue
 from safelightd.recovery import LATE_S, written_late
 from tests.conftest import Installation
-from tests.daemon.test_worker import Running, specs_of
+from tests.daemon.test_worker import Running, eventually, specs_of
 
 NOON = 1_800_000_000.0
 HOUR = 3600.0
@@ -80,3 +83,47 @@ def test_files_that_cannot_be_read_keep_no_worker_from_starting_and_no_other_job
         worker.all_in(worker.submit("ok"), "done")
     finally:
         worker.kill()
+
+
+@pytest.fixture
+def daemon(installation: Installation, queue: JobQueue) -> Iterator[Running]:
+    running = Running(installation, queue)
+    running.ready()
+    yield running
+    running.kill()
+
+
+@pytest.mark.parametrize("lost", ["the request", "the old receipt, too"])
+def test_a_retry_that_the_queue_never_heard_of_or_forgot_is_brought_back(daemon: Running, lost: str) -> None:
+    """`retry` was killed between ledger and queue, or a power cut took the last second of the server's file."""
+    retried, other = daemon.submit("fail", "fail")
+    daemon.all_in([retried, other], "failed")
+    daemon.stop()
+    ledger = daemon.installation.ledger
+    ledger.reopen(retried.id)
+    if lost != "the request":
+        (daemon.installation.paths.receipts / "old" / f"{retried.id}.1.json").write_text("{")
+    daemon.start()
+    eventually(lambda: ledger.ended() == {retried.id, other.id})
+    daemon.stop()
+    daemon.start()
+    daemon.all_in(daemon.submit("ok"), "done")
+
+    assert [daemon.log().count(f"start {spec.id}") for spec in (retried, other)] == [2, 1]
+    assert [daemon.state(spec) for spec in (retried, other)] == ["failed", "failed"]
+
+
+def test_a_retried_job_that_somebody_without_a_ledger_cancelled_stays_cancelled(daemon: Running) -> None:
+    (spec,) = daemon.submit("fail")
+    daemon.all_in([spec], "failed")
+    daemon.stop()
+    daemon.installation.ledger.reopen(spec.id)
+
+    assert daemon.queue.requeue(spec.id)
+    assert daemon.queue.cancel([spec.id]) == ["cancelled"]
+
+    daemon.start()
+    daemon.all_in(daemon.submit("ok"), "done")
+
+    assert daemon.state(spec) == "cancelled"
+    assert daemon.log().count(f"start {spec.id}") == 1
