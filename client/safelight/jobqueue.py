@@ -330,6 +330,10 @@ class JobQueue:
         """Put a running job back to its own place in the line."""
         return bool(self._run("conclude", job, worker, "queued", 0, self.keep_s, "attempts", attempts))
 
+    def hand_over(self, job: str, taker: str, runner: str) -> bool:
+        """Say of a job that `taker` took that `runner` has it; False when it is not the taker's any more."""
+        return bool(self._run("handover", job, taker, runner))
+
     def wait_for_wake(self, worker: str, timeout_s: float) -> None:
         """Block until something was submitted, a hold changed, or the time is over."""
         self.server.blpop([f"safelight:wake:{worker}"], timeout=max(timeout_s, 0.01))

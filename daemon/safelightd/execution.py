@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from safelight.calibration import Calibration
@@ -26,7 +27,7 @@ from safelight.paths import Paths
 from safelight.plan import Overrun, Plan
 from safelight.queueserver import AWAY
 from safelight.receipt import EndState, Phase, Receipt
-from safelightd import calibration, settle, shortage
+from safelightd import calibration, gpulock, settle, shortage
 from safelightd.horse import Request, Requests, Shared
 from safelightd.link import EngineGone, Link
 from safelightd.logs import Log
@@ -126,7 +127,10 @@ class Execution:
         if spec is None:
             return rejected(place, job, "neither the queue nor the ledger knows what was asked for")
         self._write_down(spec)
-        attempts = settle.begin(place.ledger.attempts(job), place.worker, place.lock)
+        before = place.ledger.attempts(job)
+        if left_to_other(place, before):
+            return {"state": "running", "worker": before.worker}
+        attempts = settle.begin(before, place.worker, place.lock)
         place.ledger.note(attempts)
         log.info("job.started", id=job, model=spec.model, attempt=attempts.attempts)
         try:
@@ -396,6 +400,18 @@ def settle_job(place: Place, spec: JobSpec, attempts: Attempts, cause: Cause, re
     give_back(place, spec, decision.attempts)
     log.warning("job.requeued", id=spec.id, cause=cause, reason=reason, crashes=decision.attempts.crashes)
     return {"state": "queued", "reason": reason}
+
+
+def left_to_other(place: Place, attempts: Attempts) -> bool:
+    """Whether another worker that lives has begun this job, for all that the queue gave it to us: it goes on with it,
+    and the queue hears whose it is. Both would write the same unfinished files."""
+    if not attempts.running or attempts.worker == place.worker or attempts.lock in ("", place.lock):
+        return False
+    if not gpulock.is_taken(Path(attempts.lock)):
+        return False
+    log.warning("job.elsewhere", id=attempts.id, worker=attempts.worker)
+    patiently(lambda: place.queue.hand_over(attempts.id, place.worker, attempts.worker), place.wait)
+    return True
 
 
 def give_back(place: Place, spec: JobSpec, attempts: Attempts) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from safelight.errors import LedgerDamaged
 from safelight.ledger import Attempts
 from safelightd import gpulock
-from safelightd.execution import Place, conclude, give_back, rejected, settle_job, spec_of
+from safelightd.execution import Place, conclude, give_back, left_to_other, rejected, settle_job, spec_of
 
 SILENT_S = 90.0
 """For so long a worker of another host must not have been heard of, after the server forgot it: a server that comes
@@ -66,6 +66,8 @@ def _taken_up(place: Place, silence: Silence, job: str, taken_by: str | None) ->
     """
     holders = _holders(place, job, taken_by)
     if not all(_is_dead(place, silence, holder) for holder in holders):
+        if taken_by == place.worker and (note := _note(place, job)):
+            left_to_other(place, note)
         return False
     with ExitStack() as locks:
         others = {holder.lock for holder in holders if holder.lock and not _is_own(place, holder)}
@@ -109,6 +111,13 @@ def _is_dead(place: Place, silence: Silence, holder: Holder) -> bool:
 def _is_own(place: Place, holder: Holder) -> bool:
     """It may have had another name: a machine's name changes. Whoever held our lock is dead, for we hold it."""
     return holder.worker == place.worker or holder.lock == Path(place.lock)
+
+
+def settle_own(place: Place, job: str, reason: str) -> None:
+    """Settle a job whose process in this worker died, unless that had found it to be another worker's."""
+    note = _note(place, job)
+    if note is None or not left_to_other(place, note):
+        settle_orphan(place, job, reason)
 
 
 def settle_orphan(place: Place, job: str, reason: str) -> None:

@@ -345,7 +345,7 @@ class GpuWorker(LoneWorker):
         """A horse that was killed concluded nothing: the job goes back to the line, now or when the server is back."""
         try:
             if self.line.running().get(job) == self.name:
-                orphans.settle_orphan(self.place, job, "the process that ran it was killed")
+                orphans.settle_own(self.place, job, "the process that ran it was killed")
             self.notices.ended(self.place.ledger.receipt(job))
         except (*AWAY, QueueUnreachable, OSError, LedgerDamaged) as error:
             self._unsure = True

@@ -17,7 +17,7 @@ from safelightd import gpulock, orphans
 from safelightd.execution import Place
 from tests.conftest import Installation
 from tests.daemon.test_gpulock import holder
-from tests.daemon.test_worker import Running, specs_of
+from tests.daemon.test_worker import Running, eventually, specs_of
 
 HERE = socket.gethostname()
 
@@ -195,3 +195,35 @@ def test_a_lock_of_a_folder_that_is_gone_keeps_no_job(installation: Installation
     assert orphans.take_up(place_of(installation, queue), orphans.Silence(), [spec.id]) == []
     assert queue.state(spec.id) == "queued"
     assert not gone.parent.exists()
+
+
+@pytest.mark.parametrize("finds_it", ["in the line", "as its own"])
+def test_a_job_that_another_live_worker_runs_is_left_to_it_and_the_queue_hears_whose_it_is(
+    installation: Installation, queue: JobQueue, card: str, finds_it: str
+) -> None:
+    """The server has lost that the other took it: its file was cut, or a copy of it was put in place."""
+    other, name = holder(Path(lock_of(card))), f"{HERE}-{card}"
+    spec = run_by(name, lock_of(card), queue, installation)
+    assert queue.give_back(spec.id, name, 0)
+    if finds_it == "as its own":  # its horse had died before it could look
+        spec_place, _ = queue.next_due([0, 1, 2, 3], time.time())
+        assert spec_place is not None
+        assert queue.dispatch(f"{HERE}-cpu", spec_place, "rq:queue:q", "q", "x_2", "rq:job:x_2", ["status", "queued"])
+    worker = Running(installation, queue)
+    try:
+        eventually(lambda: queue.running() == {spec.id: name})
+        worker.all_in(worker.submit("ok"), "done")
+
+        assert queue.running() == {spec.id: name}
+        assert queue.fields(spec.id)["worker"] == name
+        assert installation.ledger.attempts(spec.id).worker == name
+        assert worker.times_done(spec) == 0
+
+        other.kill()
+        other.wait()
+        worker.all_in([spec], "done")
+    finally:
+        worker.kill()
+        other.kill()
+
+    assert worker.times_done(spec) == 1
