@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from safelight import durable
 from safelight.errors import LedgerDamaged
@@ -26,7 +26,8 @@ def fill(place: Place, elsewhere: Collection[str]) -> None:
     Args:
         elsewhere: jobs that other workers run.
     """
-    queue_submissions(place, place.ledger.open_submissions(), elsewhere)
+    over = queue_submissions(place, place.ledger.open_submissions(), elsewhere)
+    _restore_ended(place, over)
     _requeue_retried(place, elsewhere)
     place.queue.mark_filled()
     place.ledger.close_ended()
@@ -41,8 +42,11 @@ def _requeue_retried(place: Place, elsewhere: Collection[str]) -> None:
             log.info("retry.requeued", id=job)
 
 
-def queue_submissions(place: Place, submissions: Sequence[str], elsewhere: Collection[str]) -> None:
-    """Have the jobs of these submissions in the line unless they have ended or run elsewhere; each at most once."""
+def queue_submissions(place: Place, submissions: Sequence[str], elsewhere: Collection[str]) -> list[str]:
+    """Have the jobs of these submissions in the line unless they have ended or run elsewhere; each at most once.
+
+    Returns those that have ended.
+    """
     ledger, queue = place.ledger, place.queue
     ended = ledger.ended()
     over: list[str] = []
@@ -55,9 +59,9 @@ def queue_submissions(place: Place, submissions: Sequence[str], elsewhere: Colle
                 yield spec
 
     new = queue.submit(waiting())
-    _restore_ended(place, over)
     if new:
         log.info("queue.filled", jobs=len(new))
+    return over
 
 
 def _accepted(ledger: Ledger, submissions: Sequence[str]) -> Iterator[JobSpec]:
@@ -98,14 +102,24 @@ def sweep(paths: Paths) -> None:
             log.info("ledger.swept", folder=folder, files=len(left))
 
 
-def written_late(ledger: Ledger, looked_until: float, now: float) -> tuple[list[str], float]:
-    """Return the submissions that a client wrote down and did not live to hand over, and until when was looked now.
+class Late:
+    """Finds the submissions that a client wrote down and did not live to hand over.
 
-    Args:
-        looked_until: what the look before returned; epoch seconds. After a clock that was set back, everything since
-            then is looked at once: what was written by the old clock would else be found an hour later.
+    By their names, each looked at twice: clocks are set, and where a disk is slow a file is older than its name.
     """
-    until = now - LATE_S
-    if -LATE_S <= until - looked_until < LATE_S:
-        return [], looked_until
-    return ledger.written_between(looked_until, until if until >= looked_until else math.inf), until
+
+    def __init__(self, known: Iterable[str] = ()) -> None:
+        self._known = set(known)
+        self._since: dict[str, float] = {}
+        self._next_look = -math.inf
+
+    def look(self, ledger: Ledger, now: float) -> list[str]:
+        """Return those that have lain there for LATE_S at `now` (monotonic), each once; looks no oftener than that."""
+        if now < self._next_look:
+            return []
+        self._next_look = now + LATE_S
+        there = ledger.open_submissions()
+        late = [name for name in there if name in self._since and now - self._since[name] >= LATE_S]
+        self._known = self._known.intersection(there).union(late)
+        self._since = {name: self._since.get(name, now) for name in there if name not in self._known}
+        return late

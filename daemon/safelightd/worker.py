@@ -106,7 +106,7 @@ class GpuWorker(LoneWorker):
         self.stopping = threading.Event()
         self._waiting = False
         self._unsure = False
-        self._looked_until = 0.0
+        self._late = recovery.Late()
         self._silence = orphans.Silence()
         self._elsewhere: list[str] = []
         self._idle_since = time.monotonic()
@@ -157,7 +157,7 @@ class GpuWorker(LoneWorker):
     def recover(self) -> None:
         """Take up what dead workers left, an earlier life of this one first of all: from the ledger, whatever RQ's
         registries say."""
-        self._looked_until = time.time()
+        self._late = recovery.Late(self.place.ledger.open_submissions())
         self._clear_rq()
         self._take_up([found.id for found in self.place.ledger.interrupted()])
         recovery.fill(self.place, self._elsewhere)
@@ -298,8 +298,7 @@ class GpuWorker(LoneWorker):
 
     def _look_for_late(self) -> None:
         """Queue what a client wrote down and did not live to hand over."""
-        late, self._looked_until = recovery.written_late(self.place.ledger, self._looked_until, time.time())
-        if late:
+        if late := self._late.look(self.place.ledger, time.monotonic()):
             recovery.queue_submissions(self.place, late, self._elsewhere)
 
     def _retire_idle_engine(self) -> None:

@@ -345,14 +345,3 @@ def test_a_thousand_receipts_are_written_together(ledger: Ledger) -> None:
     ledger.record_all(receipt(job, "cancelled") for job in sorted(ids))
 
     assert ledger.ended() == ids
-
-
-def test_submissions_are_found_by_the_moment_they_were_written_down(ledger: Ledger) -> None:
-    assert ledger.written_between(0, 100) == []
-
-    ledger.accept({FIRST: specs(FIRST), SECOND: specs(SECOND)})
-    os.utime(ledger.paths.jobs / f"{FIRST}.jsonl", (50, 50))
-    os.utime(ledger.paths.jobs / f"{SECOND}.jsonl", (100, 100))
-
-    assert ledger.written_between(0, 100) == [FIRST]
-    assert ledger.written_between(50, 101) == [FIRST, SECOND]

@@ -4,55 +4,63 @@ over."""
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from safelight.jobqueue import JobQueue
-from safelightd.recovery import LATE_S, written_late
+from safelight.ledger import submission_of
+from safelightd.recovery import LATE_S, Late
 from tests.conftest import Installation
 from tests.daemon.test_worker import Running, eventually, specs_of
 
-NOON = 1_800_000_000.0
-HOUR = 3600.0
+
+def write_down(installation: Installation, name: str, age_s: float = 0.0) -> None:
+    installation.ledger.accept({name: specs_of(installation, ["a fox"], accepted=False)})
+    moment = time.time() - age_s
+    os.utime(installation.paths.jobs / f"{name}.jsonl", (moment, moment))
 
 
-def written_at(installation: Installation, name: str, moment: float) -> None:
-    spec = specs_of(installation, ["a fox"])[0]
-    installation.ledger.accept({name: [spec]})
-    file = installation.paths.jobs / f"{name}.jsonl"
-    os.utime(file, (moment, moment))
-
-
-def test_a_submission_is_late_once_its_client_has_had_its_time(installation: Installation) -> None:
-    written_at(installation, "a", NOON)
+def test_a_submission_is_late_once_its_client_has_had_its_time_and_only_once(installation: Installation) -> None:
+    write_down(installation, "known")
     ledger = installation.ledger
+    late = Late(ledger.open_submissions())
 
-    assert written_late(ledger, NOON - 1, NOON + 1) == ([], NOON - 1)  # looked a moment ago
-    late, looked = written_late(ledger, NOON - LATE_S, NOON + LATE_S + 1)
-    assert (late, looked) == (["a"], NOON + 1)
-    assert written_late(ledger, looked, NOON + 60) == ([], NOON + 60 - LATE_S)
+    assert late.look(ledger, 0) == []
 
+    write_down(installation, "a")
+    write_down(installation, "b")
 
-def test_a_clock_that_is_set_back_an_hour_hides_nothing(installation: Installation) -> None:
-    looked = NOON - LATE_S
-    written_at(installation, "before", NOON)  # by the old clock
-    late, looked = written_late(installation.ledger, looked, NOON - HOUR)
-
-    assert late == ["before"]
-
-    written_at(installation, "after", NOON - HOUR + 1)
-    late, looked = written_late(installation.ledger, looked, NOON - HOUR + 1 + 2 * LATE_S)
-
-    assert late == ["after"]
+    assert late.look(ledger, LATE_S) == []
+    assert late.look(ledger, 2 * LATE_S - 0.1) == []  # too soon to look again
+    assert late.look(ledger, 2 * LATE_S) == ["a", "b"]
+    assert late.look(ledger, 9 * LATE_S) == []
 
 
-def test_a_clock_that_is_set_forward_an_hour_hides_nothing(installation: Installation) -> None:
-    written_at(installation, "before", NOON)
-    late, looked = written_late(installation.ledger, NOON - LATE_S, NOON + HOUR)
+@pytest.mark.parametrize("age_s", [3600.0, 7.0, -3600.0])
+def test_no_clock_that_is_set_and_no_slow_disk_hides_a_submission(installation: Installation, age_s: float) -> None:
+    """Its file has the time of another clock, or that at which its bytes were written: the name came when those were on
+    the disk, after looks that did not see it."""
+    late, ledger = Late(), installation.ledger
+    assert late.look(ledger, 0) == []
+    assert late.look(ledger, 1800) == []
 
-    assert late == ["before"]
-    assert looked == NOON + HOUR - LATE_S
+    write_down(installation, "a", age_s)
+
+    assert [late.look(ledger, now) for now in (1806, 1812, 1820)] == [[], ["a"], []]
+
+
+def test_a_submission_that_is_closed_and_opened_again_is_looked_at_again(installation: Installation) -> None:
+    write_down(installation, "a")
+    late, file = Late(["a"]), installation.paths.jobs / "a.jsonl"
+    away = file.rename(installation.root / "away")
+
+    assert late.look(installation.ledger, 0) == []
+
+    away.rename(file)
+
+    assert [late.look(installation.ledger, now) for now in (10, 20, 30)] == [[], ["a"], []]
 
 
 def test_files_that_cannot_be_read_keep_no_worker_from_starting_and_no_other_job_from_running(
@@ -127,3 +135,12 @@ def test_a_retried_job_that_somebody_without_a_ledger_cancelled_stays_cancelled(
 
     assert daemon.state(spec) == "cancelled"
     assert daemon.log().count(f"start {spec.id}") == 1
+
+
+def test_a_submission_with_the_time_of_another_clock_is_found_by_a_running_worker(daemon: Running) -> None:
+    daemon.all_in(daemon.submit("ok"), "done")
+    (spec,) = specs_of(daemon.installation, ["ok"])
+    os.utime(daemon.installation.paths.jobs / f"{submission_of(spec.id)}.jsonl", (time.time() - 60,) * 2)
+    daemon.all_in([spec], "done", timeout_s=30)
+
+    assert daemon.times_done(spec) == 1
