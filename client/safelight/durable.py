@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,6 +41,33 @@ def write_all(files: Iterable[tuple[Path, bytes]]) -> None:
         raise
     for folder in {path.parent for _, path in staged}:
         sync_folder(folder)
+
+
+def create_all(files: Iterable[tuple[Path, bytes]]) -> None:
+    """Put many new files in place as `write_all` does; where that fails, none of them is there that was not before."""
+    made: list[Path] = []
+
+    def noted() -> Iterator[tuple[Path, bytes]]:
+        for path, content in files:
+            if not path.exists():
+                made.append(path)
+            yield path, content
+
+    try:
+        write_all(noted())
+    except OSError:
+        _take_back(made)
+        raise
+
+
+def _take_back(made: Sequence[Path]) -> None:
+    """Remove files as well as a disk that failed just now lets us; what it said first is what matters."""
+    for path in made:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+    for folder in {path.parent for path in made}:
+        with suppress(OSError):
+            sync_folder(folder)
 
 
 @contextmanager

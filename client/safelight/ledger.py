@@ -92,9 +92,10 @@ class Ledger:
         """Write down what was accepted, one file a submission, all synced when this returns.
 
         Raises:
-            OSError: the disk is full or the folder cannot be written; nothing may be queued then.
+            OSError: the disk is full or the folder cannot be written; nothing may be queued then, and nothing of it is
+                here, unless the disk did not even let go of it: `knows` tells.
         """
-        durable.write_all(
+        durable.create_all(
             (self.paths.jobs / f"{submission}.jsonl", _lines(specs)) for submission, specs in submissions.items()
         )
 

@@ -153,13 +153,23 @@ def submit(
     try:
         ledger.accept(submissions)
     except OSError as error:
-        raise SafelightError(f"{error.filename}: {error.strerror}. Nothing was queued.") from error
+        raise SafelightError(
+            f"{error.filename or ledger.paths.jobs}: {error.strerror}. {_left(specs, ledger)}"
+        ) from error
     if _queued(specs, queue, patience_s):
         return []
     return [
         "The queue stopped answering. The jobs are in the ledger and will be queued when the worker starts next: "
         "do not submit them again."
     ]
+
+
+def _left(specs: Sequence[JobSpec], ledger: Ledger) -> str:
+    """Return what is left of a submission that could not be written down: a disk may refuse to remove it, too."""
+    left = [spec.id for spec in specs if ledger.knows(spec.id)]
+    if not left:
+        return "Nothing was queued."
+    return f"These are written down all the same, and will be queued; do not submit them again: {' '.join(left)}"
 
 
 def _refuse_pictures(specs: Sequence[JobSpec]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import stat
 import subprocess
 import sys
 import time
@@ -56,6 +57,27 @@ def test_a_group_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) ->
         durable.write_all([(tmp_path / "first", b"1"), (tmp_path / "in the way" / "second", b"2")])
 
     assert os.listdir(tmp_path) == ["in the way"]
+
+
+def test_new_files_whose_folder_cannot_be_synced_are_taken_back_and_what_was_there_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names would be there until a power cut: whoever was told that it failed would find them."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(descriptor)
+
+    before, new = tmp_path / "before", tmp_path / "new"
+    before.write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output"):
+        durable.create_all([(before, b"1"), (new, b"2")])
+
+    assert before.read_bytes() == b"1"
+    assert os.listdir(tmp_path) == ["before"]
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_leftover(tmp_path: Path) -> None:

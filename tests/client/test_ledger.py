@@ -258,6 +258,14 @@ def test_a_disk_that_cannot_take_the_submission_raises_and_keeps_nothing(ledger:
     assert os.listdir(ledger.paths.jobs) == [f"{SECOND}.jsonl"]
 
 
+def test_of_two_submissions_of_which_one_cannot_be_written_neither_is_there(ledger: Ledger) -> None:
+    (ledger.paths.jobs / f"{SECOND}.jsonl").mkdir(parents=True)
+    with pytest.raises(OSError, match="directory"):
+        ledger.accept({FIRST: specs(FIRST), SECOND: specs(SECOND)})
+
+    assert os.listdir(ledger.paths.jobs) == [f"{SECOND}.jsonl"]
+
+
 def test_a_client_whose_state_folder_cannot_be_made_knows_that_it_cannot_write(ledger: Ledger) -> None:
     ledger.paths.state.parent.mkdir(parents=True, exist_ok=True)
     ledger.paths.state.write_text("a file, not a folder")

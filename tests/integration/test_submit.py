@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import subprocess
 import threading
 from collections.abc import Iterator
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
 from safelight import ledger, queueserver, submit
-from safelight.errors import InvalidJob, QueueUnreachable
+from safelight.errors import InvalidJob, QueueUnreachable, SafelightError
 from safelight.jobqueue import JobQueue
 from safelight.jobspec import JobSpec, check
 from safelight.machine import GIB, Machine
@@ -76,6 +79,31 @@ def test_jobs_are_queued_once_over_a_restart_of_the_server(installation: Install
     assert notes == []
     assert server.queue().waiting_ids() == [job.id for job in jobs]
     queue.server.close()
+
+
+@pytest.mark.parametrize("lets_go", [True, False])
+def test_a_submission_that_fails_says_truly_what_is_left_of_it(
+    installation: Installation, queue: JobQueue, monkeypatch: pytest.MonkeyPatch, *, lets_go: bool
+) -> None:
+    """A folder in the second's place fails its rename; that the disk became read-only as well is stood in for."""
+    first, second = specs(installation, 1), specs(installation, 1)
+    names = [ledger.submission_of(jobs[0].id) for jobs in (first, second)]
+    (installation.paths.jobs / f"{names[1]}.jsonl").mkdir(parents=True)
+    unlink = Path.unlink
+
+    def refused(path: Path, *, missing_ok: bool = False) -> None:
+        if path.suffix == ".jsonl":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        unlink(path, missing_ok=missing_ok)
+
+    if not lets_go:
+        monkeypatch.setattr(Path, "unlink", refused)
+    told = "Nothing was queued.$" if lets_go else f"will be queued; do not submit them again: {first[0].id}$"
+    with pytest.raises(SafelightError, match=f"Is a directory. .*{told}"):
+        submit.submit(dict(zip(names, (first, second), strict=True)), queue, installation.ledger)
+
+    assert [installation.ledger.knows(jobs[0].id) for jobs in (first, second)] == [not lets_go, False]
+    assert queue.waiting_ids() == []
 
 
 def test_jobs_stay_in_the_ledger_when_the_server_does_not_come_back(installation: Installation, server: Server) -> None:
