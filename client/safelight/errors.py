@@ -34,6 +34,12 @@ class InvalidJob(SafelightError):
         super().__init__("\n".join(str(fault) for fault in self.faults))
 
 
+class BadArgument(SafelightError):
+    """A command was given something that it cannot use as it is, such as a folder with something else in it."""
+
+    exit_code = 2
+
+
 def in_order(faults: Sequence[Fault]) -> list[Fault]:
     """Return distinct faults as a reader meets them: file after file as first named, line after line."""
     names: dict[str, int] = {}

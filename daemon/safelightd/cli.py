@@ -83,7 +83,7 @@ def up(config: Config) -> int:
 
 
 @group.command()
-@click.option("--to", "folder", type=click.Path(path_type=Path), help="Where to put the demo; else ./safelight-demo.")
+@click.option("--to", "folder", type=click.Path(path_type=Path), help="A new folder; else ./safelight-demo.")
 def demo(folder: Path | None) -> int:
     """Turn sample prompts into pictures and clips with small models on the CPU, through the whole daemon."""
     from safelightd import demo as show

@@ -18,17 +18,20 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from safelight import config as settings
-from safelight import queueserver
+from safelight import durable, queueserver
 from safelight.config import Config
-from safelight.errors import QueueUnreachable, SafelightError
+from safelight.errors import BadArgument, QueueUnreachable, SafelightError
 from safelight.jobqueue import JobQueue, Row
 from safelight.ledger import Ledger, submission_id
 from safelightd import contact_sheet
 from safelightd.contact_sheet import Entry
 from safelightd.supervisor import Supervisor
 
-SETTINGS = """\
-# Written by `safelight demo`: small models on the CPU. Delete this folder when you have seen it.
+MARK = "# Written by `safelight demo`"
+"""What the settings of a demo begin with: a folder with other settings is left alone."""
+
+SETTINGS = f"""\
+{MARK}: small models on the CPU. Delete this folder when you have seen it.
 [paths]
 inbox = "inbox"
 outbox = "outbox"
@@ -65,6 +68,7 @@ def run(folder: Path, console: Console | None = None) -> int:
     """Show everything in `folder`; returns 0 when every job was done and verified.
 
     Raises:
+        BadArgument: the folder holds something else, or cannot be written.
         SafelightError: a job did not end well, with its reason.
     """
     console = console or Console(highlight=False)
@@ -90,10 +94,21 @@ def run(folder: Path, console: Console | None = None) -> int:
 
 
 def prepare(folder: Path) -> Config:
-    """Write the demo's settings and return them."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Return the demo's settings, which are written into a folder that is new or empty, and kept where they are there.
+
+    Raises:
+        BadArgument: the folder holds something else, or cannot be written.
+    """
     file = folder / "safelight.toml"
-    file.write_text(SETTINGS, encoding="utf-8")
+    remedy = "Name a new folder: safelight demo --to FOLDER."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not any(folder.iterdir()):
+            durable.write(file, SETTINGS.encode())
+        elif not (file.is_file() and file.read_bytes().startswith(MARK.encode())):
+            raise BadArgument(f"{folder}: there is something in it that is not of an earlier demo. {remedy}")
+    except OSError as error:
+        raise BadArgument(f"{folder}: the demo cannot be put there ({error.strerror}). {remedy}") from error
     return settings.load(file=file)
 
 

@@ -31,7 +31,7 @@ def up(ctx: click.Context) -> None:
 
 
 @click.command(context_settings=PASS_ON)
-@click.option("--to", metavar="FOLDER", help="Where the demo puts everything; else ./safelight-demo.")
+@click.option("--to", metavar="FOLDER", help="A new folder for everything; else ./safelight-demo.")
 @click.pass_context
 def demo(ctx: click.Context, to: str | None) -> None:
     """Show the whole way of a job, without a GPU.
