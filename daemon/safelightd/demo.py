@@ -69,6 +69,7 @@ def run(folder: Path, console: Console | None = None) -> int:
 
     Raises:
         BadArgument: the folder holds something else, or cannot be written.
+        KeyboardInterrupt: a signal asked it to end; its processes have ended.
         SafelightError: a job did not end well, with its reason.
     """
     console = console or Console(highlight=False)
@@ -84,6 +85,9 @@ def run(folder: Path, console: Console | None = None) -> int:
         with (folder / "daemon.log").open("wb") as log:
             status = Supervisor(config, stderr=log).run(until=show.ended, poll_s=0.2)
         if not show.all_done:
+            if status == 0 and not show.bad:
+                console.print(f"Stopped. The same command begins anew; {folder} can be deleted.", soft_wrap=True)
+                raise KeyboardInterrupt
             reason = "; ".join(show.bad) or f"stopped with status {status}"
             raise SafelightError(f"The demo did not finish: {reason}. {folder / 'daemon.log'} says more.")
         _summary(config, console, show.since, time.monotonic() - started)
