@@ -44,10 +44,6 @@ NOTE_BYTES = 40
 """Kept free in the name of a filed file: for `.ticket.json`, and for what durable.write adds while it writes that."""
 
 
-PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOTCONN, errno.ESTALE})
-"""What a full or broken disk says: no reason never to try again."""
-
-
 # -- the folders -------------------------------------------------------------------------------------------------
 
 
@@ -70,7 +66,7 @@ def prepare(paths: Paths) -> None:
             for unfinished in folder.glob(".*.part"):  # notes that a crash cut short; they are written anew
                 unfinished.unlink()
     except OSError as error:
-        if error.errno in PASSING:
+        if error.errno in durable.PASSING:
             raise SafelightError(f"{paths.inbox}: {error}. Free some space, or mend the disk.") from error
         raise BadConfig(
             f"{error.filename}: files cannot be taken from the inbox ({error.strerror}). {paths.inbox} and accepted/, "

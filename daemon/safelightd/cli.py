@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -204,6 +206,12 @@ def main() -> None:
     except SafelightError as error:
         click.echo(str(error), err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if logging.getLogger("safelight").isEnabledFor(logging.DEBUG):
+            traceback.print_exc()
+        remedy = "safelight doctor looks at every folder; -v tells where this happened."
+        click.echo(f"{error.filename or 'The system'}: {error.strerror or error}. {remedy}", err=True)
+        sys.exit(SafelightError.exit_code)
     sys.exit(status or 0)
 
 

@@ -17,6 +17,7 @@ from types import FrameType
 from safelight import durable, queueserver
 from safelight.config import Config
 from safelight.errors import BadConfig, QueueUnreachable, SafelightError
+from safelight.paths import Paths
 from safelightd import linux, systemd
 from safelightd.logs import Log
 
@@ -114,18 +115,16 @@ def serve(config: Config) -> int:
     """Run the server until a signal asks it to end; returns the exit status to give.
 
     Raises:
-        BadConfig: another URL is configured, there is no usable server, or another one uses the data.
-        SafelightError: the server ended by itself; a restart may help.
+        BadConfig: another URL is configured, there is no usable server, another one uses the data, or its folders
+            cannot be written.
+        SafelightError: the server ended by itself, or the disk is full or broken just now; a restart may help.
     """
     if not config.embedded:
         raise BadConfig("[queue] url names a server of your own; there is no embedded one to run.")
     binary = find_binary()
     version = version_of(binary)
     paths = config.paths
-    paths.redis.mkdir(mode=0o700, parents=True, exist_ok=True)
-    paths.socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = _lock(paths.redis)
-    refuse_downgrade(paths.redis, *version)
+    lock = _take_folders(paths, *version)
     server = _started(binary, paths.socket, paths.redis, lock)
     asked_to_stop = False
 
@@ -151,6 +150,29 @@ def serve(config: Config) -> int:
             signal.signal(number, signal.SIG_IGN)
         return 0
     raise SafelightError(f"The queue server ended with status {status}; its log says why.")
+
+
+def _take_folders(paths: Paths, name: str, version: tuple[int, ...]) -> int:
+    """Make the folders of the data and of the socket; return the lock of the data, which this server may open.
+
+    Raises:
+        BadConfig: they cannot be made or written, or the data is another server's.
+        SafelightError: the disk is full or broken just now; a restart may help.
+    """
+    try:
+        for folder in (paths.redis, paths.socket.parent):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = _lock(paths.redis)
+        refuse_downgrade(paths.redis, name, version)
+    except OSError as error:
+        problem = f"{error.filename or paths.redis}: {error.strerror}"
+        if error.errno in durable.PASSING:
+            raise SafelightError(f"{problem}. Free some space, or mend the disk.") from error
+        raise BadConfig(
+            f"{problem}. The queue server keeps its data in {paths.redis} and its socket in {paths.socket.parent}: "
+            "make both writable for safelight, or set [paths] state, and XDG_RUNTIME_DIR for the socket."
+        ) from error
+    return lock
 
 
 def _started(binary: Path, socket: Path, data: Path, lock: int) -> subprocess.Popen[bytes]:

@@ -223,6 +223,30 @@ def test_a_configured_server_is_not_run_beside(start: Start, installation: Insta
     assert "names a server of your own" in said(start(), 3)
 
 
+@pytest.mark.parametrize("place", ["{root}/file/state", "/proc/safelight"])
+def test_a_folder_that_cannot_be_written_is_named_and_no_reason_to_try_again(
+    start: Start, installation: Installation, place: str
+) -> None:
+    (installation.root / "file").touch()
+    state = place.format(root=installation.root)
+    settings = installation.config.source
+    settings.write_text(settings.read_text().replace(f"{installation.root}/state", state))
+
+    problem = said(start(), 3)
+
+    assert problem.startswith(state if place.startswith("/proc") else f"{installation.root}/file")
+    assert f"The queue server keeps its data in {state}/redis" in problem
+    assert "make both writable for safelight, or set [paths] state" in problem
+
+
+def test_data_that_cannot_be_written_any_more_is_named(start: Start, installation: Installation) -> None:
+    (installation.paths.redis / "server.json").mkdir(parents=True)
+
+    problem = said(start(), 3)
+
+    assert f"The queue server keeps its data in {installation.paths.redis}" in problem
+
+
 def test_folders_with_spaces_and_letters_of_any_language_are_fine(start: Start, installation: Installation) -> None:
     file = installation.config.source
     file.write_text(file.read_text().replace(f"{installation.root}/state", f"{installation.root}/dâta of 'today'"))

@@ -131,6 +131,21 @@ def test_what_a_restart_cannot_help_ends_all_with_its_exit_code(
     assert f"hopeless process={name} status={status}" in log
 
 
+def test_a_home_that_cannot_be_written_ends_all_at_once_with_the_folder_named(installation: Installation) -> None:
+    """Not a traceback every ten seconds for ever."""
+    env = {
+        name: value for name, value in installation.env.items() if name not in ("SAFELIGHT_CONFIG", "XDG_RUNTIME_DIR")
+    }
+    with programs(env | {"HOME": "/proc/nobody"}) as run:
+        process = run("-m", "safelight.cli", "up")
+        _, log = process.communicate(timeout=30)
+
+    assert process.returncode == 3
+    assert "/proc/nobody: No such file or directory. The queue server keeps its data in /proc/nobody/.local/" in log
+    assert "Traceback" not in log
+    assert log.count("started process=") == 1
+
+
 def test_a_signal_during_the_wait_before_a_restart_is_heard(up: Start, installation: Installation) -> None:
     """A server that cannot listen dies at once, again and again."""
     (installation.paths.socket / "in the way").mkdir(parents=True)
