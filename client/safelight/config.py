@@ -203,6 +203,13 @@ class Config:
         return not self.settings.queue.url
 
     @property
+    def without_a_gpu(self) -> str:
+        """What a person does on a machine that has none: never the CPU by itself."""
+        return (
+            f'On a machine without a GPU: write [worker] device = "cpu" into {self.source} and start the daemon again.'
+        )
+
+    @property
     def wan_checkout(self) -> Path:
         """The folder of Wan's own program, where the settings name one."""
         return self.beside_settings(self.settings.wan_cli.checkout)

@@ -347,7 +347,7 @@ def _device(config: Config, workers: Sequence[WorkerRow], nvidia: Path = NVIDIA)
     elif cards := _cards(nvidia):
         yield _tried(config) or ok("device", f"{', '.join(cards)} by the driver's word; nothing has tried it yet")
     else:
-        remedy = 'Install or load the NVIDIA driver. For tiny models on the CPU write [worker] device = "cpu".'
+        remedy = f"Install or load the NVIDIA driver. {config.without_a_gpu}"
         yield fail("device", "no NVIDIA GPU is known to a driver", remedy, NoUsableGpu.exit_code)
 
 

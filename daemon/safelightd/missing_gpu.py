@@ -30,9 +30,10 @@ def await_device(config: Config, forgotten_s: int) -> Machine:
         try:
             machine = probe.read_machine(config)
         except NoUsableGpu as error:
-            log.error("gpu.missing", reason=error)
-            systemd.notify("READY=1", "WATCHDOG=1", f"STATUS=Held: gpu: {error}")
-            _tell(config, name, str(error), forgotten_s)
+            reason = f"{error} {config.without_a_gpu}"
+            log.error("gpu.missing", reason=reason)
+            systemd.notify("READY=1", "WATCHDOG=1", f"STATUS=Held: gpu: {reason}")
+            _tell(config, name, reason, forgotten_s)
             time.sleep(wait_s)  # a signal ends it
             continue
         _tell(config, name, None, forgotten_s)

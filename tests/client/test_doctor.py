@@ -179,3 +179,22 @@ def test_pictures_and_clips_are_reckoned_by_their_size() -> None:
 
     assert doctor.output_bytes(picture) == pytest.approx(3.1e6, rel=0.05)
     assert doctor.output_bytes(clip) == pytest.approx(33e6, rel=0.05)
+
+
+# -- the device --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(doctor.NVIDIA.exists(), reason="this machine has an NVIDIA driver")
+def test_a_machine_without_a_gpu_is_told_the_setting_and_the_file_for_its_cpu(
+    safelight: Safelight, installation: Installation
+) -> None:
+    settings = installation.config.source
+    settings.write_text(settings.read_text().replace('device = "cpu"', 'device = "cuda"'))
+
+    (found,) = looks(safelight, "device")
+
+    assert found["look"] == "fail"
+    assert found["remedy"] == (
+        "Install or load the NVIDIA driver. On a machine without a GPU: "
+        f'write [worker] device = "cpu" into {settings} and start the daemon again.'
+    )

@@ -15,7 +15,7 @@ from tests.daemon.test_worker import REPOSITORY, eventually, specs_of
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has an NVIDIA GPU")
-def test_a_worker_without_its_gpu_holds_with_the_reason_and_runs_nothing(
+def test_a_worker_without_its_gpu_holds_with_the_reason_and_the_remedy_and_runs_nothing(
     installation: Installation, queue: JobQueue
 ) -> None:
     settings = installation.config.source
@@ -27,7 +27,12 @@ def test_a_worker_without_its_gpu_holds_with_the_reason_and_runs_nothing(
     process = subprocess.Popen([sys.executable, "-m", "safelightd.cli", "worker"], env=env)
     try:
         eventually(lambda: [row.holds for row in queue.workers() if "gpu" in row.holds])
+        (worker,) = queue.workers()
+        remedy = (
+            f'On a machine without a GPU: write [worker] device = "cpu" into {settings} and start the daemon again.'
+        )
 
+        assert worker.holds["gpu"].endswith(remedy)
         assert process.poll() is None
         assert queue.state(spec.id) == "queued"
 

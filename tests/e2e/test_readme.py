@@ -76,6 +76,25 @@ def test_the_readmes_evening_and_morning_do_what_it_says(installation: Installat
     assert "flux-schnell" in listed
 
 
+def test_the_demo_models_draw_in_a_fresh_home_without_a_gpu(installation: Installation, env: dict[str, str]) -> None:
+    home = installation.root / "home"
+    home.mkdir()
+    fresh = {name: value for name, value in env.items() if name not in ("SAFELIGHT_CONFIG", "XDG_STATE_HOME")}
+    fresh |= {"HOME": str(home)}
+    before, add, rest = block("Before there is a model").partition("safelight add")
+    shell(before, fresh, home)
+    daemon = Daemon(installation, fresh)
+    try:
+        shell("until safelight status; do :; done", fresh, home)
+        jobs = shell(f"{add}{rest}", fresh, home).split()
+        shell(f"safelight wait {' '.join(jobs)} --timeout 100", fresh, home)
+    finally:
+        assert daemon.stop() == 0
+
+    drawn = [file.suffix for file in (home / "safelight/outbox").rglob("0*") if file.suffix in (".png", ".mp4")]
+    assert sorted(drawn) == [".mp4", ".png"]
+
+
 def test_demo_shows_ten_verified_outputs_and_leaves_no_process(installation: Installation) -> None:
     folder = installation.root / "demo"
     command = [sys.executable, "-m", "safelight.cli", "demo", "--to", str(folder)]
