@@ -11,6 +11,7 @@ import select
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 
@@ -82,3 +83,19 @@ def lock(descriptor: int, patience_s: float) -> bool:
             time.sleep(0.05)
             continue
         return True
+
+
+def lock_holder(descriptor: int) -> int | None:
+    """Return the process that took the lock of an open file or folder, None where the kernel does not tell.
+
+    proc_locks(5) names a file by its device and inode; some file systems (btrfs) have another device in stat(2), a
+    holder in another pid namespace has no number here, and the system's units hide the file (ProcSubset=pid).
+    """
+    locks = Path("/proc/locks")
+    found = os.fstat(descriptor)
+    name = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    for line in locks.read_text().splitlines() if locks.is_file() else ():
+        words = line.split()
+        if words[1] == "FLOCK" and words[5] == name and int(words[4]) > 0:
+            return int(words[4])
+    return None

@@ -226,8 +226,10 @@ def _lock(data: Path) -> int:
     """
     descriptor = os.open(data, os.O_RDONLY | os.O_DIRECTORY)
     if not linux.lock(descriptor, DYING_S):
+        holder = linux.lock_holder(descriptor)
         os.close(descriptor)
-        raise BadConfig(f"Another queue server uses {data}. Stop it first: safelight doctor shows which.")
+        which = f" (pid {holder})" if holder else ""
+        raise BadConfig(f"Another queue server{which} uses {data}. Stop the `safelight up` or the unit that runs it.")
     return descriptor
 
 

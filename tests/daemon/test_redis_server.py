@@ -140,7 +140,7 @@ def test_a_second_server_on_the_same_data_is_refused_even_while_the_first_hangs_
     child.suspend()
     seconds = [start(), start(XDG_RUNTIME_DIR=str(installation.root / "r2"))]
     for second in seconds:
-        assert f"Another queue server uses {installation.paths.redis}" in said(second, 3)
+        assert f"Another queue server (pid {first.pid}) uses {installation.paths.redis}" in said(second, 3)
     child.resume()
 
     assert answers(installation)
