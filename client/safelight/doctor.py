@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from safelight import config as settings
-from safelight import inventory, models, prepared, published, pulled, queueserver, tonight, wan_cli
+from safelight import inventory, models, prepared, published, pulled, queueserver, tonight, units, wan_cli
 from safelight.config import Config
 from safelight.errors import BadConfig, LedgerDamaged, NoUsableGpu, QueueUnreachable
 from safelight.finding import Finding, fail, ok, warn
@@ -72,7 +72,7 @@ def examine(file: Path | None) -> list[Finding]:
             workers = queue.workers()
             found += [_server(config, queue), _workers(workers), *_room(config, queue)]
         except queueserver.AWAY as error:
-            found.append(_no_server(config, f"The queue stopped answering: {error}", queueserver.START))
+            found.append(_no_server(config, f"The queue stopped answering: {error}", units.remedy()))
         finally:
             server.close()
     return [*found, *_device(config, workers), *_suspend(config, workers), *_paused(config)]
@@ -277,25 +277,16 @@ def _daemon() -> Finding:
     return warn("daemon", f"only the client is installed ({', '.join(missing)} missing)", remedy)
 
 
-def _unit_folders() -> list[Path]:
-    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    return [home / "systemd/user", Path("/etc/systemd/system")]
-
-
-def _installed_units() -> list[Path]:
-    return [folder for folder in _unit_folders() if (folder / "safelight.target").is_file()]
-
-
 def _units() -> Finding:
-    if folders := _installed_units():
+    if folders := units.installed(os.environ):
         return ok("units", f"installed in {', '.join(map(str, folders))}")
     return warn("units", "no systemd units", "safelight service install, or run safelight up by hand.")
 
 
 def _services() -> Iterator[Finding]:
     """What services lack that `safelight up` in a person's session has."""
-    installed = _installed_units()
-    if _unit_folders()[0] in installed:
+    installed = units.installed(os.environ)
+    if units.of_a_person(os.environ) in installed:
         yield tonight.lingering(tonight.current_user())
     if installed:
         yield tonight.staying_awake()
@@ -327,8 +318,7 @@ def _server(config: Config, queue: JobQueue) -> Finding:
 
 def _workers(workers: Sequence[WorkerRow]) -> Finding:
     if not workers:
-        remedy = "systemctl --user start safelight.target, or safelight up."
-        return warn("worker", "none is running: jobs wait", remedy)
+        return warn("worker", "none is running: jobs wait", units.remedy())
     now = time.time()
     holds = sorted({f"{name}: {reason}" for worker in workers for name, reason in worker.holds.items()})
     seen = ", ".join(f"{worker.name} seen {now - worker.seen_at:.0f} s ago" for worker in workers)

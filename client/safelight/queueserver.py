@@ -11,6 +11,7 @@ from redis._parsers.base import BaseParser
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
+from safelight import units
 from safelight.errors import BadConfig, QueueUnreachable
 
 SERVER_MIN = {"valkey": (7, 2), "redis": (6, 2)}
@@ -18,8 +19,6 @@ SERVER_MIN = {"valkey": (7, 2), "redis": (6, 2)}
 
 AWAY = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, redis.OutOfMemoryError)
 """What a call raises while the server is down, loading (BusyLoadingError is a ConnectionError) or full: try later."""
-
-START = "Start it: systemctl --user start safelight.target, or safelight up."
 
 # A server that cannot write its append-only file (a full disk) refuses writes as a read-only replica does. redis-py
 # gives MISCONF no class of its own, and a bare ResponseError is also what a bug of ours raises.
@@ -70,8 +69,13 @@ def connect(url: str, *, timeout_s: float = 5.0, retries: int = 3) -> redis.Redi
     except redis.AuthenticationError as error:
         raise BadConfig(f"The queue at {_shown(url)} refused the password of [queue] url: {error}.") from error
     except (redis.ConnectionError, redis.TimeoutError) as error:
-        raise QueueUnreachable(f"The queue at {_shown(url)} does not answer.", START) from error
+        raise QueueUnreachable(f"The queue at {_shown(url)} does not answer.", _start(url)) from error
     return server
+
+
+def _start(url: str) -> str:
+    """The embedded server listens on a unix socket alone."""
+    return units.remedy() if url.startswith("unix:") else "Start that server, or correct [queue] url."
 
 
 def _shown(url: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from safelight import doctor, prepared
+from safelight import doctor, prepared, units
 from safelight.prepared import Manifest, Source, SourceFile, StoredFile
 from tests.cli_steps import Safelight, runner
 from tests.conftest import Installation
@@ -77,11 +77,28 @@ def test_accepted_jobs_that_nobody_can_read_are_named(safelight: Safelight, inst
 # -- the queue ---------------------------------------------------------------------------------------------------
 
 
-def test_a_queue_that_does_not_answer_is_named_once_with_what_starts_it(safelight: Safelight) -> None:
+def test_a_queue_that_does_not_answer_is_named_once_with_what_starts_it(
+    safelight: Safelight, installation: Installation
+) -> None:
     (found,) = looks(safelight, "queue")
 
     assert found["says"].endswith("redis.sock does not answer.")
-    assert found["remedy"] == "Start it: systemctl --user start safelight.target, or safelight up."
+    assert found["remedy"] == units.remedy({"XDG_CONFIG_HOME": str(installation.root / ".config")})
+
+
+def test_what_starts_the_daemon_is_the_units_where_they_are_installed_and_up_where_none_are(tmp_path: Path) -> None:
+    system = tmp_path / "system"
+    env = {"XDG_CONFIG_HOME": str(tmp_path)}
+    none = units.remedy(env, system)
+    for folder in (system, tmp_path / "systemd/user"):
+        folder.mkdir(parents=True)
+    (system / "safelight.target").touch()
+    everybodys = units.remedy(env, system)
+    (tmp_path / "systemd/user/safelight.target").touch()
+
+    assert none == "Start it: safelight up, or safelight service install for units that do."
+    assert everybodys == "Start it: sudo systemctl start safelight.target"
+    assert units.remedy(env, system) == "Start it: systemctl --user start safelight.target"
 
 
 def test_a_server_of_ones_own_that_does_not_answer_is_not_to_be_started_by_our_units(

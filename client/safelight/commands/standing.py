@@ -69,11 +69,11 @@ def _seconds(spec: JobSpec, machine: Machine, models: Models, calibration: Calib
 
 def hold_lines(queue: JobQueue, config: Config) -> list[str]:
     """Return why no job starts, a line a reason; [] when nothing keeps the next one from starting."""
+    from safelight import units
     from safelight.display import line
 
     workers = queue.workers()
-    start = "Start it: systemctl --user start safelight.target, or safelight up."
-    absent = [] if workers else [f"No worker is running: jobs wait. {start}"]
+    absent = [] if workers else [f"No worker is running: jobs wait. {units.remedy()}"]
     return absent + [line(f"On hold ({name}): {reason}") for name, reason in holds(queue, config, workers).items()]
 
 
