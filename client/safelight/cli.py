@@ -126,8 +126,8 @@ def main(ctx: click.Context, config_file: Path | None, verbose: bool) -> None:  
     `safelight doctor` what is wrong with the installation.
 
     \b
-    Exit codes: 0 done, 1 a job failed, 2 usage, 3 bad settings or installation,
-    4 the queue does not answer, 5 no usable GPU, 130 interrupted.
+    Exit codes: 0 done, 1 a job failed, or the system refused (a full disk, a failed copy), 2 usage,
+    3 bad settings or installation, 4 the queue does not answer, 5 no usable GPU, 130 interrupted.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -36,9 +36,9 @@ def up(ctx: click.Context) -> None:
 def demo(ctx: click.Context, to: str | None) -> None:
     """Show the whole way of a job, without a GPU.
 
-    Sample prompts become pictures and a clip, on the CPU, through the whole daemon. Needs no GPU, no download and
-    nothing installed but safelight[daemon]. The tiny models draw noise: it shows the way of a job, not what the
-    real models draw.
+    Sample prompts become pictures and clips, on the CPU, through the whole daemon. Needs no GPU, no download and
+    nothing installed but safelight[daemon]. Its two small models draw coloured shapes as they are told, and nothing
+    else.
     """
     become_daemon(ctx, "demo", "demo", *(["--to", to] if to else []))
 
