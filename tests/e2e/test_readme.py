@@ -37,6 +37,12 @@ def block(heading: str, page: str = "README.md") -> str:
     return found[1]
 
 
+def inline(start: str) -> str:
+    """Return the command of the README's prose that begins so."""
+    (found,) = re.findall(rf"`({re.escape(start)}[^`]*)`", (REPOSITORY / "README.md").read_text(encoding="utf-8"))
+    return str(found)
+
+
 def shell(script: str, env: dict[str, str], folder: Path) -> str:
     """Run commands as a person's shell would, ending with the first that fails; return what they printed."""
     done = subprocess.run(
@@ -81,13 +87,12 @@ def test_the_demo_models_draw_in_a_fresh_home_without_a_gpu(installation: Instal
     home.mkdir()
     fresh = {name: value for name, value in env.items() if name not in ("SAFELIGHT_CONFIG", "XDG_STATE_HOME")}
     fresh |= {"HOME": str(home)}
-    before, add, rest = block("Before there is a model").partition("safelight add")
-    shell(before, fresh, home)
+    shell(inline("mkdir -p ~/.config/safelight"), fresh, home)
     daemon = Daemon(installation, fresh)
     try:
         shell("until safelight status; do :; done", fresh, home)
-        jobs = shell(f"{add}{rest}", fresh, home).split()
-        shell(f"safelight wait {' '.join(jobs)} --timeout 100", fresh, home)
+        jobs = [shell(inline(f"safelight add --model {model}"), fresh, home) for model in ("demo-flux", "demo-wan")]
+        shell(f"safelight wait {' '.join(map(str.strip, jobs))} --timeout 100", fresh, home)
     finally:
         assert daemon.stop() == 0
 
