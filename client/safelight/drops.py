@@ -11,7 +11,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -264,20 +264,21 @@ class Patience(NamedTuple):
 
 
 def due(
-    scan: Scan, patience: Patience, used: Mapping[str, int], stuck: Container[str]
+    scan: Scan, patience: Patience, used: Mapping[str, int], stuck: Container[str], claimed: Iterable[str] = ()
 ) -> Iterator[tuple[float, Entry]]:
     """Yield every file with the moment from which it may be taken; infinite where it waits for another file.
 
     A text waits for the picture of its name. A text of a batch folder waits until everything in that folder has
     settled, so that the batch keeps the order of its names however it was copied, but no longer than partner_s. A
-    picture waits while a text that may name it is on its way; then it may go at once where it was used, and after
-    partner_s where it was not.
+    picture waits while a text that may name it is on its way or claimed; then it may go at once where it was used, and
+    after partner_s where it was not.
 
     Args:
         used: pictures that jobs have been made with, and their marks then.
         stuck: texts that cannot be taken; nothing waits for them.
+        claimed: where files lay that were claimed and have not become jobs yet.
     """
-    comes = _Coming.of(scan, stuck)
+    comes = _Coming.of(scan, stuck, claimed)
     for entry in scan.entries.values():
         settled_at = _settled_at(entry, patience)
         if entry.path in scan.arriving:
@@ -309,9 +310,9 @@ class _Coming:
     """When the last file of each area changed; infinite while one is partly there."""
 
     @classmethod
-    def of(cls, scan: Scan, stuck: Container[str]) -> _Coming:
+    def of(cls, scan: Scan, stuck: Container[str], claimed: Iterable[str]) -> _Coming:
         changed_at: dict[str, float] = {}
-        text_areas = {area_of(path) for path in scan.arriving if kind_of(path) == "text"}
+        text_areas = {area_of(path) for path in (*scan.arriving, *claimed) if kind_of(path) == "text"}
         for entry in scan.entries.values():
             area = area_of(entry.path)
             changed_at[area] = max(changed_at.get(area, 0.0), entry.since)

@@ -106,6 +106,8 @@ class Lot:
     known: list[JobSpec] = field(default_factory=list)
     filings: list[Filing] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
+    used: dict[str, set[str]] = field(default_factory=dict)
+    """The pictures that the new jobs of each submission were made with."""
 
     @property
     def jobs(self) -> Iterator[JobSpec]:
@@ -150,10 +152,10 @@ class Intake:
             OSError: a folder is gone or the disk is full; claimed files stay claimed.
             queueserver.AWAY: the server is away; likewise.
         """
-        unfinished_at = self._finish(queue)
+        unfinished, unfinished_at = self._finish(queue)
         self._scan = scan = drops.scan(self._paths.inbox, self._scan, time.monotonic)
         self._forget(scan)
-        ready, next_at = self._due(scan)
+        ready, next_at = self._due(scan, unfinished)
         more = len(ready) > TURN_FILES
         taken = 0
         for group in _groups(heapq.nsmallest(TURN_FILES, ready, key=lambda entry: drops.order(entry.path))):
@@ -181,11 +183,11 @@ class Intake:
         for folder, problem in scan.troubles:
             self._speak(folder, problem)
 
-    def _due(self, scan: Scan) -> tuple[list[Entry], float]:
-        """Return the files that may be taken now, and when the next may."""
+    def _due(self, scan: Scan, unfinished: Sequence[str]) -> tuple[list[Entry], float]:
+        """Return the files that may be taken now, and when the next may; `unfinished` is what stays in claimed/."""
         stuck = {path for path, later in self._later.items() if later.stuck}
         ready, next_at = [], math.inf
-        for at, entry in drops.due(scan, self._patience, self._pictures.used_marks, stuck):
+        for at, entry in drops.due(scan, self._patience, self._pictures.used_marks, stuck, unfinished):
             if entry.path in self._later:
                 continue
             if at <= scan.started_at:
@@ -232,14 +234,15 @@ class Intake:
 
     # -- finishing ------------------------------------------------------------------------------------------------
 
-    def _finish(self, queue: JobQueue) -> float:
-        """Finish what lies in claimed/; return when what is not settled there may be.
+    def _finish(self, queue: JobQueue) -> tuple[list[str], float]:
+        """Finish what lies in claimed/; return the paths of what stays there, and when that may have settled.
 
         What the ledger knows is queued again (each job at most once). What it does not know was claimed and not yet
         read, or changed by a late writer: it is read when it has settled.
         """
         self._claimed = scan = drops.scan(self._paths.claimed, self._claimed, time.monotonic)
         next_at = math.inf
+        left: list[str] = []
         group: list[Taken] = []
         for name in sorted(scan.entries):
             entry = scan.entries[name]
@@ -253,8 +256,10 @@ class Intake:
                 if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
                     raise
                 self._speak(f".safelight/claimed/{name}", f"cannot be finished: {error}")
+                left.append(claim.path)
                 continue
             if taken is None:
+                left.append(claim.path)
                 next_at = min(next_at, max(entry.since + self._patience.settle_s, scan.started_at + WRITER_S))
                 continue
             group.append(taken)
@@ -262,7 +267,7 @@ class Intake:
                 self._commit(queue, group)
                 group = []
         self._commit(queue, group)
-        return next_at
+        return left, next_at
 
     def _take_again(self, claim: Claim, entry: Entry, now: float) -> Taken | None:
         """Return a claim with what was in it; None while it may still change."""
@@ -307,7 +312,7 @@ class Intake:
             lot.filings.append(filing)
             log.warning("inbox.rejected", file=inbox.shown(taken.claim.path), faults=len(faults), why=filing.note)
             return
-        self._pictures.note_used(made.pictures, taken.claim.submission)
+        lot.used[taken.claim.submission] = made.pictures
         lot.new[taken.claim.submission] = made.specs
         lot.filings.append(self._acceptance(taken, made.specs))
 
@@ -363,6 +368,8 @@ class Intake:
             return
         inbox.sync_claims(self._paths, lot.claims)
         self._ledger.accept(lot.new)
+        for submission, pictures in lot.used.items():
+            self._pictures.note_used(pictures, submission)
         new = queue.submit(lot.jobs)
         inbox.file_away(lot.filings)
         self.queued_jobs += len(new)

@@ -35,9 +35,11 @@ class Folder:
         self.last = drops.scan(self.top, self.last, lambda: self.now)
         return self.last
 
-    def due_in(self, used: dict[str, int] | None = None, stuck: set[str] | None = None) -> dict[str, float]:
+    def due_in(
+        self, used: dict[str, int] | None = None, stuck: set[str] | None = None, claimed: tuple[str, ...] = ()
+    ) -> dict[str, float]:
         """Scan, and return in how many seconds each file may be taken."""
-        due = drops.due(self.scan(), PATIENCE, used or {}, stuck or set())
+        due = drops.due(self.scan(), PATIENCE, used or {}, stuck or set(), claimed)
         return {entry.path: at - self.now for at, entry in due}
 
 
@@ -228,6 +230,16 @@ def test_picture_waits_while_a_text_that_may_name_it_is_on_its_way(folder: Folde
 
     assert folder.due_in()[picture] == math.inf
     assert folder.due_in(stuck={text})[picture] == 60.0
+
+
+@pytest.mark.parametrize("was_used", [True, False])
+def test_picture_waits_for_a_claimed_text_that_may_name_it(folder: Folder, was_used: bool) -> None:
+    folder.drop("summer/cat.png")
+    used = {"summer/cat.png": folder.scan().entries["summer/cat.png"].mark} if was_used else {}
+
+    assert folder.due_in(used, claimed=("dog.txt",))["summer/cat.png"] == math.inf
+    assert folder.due_in(used, claimed=("summer/cat.txt",))["summer/cat.png"] == math.inf
+    assert folder.due_in(used, claimed=("winter/cat.txt",))["summer/cat.png"] < math.inf
 
 
 def test_picture_waits_for_a_text_around_its_folder_but_not_for_one_elsewhere(folder: Folder) -> None:

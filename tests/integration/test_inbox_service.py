@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from safelight import drops, inbox, queueserver
+from safelight import drops, inbox, inputs, queueserver
 from safelight.config import Config
 from safelight.errors import BadConfig
 from safelight.jobqueue import JobQueue
@@ -321,6 +321,53 @@ def test_nothing_is_lost_or_doubled_while_the_disk_is_full(installation: Install
         until(lambda: filed(installation.paths.accepted) == ["fox.txt"])
 
     assert prompts(queue) == ["a fox", "a hare"]
+
+
+def test_a_pair_stays_together_through_a_passing_fault_of_the_disk(installation: Installation, queue: JobQueue) -> None:
+    """The picture is stored and the text is claimed when the ledger has no room; the next turn goes past the claim."""
+    paths = installation.paths
+    source = installation.root / "yesterday.png"
+    source.write_bytes(picture("red"))
+    inputs.store(source, paths.inputs)
+    manager = Manager(installation.root / "notify")
+
+    def no_room() -> None:
+        manager.adopt()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
+
+    drop(paths.inbox, "cat.png", picture("red"))
+    drop(paths.inbox, "cat.txt", "---\nkind: video\n---\na cat")
+    with running(tuned(installation, settle_s=1.0), no_room) as process:
+        manager.hear("STATUS=Waiting")
+        manager.hear("jobs queued")
+        assert left(paths.inbox) == ["cat.png"]
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        until(lambda: is_finished(installation))
+
+    assert filed(paths.accepted) == ["cat.png", "cat.txt"]
+    assert [(spec.prompt, bool(spec.image)) for spec in line(queue)] == [("a cat", True)]
+
+
+def test_a_picture_waits_for_its_text_that_is_claimed_and_still_written(
+    installation: Installation, queue: JobQueue
+) -> None:
+    paths = installation.paths
+    inbox.prepare(paths)
+    drop(paths.inbox, "cat.png", picture("red"))
+    drop(paths.inbox, "cat.txt", "---\nkind: video\n---\n")
+    entry = drops.scan(paths.inbox, None, time.monotonic).entries["cat.txt"]
+    with (paths.inbox / "cat.txt").open("a") as late:
+        inbox.claim(paths, entry, inbox.new_submission(), (".png",))
+        with running(tuned(installation, partner_s=0.1), lambda: os.close(late.fileno())):
+            drop(paths.inbox, "summer/hare.txt", "a hare")
+            until(lambda: prompts(queue) == ["a hare"])
+            assert left(paths.inbox) == ["cat.png"]
+            late.write("a cat")
+            late.close()
+            until(lambda: is_finished(installation))
+
+    assert filed(paths.accepted) == ["cat.png", "cat.txt", "hare.txt"]
+    assert sorted((spec.prompt, bool(spec.image)) for spec in line(queue)) == [("a cat", True), ("a hare", False)]
 
 
 @pytest.mark.parametrize("change", ["deleted", "renamed away"])
