@@ -2,8 +2,9 @@
 
 Keys (all below `safelight:`): `job:<id>` a hash with the spec, state and verdict; `waiting` the line, a sorted set
 ordered by place ("<priority>:<not_before>:<id>"); `running` id -> worker; `ended` id by time; `batch:<name>` ids;
-`workers`, `worker:<name>`, `wake:<name>`, `holds:<name>`; `cancel:<id>`; `ledger` set once a worker has filled
-the line from the ledger, absent after a wipe. Every change of state is one Lua script (safelight/lua).
+`workers`, `worker:<name>`, `wake:<name>`, `holds:<name>`; `cancel:<id>`; `unwritten` ids that were cancelled while
+they waited and may have no receipt yet; `ledger` set once a worker has filled the line from the ledger, absent after a
+wipe. Every change of state is one Lua script (safelight/lua).
 """
 
 from __future__ import annotations
@@ -272,6 +273,14 @@ class JobQueue:
             raw = self._run("cancel", int(time.time()), self.keep_s, *chunk)
             answers += [bytes(item).decode() for item in raw]
         return answers
+
+    def unwritten(self) -> list[str]:
+        """Return the jobs that were cancelled while they waited, and may have no receipt yet."""
+        return sorted(item.decode() for item in cast("set[bytes]", self.server.smembers("safelight:unwritten")))
+
+    def forget_unwritten(self, ids: Sequence[str]) -> None:
+        """Their receipts are written, or they are not cancelled any more."""
+        self.server.srem("safelight:unwritten", *ids)
 
     def requeue(self, job: str) -> bool:
         """Put an ended job back into the line; its receipt must have been put aside."""

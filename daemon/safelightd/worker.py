@@ -24,7 +24,7 @@ from rq.exceptions import StopRequested
 from rq.serializers import JSONSerializer
 from rq.timeouts import HorseMonitorTimeoutException
 
-from safelight import jobqueue, models, queueserver
+from safelight import cancelling, jobqueue, models, queueserver
 from safelight.config import Config
 from safelight.errors import LedgerDamaged, NoUsableGpu, QueueUnreachable
 from safelight.jobqueue import JobQueue
@@ -207,6 +207,7 @@ class GpuWorker(LoneWorker):
 
     def _take(self) -> tuple[SafeJob, SafeQueue] | None:
         self._mind_sleep()
+        cancelling.write_down(self.line, self.place.ledger)
         if self._unsure or not self.line.filled():
             self.recover()
             self._unsure = False

@@ -44,14 +44,15 @@ def test_cancel_leaves_receipts_and_asks_what_runs(
     assert safelight("cancel", b).stdout.splitlines() == [f"{b} cancelled"]
 
 
+@pytest.mark.parametrize("everything", [True, False])
 def test_cancel_writes_the_receipt_that_an_earlier_attempt_missed(
-    safelight: Safelight, installation: Installation, queue: JobQueue
+    safelight: Safelight, installation: Installation, queue: JobQueue, everything: bool
 ) -> None:
     """Killed between queue and ledger, the job would come back after the server lost its data."""
     (job,) = ids_of(safelight("add", "a red fox"))
     queue.cancel([job])
 
-    safelight("cancel", job)
+    safelight("cancel", "--all" if everything else job)
 
     assert installation.ledger.ended() == {job}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from datetime import datetime
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import click
@@ -17,10 +16,6 @@ if TYPE_CHECKING:
     from safelight.jobqueue import JobQueue
     from safelight.jobspec import JobSpec
     from safelight.ledger import Ledger
-    from safelight.receipt import Receipt
-
-RECORD_CHUNK = 1_000
-"""Receipts synced together: one of them is lost only with all the others of its group, and is then written again."""
 
 RETRIED = ("failed", "quarantined", "cancelled")
 
@@ -40,10 +35,12 @@ def cancel(client: Client, ids: tuple[str, ...], batch: str | None, *, everythin
     with client.queue() as queue:
         chosen = _open_jobs(client, queue, ids, batch)
         answers = dict(zip(chosen, queue.cancel(chosen), strict=True))
-        if client.own_ledger:
-            _cancel_in_ledger(queue, client.own_ledger, answers)
+        if ledger := client.own_ledger:
+            answers |= _cancel_unheard(queue, ledger, [job for job in chosen if answers[job] == "unknown"])
+            _write_down(queue, ledger)
         elif "cancelled" in answers.values():
-            click.echo(f"Cancelled in the queue alone: {client.ledger.paths.state} is not written from here.", err=True)
+            place = client.ledger.paths.state
+            click.echo(f"Cancelled in the queue alone: {place} is not written from here. A worker does it.", err=True)
     words = {"asked": "running: asked to stop", "unknown": "unknown"}
     if answers:
         click.echo("\n".join(f"{job} {words.get(answer, answer)}" for job, answer in answers.items()))
@@ -61,32 +58,31 @@ def _open_jobs(client: Client, queue: JobQueue, ids: tuple[str, ...], batch: str
     return [job for job in still_open if job in members]
 
 
-def _cancel_in_ledger(queue: JobQueue, ledger: Ledger, answers: dict[str, str]) -> None:
-    """Write down what was cancelled, so that the ledger never queues it again; changes `answers` where only it knows.
+def _cancel_unheard(queue: JobQueue, ledger: Ledger, jobs: list[str]) -> dict[str, str]:
+    """Cancel accepted jobs that the queue does not know: the server lost them, and no worker has filled it yet.
 
-    An accepted job that the queue does not know (the server lost it, no worker has filled it yet) gets its receipt
-    first; a worker that filled it meanwhile is told afterwards.
+    Like all others they go through the queue: a worker that fills it in this moment is of the same mind.
     """
-    from safelight.ledger import leave_nothing
-
-    unheard = [job for job, answer in answers.items() if answer == "unknown"]
-    for job in unheard:
-        receipt = ledger.receipt(job)
-        answers[job] = receipt.state if receipt else "cancelled"
-    without = [job for job, answer in answers.items() if answer == "cancelled" and not has_ended(job, ledger)]
-    receipts = (_cancelled(spec) for spec in _specs(without, queue, ledger))
-    while group := list(islice(receipts, RECORD_CHUNK)):
-        ledger.record_all(group)
-        for receipt in group:
-            ledger.forget_attempts(receipt.id)  # it may have run before it was put back
-            leave_nothing(ledger.paths, receipt.id)
-    again = [job for job in unheard if answers[job] == "cancelled"]
-    for job, answer in zip(again, queue.cancel(again), strict=True):
-        answers[job] = "cancelled" if answer == "unknown" else answer
+    receipts = {job: receipt for job in jobs if (receipt := ledger.receipt(job))}
+    lost = [job for job in jobs if job not in receipts]
+    queue.submit(_specs(lost, ledger))
+    ended = {job: receipt.state for job, receipt in receipts.items()}
+    return {**ended, **dict(zip(lost, queue.cancel(lost), strict=True))}
 
 
-def _specs(ids: Iterable[str], queue: JobQueue, ledger: Ledger) -> Iterator[JobSpec]:
-    """Yield the specs of jobs: from the ledger, whose files are read once each, else from the queue."""
+def _write_down(queue: JobQueue, ledger: Ledger) -> None:
+    """Write the receipts of what was cancelled, now or by somebody before; a worker does it where we cannot."""
+    from safelight import cancelling
+
+    try:
+        cancelling.write_down(queue, ledger)
+    except OSError as error:
+        fault = f"{error.filename or ledger.paths.receipts}: {error.strerror}"
+        click.echo(f"Cancelled in the queue alone: {fault}. A worker writes it down once it can.", err=True)
+
+
+def _specs(ids: Iterable[str], ledger: Ledger) -> Iterator[JobSpec]:
+    """Yield the specs of jobs from the ledger, whose files are read once each; without those it does not know."""
     from safelight.ledger import submission_of
 
     submission, known = "", dict[str, "JobSpec"]()
@@ -94,15 +90,8 @@ def _specs(ids: Iterable[str], queue: JobQueue, ledger: Ledger) -> Iterator[JobS
         if submission_of(job) != submission:
             submission = submission_of(job)
             known = {spec.id: spec for spec in ledger.submission(submission)}
-        if spec := known.get(job) or queue.spec(job) or ledger.spec(job):
+        if spec := known.get(job) or ledger.spec(job):
             yield spec
-
-
-def _cancelled(spec: JobSpec) -> Receipt:
-    from safelight.receipt import Receipt
-
-    now = datetime.now().astimezone().isoformat(timespec="seconds")
-    return Receipt(id=spec.id, state="cancelled", spec=spec, finished_at=now)
 
 
 @click.command()

@@ -1,4 +1,5 @@
--- Cancel jobs. A waiting one leaves the line at once; a running one is asked to stop.
+-- Cancel jobs. A waiting one leaves the line at once, and its receipt is still to be written; a running one is asked
+-- to stop.
 -- ARGV: now (epoch seconds), seconds to keep an ended job, then ids
 -- Returns for each id: cancelled | asked | its state | unknown
 local answers = {}
@@ -13,6 +14,7 @@ for i = 3, #ARGV do
     redis.call('HSET', job, 'state', 'cancelled')
     redis.call('ZADD', 'safelight:ended', ARGV[1], id)
     redis.call('EXPIRE', job, ARGV[2])
+    redis.call('SADD', 'safelight:unwritten', id)
     answers[#answers + 1] = 'cancelled'
   elseif state == 'running' then
     redis.call('HSET', job, 'cancel', 1)
@@ -20,6 +22,7 @@ for i = 3, #ARGV do
     redis.call('EXPIRE', 'safelight:cancel:' .. id, 86400)
     answers[#answers + 1] = 'asked'
   else
+    if state == 'cancelled' then redis.call('SADD', 'safelight:unwritten', id) end -- it may be, from an older version
     answers[#answers + 1] = state
   end
 end

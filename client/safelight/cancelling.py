@@ -1,0 +1,59 @@
+"""Writing down what was cancelled, so that it stays cancelled when the queue is lost or forgets it.
+
+A waiting job leaves the line first, and the queue remembers that its receipt is not written yet: whoever can write the
+ledger does so, the client that cancelled it, the next one, or a worker. Whatever dies in between, one of them comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from datetime import datetime
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from safelight.errors import InvalidJob, LedgerDamaged
+from safelight.ledger import Ledger, leave_nothing
+from safelight.receipt import Receipt
+
+if TYPE_CHECKING:
+    from safelight.jobqueue import JobQueue
+    from safelight.jobspec import JobSpec
+
+RECORD_CHUNK = 1_000
+"""Receipts synced together."""
+
+
+def write_down(queue: JobQueue, ledger: Ledger) -> None:
+    """Give all jobs that were cancelled while they waited, and whose receipts may be missing, their receipts.
+
+    Raises:
+        OSError: the disk is full, say; the queue remembers the jobs.
+    """
+    unwritten = iter(queue.unwritten())
+    while group := list(islice(unwritten, RECORD_CHUNK)):
+        states = {row.id: row.state for row in queue.rows(group)}
+        cancelled = [job for job in group if states.get(job) == "cancelled"]  # nobody has retried it meanwhile
+        ledger.record_all(_receipts(cancelled, queue, ledger))
+        for job in cancelled:
+            ledger.forget_attempts(job)  # it may have run before it was put back
+            leave_nothing(ledger.paths, job)
+        queue.forget_unwritten(group)
+
+
+def _receipts(jobs: Sequence[str], queue: JobQueue, ledger: Ledger) -> Iterator[Receipt]:
+    ended = ledger.ended()
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    for job in jobs:
+        if job not in ended and (spec := _spec(job, queue, ledger)):
+            yield Receipt(id=job, state="cancelled", spec=spec, finished_at=now)
+
+
+def _spec(job: str, queue: JobQueue, ledger: Ledger) -> JobSpec | None:
+    """Return what was asked for; None where neither can tell, and the job could not run either."""
+    with suppress(InvalidJob):
+        if spec := queue.spec(job):
+            return spec
+    with suppress(LedgerDamaged):
+        return ledger.spec(job)
+    return None

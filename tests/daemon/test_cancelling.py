@@ -1,0 +1,86 @@
+"""What `safelight cancel` leaves behind: real commands, a real worker, full disks and lost queues."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from safelight.jobqueue import JobQueue
+from safelight.jobspec import JobSpec
+from tests.conftest import Installation
+from tests.daemon.test_worker import Running, eventually
+
+
+@pytest.fixture
+def worker(installation: Installation, queue: JobQueue) -> Iterator[Running]:
+    running = Running(installation, queue)
+    running.ready()
+    yield running
+    running.kill()
+
+
+def safelight(worker: Running, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "safelight.cli", *words]
+    return subprocess.run(command, env=worker.env(), capture_output=True, text=True, check=False)
+
+
+def has_ended(worker: Running, spec: JobSpec) -> str | None:
+    receipt = worker.installation.ledger.receipt(spec.id)
+    return receipt.state if receipt else None
+
+
+def wipe(worker: Running) -> None:
+    """Lose all that the queue knew, and wait until the worker has filled it from the ledger."""
+    worker.queue.server.flushall()
+    eventually(worker.queue.filled)
+
+
+@pytest.fixture
+def small_receipts(installation: Installation) -> Iterator[Path]:
+    """The folder of receipts on a file system of 64 KiB."""
+    folder = installation.paths.receipts
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_jobs_cancelled_while_the_disk_is_full_stay_cancelled_when_the_queue_is_lost(
+    small_receipts: Path, worker: Running
+) -> None:
+    safelight(worker, "pause")
+    jobs = worker.submit("ok", "ok")
+    filler = small_receipts / ".filler"
+    filler.write_bytes(b"x" * 65536)
+
+    cancelled = safelight(worker, "cancel", "--all")
+
+    assert cancelled.stdout.splitlines() == [f"{spec.id} cancelled" for spec in jobs]
+    assert "No space left on device" in cancelled.stderr
+    assert [has_ended(worker, spec) for spec in jobs] == [None, None]
+
+    filler.unlink()
+    eventually(lambda: [has_ended(worker, spec) for spec in jobs] == ["cancelled", "cancelled"])
+    wipe(worker)
+    assert [worker.state(spec) for spec in jobs] == ["cancelled", "cancelled"]
+
+
+def test_what_was_cancelled_in_the_queue_alone_is_written_down_by_the_worker(worker: Running) -> None:
+    worker.queue.set_user_hold("for the test")
+    kept, retried = worker.submit("ok", "ok")
+
+    assert worker.queue.cancel([kept.id, retried.id]) == ["cancelled", "cancelled"]
+    assert safelight(worker, "retry", retried.id).returncode == 0
+    eventually(lambda: has_ended(worker, kept) == "cancelled")
+    wipe(worker)
+    worker.queue.lift_user_hold()
+    worker.all_in([retried], "done")
+
+    assert worker.state(kept) == "cancelled"
+    assert worker.times_done(kept) == 0
