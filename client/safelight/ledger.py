@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -457,7 +458,15 @@ def _fault(error: ValueError) -> str:
 
 def leave_nothing(paths: Paths, job: str) -> None:
     """Remove what was kept for a job while it ran, and what a killed engine had begun of it."""
+    leave_no_file(paths, job)
     for file in (paths.checkpoints / job, paths.previews / f"{job}.jpg"):
         file.unlink(missing_ok=True)
         for unfinished in file.parent.glob(f".{file.name}.*part"):
             unfinished.unlink(missing_ok=True)
+
+
+def leave_no_file(paths: Paths, job: str) -> None:
+    """Remove what a job that ended without an output had begun to write; a killed engine could not. One that waits to
+    be published is finished."""
+    if (paths.unfinished / job).exists() and not (paths.publishing / f"{job}.json").exists():
+        shutil.rmtree(paths.unfinished / job)

@@ -7,7 +7,6 @@ hears of it.
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -21,9 +20,8 @@ from safelight.config import Config
 from safelight.errors import InvalidJob, LedgerDamaged, QueueUnreachable
 from safelight.jobqueue import JobQueue
 from safelight.jobspec import JobSpec
-from safelight.ledger import Attempts, Ledger, leave_nothing
+from safelight.ledger import Attempts, Ledger, leave_no_file, leave_nothing
 from safelight.models import Models
-from safelight.paths import Paths
 from safelight.plan import Overrun, Plan
 from safelight.queueserver import AWAY
 from safelight.receipt import EndState, Phase, Receipt
@@ -334,13 +332,6 @@ def ended(spec: JobSpec, attempts: Attempts, state: EndState, error: str, phase:
             "finished_at": datetime.now().astimezone().isoformat(timespec="milliseconds"),
         }
     )
-
-
-def leave_no_file(paths: Paths, job: str) -> None:
-    """Remove what a job that ended without an output had begun to write; a killed engine could not. One that waits to
-    be published is finished."""
-    if (paths.unfinished / job).exists() and not (paths.publishing / f"{job}.json").exists():
-        shutil.rmtree(paths.unfinished / job)
 
 
 def spec_of(place: Place, job: str) -> JobSpec | None:

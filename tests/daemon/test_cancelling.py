@@ -84,3 +84,18 @@ def test_what_was_cancelled_in_the_queue_alone_is_written_down_by_the_worker(wor
 
     assert worker.state(kept) == "cancelled"
     assert worker.times_done(kept) == 0
+
+
+def test_a_cancelled_job_whose_engine_was_killed_leaves_no_half_file(worker: Running) -> None:
+    (spec,) = worker.submit("hang")
+    eventually(lambda: worker.log() == [f"start {spec.id}"])
+    begun = worker.installation.paths.unfinished / spec.id / "output.mp4"
+    begun.parent.mkdir(parents=True)
+    begun.write_bytes(b"half a clip")
+    worker.queue.set_user_hold("for the test")
+    worker.kill()
+    worker.start()
+    eventually(lambda: worker.state(spec) == "queued")
+
+    assert safelight(worker, "cancel", spec.id).stdout == f"{spec.id} cancelled\n"
+    assert not begun.parent.exists()
