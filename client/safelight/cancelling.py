@@ -27,6 +27,8 @@ RECORD_CHUNK = 1_000
 def write_down(queue: JobQueue, ledger: Ledger) -> None:
     """Give all jobs that were cancelled while they waited, and whose receipts may be missing, their receipts.
 
+    One that is finished goes back into the line, to be published: a client that cannot see the ledger cannot know.
+
     Raises:
         OSError: the disk is full, say; the queue remembers the jobs.
     """
@@ -34,11 +36,19 @@ def write_down(queue: JobQueue, ledger: Ledger) -> None:
     while group := list(islice(unwritten, RECORD_CHUNK)):
         states = {row.id: row.state for row in queue.rows(group)}
         cancelled = [job for job in group if states.get(job) == "cancelled"]  # nobody has retried it meanwhile
+        for job in [job for job in cancelled if is_finished(job, ledger)]:
+            queue.requeue(job)
+            cancelled.remove(job)
         ledger.record_all(_receipts(cancelled, queue, ledger))
         for job in cancelled:
             ledger.forget_attempts(job)  # it may have run before it was put back
             leave_nothing(ledger.paths, job)
         queue.forget_unwritten(group)
+
+
+def is_finished(job: str, ledger: Ledger) -> bool:
+    """Whether a waiting job was rendered by an attempt that died while it published: the next one only does that."""
+    return (ledger.paths.publishing / f"{job}.json").exists()
 
 
 def _receipts(jobs: Sequence[str], queue: JobQueue, ledger: Ledger) -> Iterator[Receipt]:

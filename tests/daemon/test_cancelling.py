@@ -86,6 +86,27 @@ def test_what_was_cancelled_in_the_queue_alone_is_written_down_by_the_worker(wor
     assert worker.times_done(kept) == 0
 
 
+def test_a_job_that_waits_to_be_published_is_not_cancelled(worker: Running) -> None:
+    """Its engine died while it published: it is finished, and the next attempt only gives its file the name."""
+    (spec,) = worker.submit("torn")
+    note = worker.installation.paths.publishing / f"{spec.id}.json"
+    eventually(note.exists)
+    worker.queue.set_user_hold("for the test")
+    eventually(lambda: worker.state(spec) == "queued")
+
+    assert safelight(worker, "cancel", "--all").stdout == f"{spec.id} finished: is not cancelled, but published\n"
+    assert worker.state(spec) == "queued"
+
+    assert worker.queue.cancel([spec.id]) == ["cancelled"]  # as a client does that cannot see the ledger
+    eventually(lambda: worker.state(spec) == "queued")
+    worker.queue.lift_user_hold()
+    worker.all_in([spec], "done")
+
+    assert has_ended(worker, spec) == "done"
+    assert not note.exists()
+    assert worker.times_done(spec) == 1
+
+
 def test_a_cancelled_job_whose_engine_was_killed_leaves_no_half_file(worker: Running) -> None:
     (spec,) = worker.submit("hang")
     eventually(lambda: worker.log() == [f"start {spec.id}"])

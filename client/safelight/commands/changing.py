@@ -28,20 +28,27 @@ RETRIED = ("failed", "quarantined", "cancelled")
 def cancel(client: Client, ids: tuple[str, ...], batch: str | None, *, everything: bool) -> None:
     """Cancel jobs.
 
-    A waiting one at once, a running one at its next chance to stop. Prints a line a job: its id and what became of
-    it. Doing it again changes nothing. `retry` brings a job back.
+    A waiting one at once, a running one at its next chance to stop, and none that is rendered and only waits to be
+    published. Prints a line a job: its id and what became of it. Doing it again changes nothing. `retry` brings a job
+    back.
     """
+    from safelight import cancelling
+
     one_of(ids, batch, everything=everything, remedy="Name the jobs to cancel by ID, or use --batch, or --all.")
     with client.queue() as queue:
         chosen = _open_jobs(client, queue, ids, batch)
-        answers = dict(zip(chosen, queue.cancel(chosen), strict=True))
-        if ledger := client.own_ledger:
+        ledger = client.own_ledger
+        finished = [job for job in chosen if ledger and cancelling.is_finished(job, ledger)]
+        answers = dict.fromkeys(chosen, "finished")
+        open_ones = [job for job in chosen if job not in finished]
+        answers |= zip(open_ones, queue.cancel(open_ones), strict=True)
+        if ledger:
             answers |= _cancel_unheard(queue, ledger, [job for job in chosen if answers[job] == "unknown"])
             _write_down(queue, ledger)
         elif "cancelled" in answers.values():
             place = client.ledger.paths.state
             click.echo(f"Cancelled in the queue alone: {place} is not written from here. A worker does it.", err=True)
-    words = {"asked": "running: asked to stop", "unknown": "unknown"}
+    words = {"asked": "running: asked to stop", "finished": "finished: is not cancelled, but published"}
     if answers:
         click.echo("\n".join(f"{job} {words.get(answer, answer)}" for job, answer in answers.items()))
 
