@@ -6,6 +6,8 @@ ledger does so, the client that cancelled it, the next one, or a worker. Whateve
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -49,6 +51,26 @@ def write_down(queue: JobQueue, ledger: Ledger) -> None:
 def is_finished(job: str, ledger: Ledger) -> bool:
     """Whether a waiting job was rendered by an attempt that died while it published: the next one only does that."""
     return (ledger.paths.publishing / f"{job}.json").exists()
+
+
+def is_running(job: str, ledger: Ledger) -> bool:
+    """Whether the job runs, as the ledger tells: it was started, and the worker that did it lives."""
+    attempts = ledger.attempts(job)
+    return attempts.running and _is_held(attempts.lock)
+
+
+def _is_held(lock: str) -> bool:
+    try:
+        descriptor = os.open(lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _receipts(jobs: Sequence[str], queue: JobQueue, ledger: Ledger) -> Iterator[Receipt]:

@@ -274,6 +274,13 @@ class JobQueue:
             answers += [bytes(item).decode() for item in raw]
         return answers
 
+    def ask_to_stop(self, job: str) -> None:
+        """Ask whoever runs a job to stop, also where the server has lost what it knew of it."""
+        with self.server.pipeline() as pipe:
+            pipe.rpush(f"safelight:cancel:{job}", 1)
+            pipe.expire(f"safelight:cancel:{job}", DAY_S)
+            pipe.execute()
+
     def unwritten(self) -> list[str]:
         """Return the jobs that were cancelled while they waited, and may have no receipt yet."""
         return sorted(item.decode() for item in cast("set[bytes]", self.server.smembers("safelight:unwritten")))

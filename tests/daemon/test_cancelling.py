@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 
 from safelight.jobqueue import JobQueue
 from safelight.jobspec import JobSpec
+from tests.cli_steps import runner
 from tests.conftest import Installation
 from tests.daemon.test_worker import Running, eventually
 
@@ -23,9 +24,8 @@ def worker(installation: Installation, queue: JobQueue) -> Iterator[Running]:
     running.kill()
 
 
-def safelight(worker: Running, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "safelight.cli", *words]
-    return subprocess.run(command, env=worker.env(), capture_output=True, text=True, check=False)
+def safelight(worker: Running, *words: str) -> Result:
+    return runner(worker.installation)(*words)
 
 
 def has_ended(worker: Running, spec: JobSpec) -> str | None:
@@ -76,7 +76,7 @@ def test_what_was_cancelled_in_the_queue_alone_is_written_down_by_the_worker(wor
     kept, retried = worker.submit("ok", "ok")
 
     assert worker.queue.cancel([kept.id, retried.id]) == ["cancelled", "cancelled"]
-    assert safelight(worker, "retry", retried.id).returncode == 0
+    assert safelight(worker, "retry", retried.id).exit_code == 0
     eventually(lambda: has_ended(worker, kept) == "cancelled")
     wipe(worker)
     worker.queue.lift_user_hold()
@@ -120,3 +120,18 @@ def test_a_cancelled_job_whose_engine_was_killed_leaves_no_half_file(worker: Run
 
     assert safelight(worker, "cancel", spec.id).stdout == f"{spec.id} cancelled\n"
     assert not begun.parent.exists()
+
+
+def test_a_running_job_that_the_queue_has_lost_is_asked_to_stop(worker: Running) -> None:
+    (spec,) = worker.submit("slow ok")
+    eventually(lambda: worker.log() == [f"start {spec.id}"])
+    worker.queue.server.flushall()
+
+    assert safelight(worker, "cancel", spec.id).stdout == f"{spec.id} running: asked to stop\n"
+    worker.all_in([spec], "cancelled")
+
+    assert has_ended(worker, spec) == "cancelled"
+    assert worker.times_done(spec) == 0
+
+    assert safelight(worker, "retry", spec.id).exit_code == 0
+    worker.all_in([spec], "done")

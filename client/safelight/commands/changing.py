@@ -68,13 +68,21 @@ def _open_jobs(client: Client, queue: JobQueue, ids: tuple[str, ...], batch: str
 def _cancel_unheard(queue: JobQueue, ledger: Ledger, jobs: list[str]) -> dict[str, str]:
     """Cancel accepted jobs that the queue does not know: the server lost them, and no worker has filled it yet.
 
-    Like all others they go through the queue: a worker that fills it in this moment is of the same mind.
+    Like all others they go through the queue: a worker that fills it in this moment is of the same mind. One that runs
+    is asked to stop.
     """
-    receipts = {job: receipt for job in jobs if (receipt := ledger.receipt(job))}
-    lost = [job for job in jobs if job not in receipts]
+    from safelight import cancelling
+
+    answers: dict[str, str] = {}
+    for job in jobs:
+        if receipt := ledger.receipt(job):
+            answers[job] = receipt.state
+        elif cancelling.is_running(job, ledger):
+            queue.ask_to_stop(job)
+            answers[job] = "asked"
+    lost = [job for job in jobs if job not in answers]
     queue.submit(_specs(lost, ledger))
-    ended = {job: receipt.state for job, receipt in receipts.items()}
-    return {**ended, **dict(zip(lost, queue.cancel(lost), strict=True))}
+    return answers | dict(zip(lost, queue.cancel(lost), strict=True))
 
 
 def _write_down(queue: JobQueue, ledger: Ledger) -> None:

@@ -5,6 +5,7 @@ local state = redis.call('HGET', job, 'state')
 if not state or state == 'queued' or state == 'running' then return 0 end
 redis.call('ZREM', 'safelight:ended', id)
 redis.call('SREM', 'safelight:unwritten', id)
+redis.call('DEL', 'safelight:cancel:' .. id) -- what it was asked, and ended before it heard
 redis.call('HDEL', job, 'cancel', 'error', 'outputs', 'progress')
 redis.call('HSET', job, 'state', 'queued', 'attempts', 0)
 redis.call('PERSIST', job)
