@@ -370,6 +370,18 @@ def test_a_picture_waits_for_its_text_that_is_claimed_and_still_written(
     assert sorted((spec.prompt, bool(spec.image)) for spec in line(queue)) == [("a cat", True), ("a hare", False)]
 
 
+def test_a_picture_of_any_size_holds_up_no_text(installation: Installation, queue: JobQueue) -> None:
+    """Reading a sparse file of 40 GB takes 40 s."""
+    folder = installation.paths.inbox
+    folder.mkdir()
+    with (folder / "scan.png").open("wb") as scan:
+        scan.truncate(40 << 30)
+    with running(tuned(installation, partner_s=0.5)):
+        until(lambda: filed(installation.paths.rejected) == ["scan.png"], timeout_s=10)
+        drop(folder, "fox.txt", "a fox")
+        until(lambda: prompts(queue) == ["a fox"], timeout_s=10)
+
+
 @pytest.mark.parametrize("change", ["deleted", "renamed away"])
 def test_inbox_made_again_keeps_working(installation: Installation, queue: JobQueue, change: str) -> None:
     folder = installation.paths.inbox
