@@ -24,6 +24,7 @@ from typing import Literal
 from safelight import content, durable
 from safelight.config import Config, Settings
 from safelight.errors import LedgerDamaged
+from safelight.inbox import Claim
 from safelight.ledger import Ledger, submission_of
 from safelight.paths import Paths
 from safelight.receipt import EndState, Output, Poster, Receipt
@@ -217,7 +218,7 @@ def _submission_files(paths: Paths) -> set[str]:
 
 def _claimed(paths: Paths) -> set[str]:
     try:
-        return {name.split("~", 1)[0] for name in os.listdir(paths.claimed)}
+        return {claim.submission for name in os.listdir(paths.claimed) if (claim := Claim.of(name))}
     except FileNotFoundError:
         return set()
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from safelight import collect as collecting
-from safelight import content, inputs, retention
+from safelight import content, inbox, inputs, retention
 from safelight.config import Config
 from safelight.errors import Forgotten
 from safelight.ledger import job_id, submission_of
@@ -273,11 +273,14 @@ def test_a_submission_with_a_job_that_waits_or_is_quarantined_stays_whole(
     assert len(installation.ledger.submission(FIRST)) == 2
 
 
-def test_a_claim_that_the_inbox_has_not_finished_keeps_its_submission(installation: Installation) -> None:
+@pytest.mark.parametrize("pictures", [(), (".png",), (".png", ".jpg")])
+def test_a_claim_that_the_inbox_has_not_finished_keeps_its_submission(
+    installation: Installation, pictures: tuple[str, ...]
+) -> None:
     """Its service was off for months; it would take the file for a new one."""
     night(installation, FIRST, "failed")
     installation.paths.claimed.mkdir(parents=True)
-    claim = installation.paths.claimed / f"{FIRST}~cat.txt"
+    claim = installation.paths.claimed / inbox.Claim(FIRST, "cat.txt", pictures).name
     claim.touch()
 
     assert prune(installation, ledger_days=30) == []
