@@ -175,6 +175,20 @@ def test_a_held_worker_gets_nothing_and_another_does(queue: JobQueue) -> None:
     assert take(queue, "w") == job_id(NIGHT, 2)
 
 
+def test_nobody_gets_a_job_once_a_person_has_paused(queue: JobQueue) -> None:
+    """Also a worker that looked at its holds a moment before."""
+    queue.submit(jobs(1))
+    queue.set_holds("w", {})
+    queue.set_user_hold("dinner")
+
+    assert take(queue, "w") is None
+    assert queue.waiting_ids() == [job_id(NIGHT, 1)]
+
+    queue.lift_user_hold()
+
+    assert take(queue, "w") == job_id(NIGHT, 1)
+
+
 # -- ends --------------------------------------------------------------------------------------------------------------
 
 
