@@ -29,6 +29,10 @@ from safelight.ledger import Ledger, submission_of
 from safelight.paths import Paths
 from safelight.receipt import EndState, Output, Poster, Receipt
 
+BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
+"""No job ended before: safelight was not there. A clock without a battery begins at 1970, at 2000 or on the day that
+the firmware or systemd was built, and somebody sets it right after the night."""
+
 GROUP_JOBS = 200
 """Jobs whose outputs are removed between two syncs."""
 
@@ -239,9 +243,10 @@ def _readable(jobs: Iterable[str], ledger: Ledger) -> Iterator[Receipt]:
 def _ended(receipts: Iterable[Receipt]) -> dict[str, Ended]:
     found = {}
     for receipt in receipts:
-        with suppress(ValueError):  # a time that is none is never long ago
+        with suppress(ValueError):  # a time that is none, or cannot be, is never long ago
             finished_at = datetime.fromisoformat(receipt.finished_at).astimezone()
-            found[receipt.id] = Ended(receipt.state, finished_at)
+            if finished_at >= BEGAN:
+                found[receipt.id] = Ended(receipt.state, finished_at)
     return found
 
 

@@ -290,6 +290,19 @@ def test_a_claim_that_the_inbox_has_not_finished_keeps_its_submission(
     assert prune(installation, ledger_days=30) == [Gone("record", FIRST)]
 
 
+@pytest.mark.parametrize("began", ["1970-01-01", "2000-01-01", "2024-06-11"])
+def test_a_night_under_a_clock_that_had_lost_its_battery_is_not_called_old(
+    installation: Installation, began: str
+) -> None:
+    """It was set right in the morning: nobody knows how long ago the jobs ended."""
+    night(installation, f"{began.replace('-', '')}-210000-000abcd", "done", "failed",
+          days=(NOW - datetime.fromisoformat(f"{began}T21:00Z")) / timedelta(days=1))  # fmt: skip
+    before = in_outbox(installation)
+
+    assert prune(installation, outputs_days=30, ledger_days=30, uncollected="remove") == []
+    assert in_outbox(installation) == before
+
+
 def test_damaged_records_stay_for_a_person_to_see(installation: Installation) -> None:
     night(installation, FIRST, "failed", "failed")
     (installation.paths.receipts / f"{job_id(FIRST, 2)}.json").write_text("{")
