@@ -36,8 +36,9 @@ def fill(place: Place, elsewhere: Collection[str]) -> None:
 def _requeue_retried(place: Place, elsewhere: Collection[str]) -> None:
     """`retry` puts the receipt aside before it tells the queue, which may not have heard of it, or have forgotten with
     the last second of its file. What it says besides that is news: cancelled by a client without a ledger, say."""
+    unwritten = set(place.queue.unwritten())
     for job, state in place.ledger.reopened().items():
-        is_news = state and place.queue.state(job) != state
+        is_news = (state and place.queue.state(job) != state) or job in unwritten
         if job not in elsewhere and not is_news and place.queue.requeue(job):
             log.info("retry.requeued", id=job)
 

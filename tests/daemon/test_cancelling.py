@@ -86,6 +86,24 @@ def test_what_was_cancelled_in_the_queue_alone_is_written_down_by_the_worker(wor
     assert worker.times_done(kept) == 0
 
 
+def test_what_was_retried_and_cancelled_again_in_the_queue_alone_stays_cancelled_over_a_restart(
+    worker: Running,
+) -> None:
+    worker.queue.set_user_hold("for the test")
+    (spec,) = worker.submit("ok")
+    safelight(worker, "cancel", spec.id)
+    safelight(worker, "retry", spec.id)
+    assert worker.state(spec) == "queued"
+    worker.kill()
+    assert worker.queue.cancel([spec.id]) == ["cancelled"]
+    worker.queue.lift_user_hold()
+    worker.start()
+    eventually(lambda: has_ended(worker, spec))
+
+    assert has_ended(worker, spec) == "cancelled"
+    assert worker.times_done(spec) == 0
+
+
 def test_a_job_that_waits_to_be_published_is_not_cancelled(worker: Running) -> None:
     """Its engine died while it published: it is finished, and the next attempt only gives its file the name."""
     (spec,) = worker.submit("torn")
