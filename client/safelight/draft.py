@@ -14,8 +14,9 @@ from decimal import Decimal
 from typing import Any, Literal
 
 from safelight.errors import InvalidJob
-from safelight.faults import Faults, near, shown
+from safelight.faults import NOWHERE, Faults, Places, near, shown
 from safelight.jobspec import FIELDS
+from safelight.lined import Lined
 
 CONTROLS = ("count", "matrix", "expand", "wildcard_seed")
 """What a person may write beside the fields of a job: how many jobs to make of it."""
@@ -81,6 +82,8 @@ class Draft:
     expand: Literal["random", "all"] = "random"
     """Draw one text of a template, or make a job of every text that it stands for."""
     wildcard_seed: int | None = None
+    places: Places = field(default=NOWHERE, compare=False)
+    """Where each of its values is written."""
 
 
 BLANK = Draft(fields={}, where="")
@@ -94,14 +97,18 @@ def make_draft(written: Mapping[str, Any], faults: Faults, under: Draft = BLANK)
     if len(written) > KEYS_MAX:
         faults.add(f"it has {len(written):,} keys", f"At most {KEYS_MAX}.")
         return under
+    matrix_written = written.get("matrix")
+    axes = _places(matrix_written, faults) if isinstance(matrix_written, Mapping) else {}
+    places = Places(own={**axes, **_places(written, faults)}, inherited=under.places.own)
+    faults = faults.knowing(places)
     for name in written:
         if name not in FIELDS and name not in CONTROLS:
-            faults.add(f"unknown key {shown(name)}", known(name, (*FIELDS, *CONTROLS)))
+            faults.of(name).add(f"unknown key {shown(name)}", known(name, (*FIELDS, *CONTROLS)))
     own = {name: value for name, value in written.items() if name in FIELDS and value is not None}
-    matrix = _matrix(written.get("matrix"), faults)
+    matrix = _matrix(matrix_written, faults.knowing(Places(own=axes)), faults.of("matrix"))
     for name in matrix:
         if name in own:
-            faults.add(f"{name} is written twice, once as an axis of matrix", "Keep one of them.")
+            faults.of(name).add(f"{name} is written twice, once as an axis of matrix", "Keep one of them.")
     count = _whole(written, "count", faults)
     wildcard_seed = _whole(written, "wildcard_seed", faults)
     return Draft(
@@ -111,7 +118,15 @@ def make_draft(written: Mapping[str, Any], faults: Faults, under: Draft = BLANK)
         matrix={**{name: values for name, values in under.matrix.items() if name not in own}, **matrix},
         expand=_expand(written.get("expand"), faults) or under.expand,
         wildcard_seed=under.wildcard_seed if wildcard_seed is None else wildcard_seed,
+        places=places,
     )
+
+
+def _places(written: Mapping[str, Any], faults: Faults) -> dict[str, str]:
+    """Return where each key of a mapping is written: on its line, else where the mapping is."""
+    if isinstance(written, Lined):
+        return {name: faults.at_line(line).where for name, line in written.lines.items()}
+    return dict.fromkeys(written, faults.where)
 
 
 def known(name: str, legal: Sequence[str]) -> str:
@@ -129,7 +144,7 @@ def _whole(written: Mapping[str, Any], name: str, faults: Faults) -> int | None:
     try:
         return int(read(value))
     except ValueError:
-        faults.add(f"{name} {shown(value)} is not {expected}", "Write a number.")
+        faults.of(name).add(f"{name} {shown(value)} is not {expected}", "Write a number.")
     return None
 
 
@@ -137,30 +152,34 @@ def _expand(written: object, faults: Faults) -> Literal["random", "all"] | None:
     if written == "random" or written == "all":
         return written
     if written is not None:
-        faults.add(f"expand {shown(written)} is not random or all", "Use one of them.")
+        faults.of("expand").add(f"expand {shown(written)} is not random or all", "Use one of them.")
     return None
 
 
-def _matrix(written: object, faults: Faults) -> dict[str, tuple[object, ...]]:
-    """Read `{axis: [value, ...]}`; an axis may also be the text of a sweep ("2, 3, .., 6")."""
+def _matrix(written: object, faults: Faults, whole: Faults) -> dict[str, tuple[object, ...]]:
+    """Read `{axis: [value, ...]}`; an axis may also be the text of a sweep ("2, 3, .., 6").
+
+    Args:
+        faults: knows where each axis is written; `whole`, where the matrix is.
+    """
     if written is None:
         return {}
     if not isinstance(written, Mapping):
-        faults.add("matrix is not a mapping", "Write each axis with its list of values.")
+        whole.add("matrix is not a mapping", "Write each axis with its list of values.")
         return {}
     if len(written) > KEYS_MAX:
-        faults.add(f"matrix has {len(written):,} axes", f"At most {KEYS_MAX}.")
+        whole.add(f"matrix has {len(written):,} axes", f"At most {KEYS_MAX}.")
         return {}
     matrix: dict[str, tuple[object, ...]] = {}
     for name, values in written.items():
         if name not in FIELDS:
-            faults.add(f"unknown axis {shown(name)} in matrix", known(name, tuple(FIELDS)))
+            faults.of(name).add(f"unknown axis {shown(name)} in matrix", known(name, tuple(FIELDS)))
         elif isinstance(values, str):
-            matrix[name] = _values(values, faults)
+            matrix[name] = _values(values, faults.of(name))
         elif not isinstance(values, list | tuple) or not values:
-            faults.add(f"the axis {name} has no list of values", "Write a list.")
+            faults.of(name).add(f"the axis {name} has no list of values", "Write a list.")
         elif not all(isinstance(value, str | int | float) for value in values):
-            faults.add(f"a value of the axis {name} is not text or a number", "Write plain values.")
+            faults.of(name).add(f"a value of the axis {name} is not text or a number", "Write plain values.")
         else:
             matrix[name] = tuple(values)
     return matrix

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+FAULTS_MAX = 1_000
+"""Of one file, or of all that were given at once: more are not read."""
+
+LINES_SHOWN = 5
+"""Of those that one fault is about."""
+
+REMEDY_CHARACTERS_AGAIN = 100
+"""Up to here a remedy is repeated; a list of words that are known is not."""
 
 
 @dataclass(frozen=True, order=True)
@@ -13,6 +22,8 @@ class Fault:
     where: str
     problem: str
     remedy: str
+    heir: str = ""
+    """The place of the job, where the value is not its own: `where` is then in what the file says for all its jobs."""
 
     def __str__(self) -> str:
         return f"{self.where}: {self.problem}. {self.remedy}".rstrip()
@@ -41,16 +52,50 @@ class BadArgument(SafelightError):
 
 
 def in_order(faults: Sequence[Fault]) -> list[Fault]:
-    """Return distinct faults as a reader meets them: file after file as first named, line after line."""
+    """Return faults as a reader meets them, file after file as first named, line after line, and each told once.
+
+    One that is there on several lines says so on the first of them, and one of a value that jobs inherit says whose it
+    is. A long remedy is there once. After FAULTS_MAX the last says how many more there are.
+    """
     names: dict[str, int] = {}
+    alike: dict[tuple[str, str, str], list[Fault]] = {}
+    for fault in sorted(faults, key=lambda fault: _place(fault, names)):
+        alike.setdefault((_split(fault.where)[0], fault.problem, fault.remedy), []).append(fault)
+    told: list[Fault] = []
+    remedies: dict[str, str] = {}
+    for group in list(alike.values())[:FAULTS_MAX]:
+        fault = _told_once(group)
+        before = remedies.setdefault(fault.remedy, fault.where)
+        repeats = before != fault.where and len(fault.remedy) > REMEDY_CHARACTERS_AGAIN
+        told.append(replace(fault, remedy=f"See {before} above.") if repeats else fault)
+    if more := len(alike) - len(told):
+        word = "fault is" if more == 1 else "faults are"
+        told.append(Fault(list(alike)[FAULTS_MAX][0], f"{more:,} more {word} not listed", "Correct these first."))
+    return told
 
-    def place(fault: Fault) -> tuple[int, int]:
-        name, _, line = fault.where.rpartition(":")
-        if not line.isdigit():
-            name, line = fault.where, "0"
-        return names.setdefault(name, len(names)), int(line)
 
-    return sorted(dict.fromkeys(faults), key=place)
+def _place(fault: Fault, names: dict[str, int]) -> tuple[int, int]:
+    name, line = _split(fault.where)
+    return names.setdefault(name, len(names)), line
+
+
+def _split(where: str) -> tuple[str, int]:
+    """Return the file and the line of a place; 0 where it is no line."""
+    name, _, line = where.rpartition(":")
+    return (name, int(line)) if line.isdecimal() else (where, 0)
+
+
+def _told_once(group: Sequence[Fault]) -> Fault:
+    """Return the first of faults that differ in their places alone, with the lines that they are about."""
+    first = group[0]
+    own = dict.fromkeys(_split(fault.where)[1] for fault in group)
+    heirs = dict.fromkeys(_split(fault.heir)[1] for fault in group if fault.heir)
+    lines = sorted({*own, *heirs} - {0, _split(first.where)[1]})
+    if not lines:
+        return replace(first, heir="")
+    shown, more = ", ".join(map(str, lines[:LINES_SHOWN])), len(lines) - LINES_SHOWN
+    listed = f"{'line' if len(lines) == 1 else 'lines'} {shown}" + (f" and {more:,} more" if more > 0 else "")
+    return replace(first, problem=f"{first.problem} ({'also' if len(own) > 1 else 'for'} {listed})", heir="")
 
 
 class BadConfig(SafelightError):

@@ -71,7 +71,7 @@ def expand(
     faults = Faults("")
     wildcard_files = Wildcards(wildcards)
     ready = [
-        _make_ready(draft, f"{submission}/{position}", position, wildcard_files, faults.at(draft.where))
+        _make_ready(draft, f"{submission}/{position}", position, wildcard_files, faults.at(draft.where, draft.places))
         for position, draft in enumerate(drafts, start=1)
     ]
     total = sum(each.jobs for each in ready)
@@ -87,11 +87,18 @@ def expand(
     submitted_at = (now if now.tzinfo else now.astimezone()).isoformat(timespec="seconds")
     specs: list[JobSpec] = []
     for each in ready:
-        place = faults.at(each.draft.where)
+        place = faults.at(each.draft.where, each.draft.places)
         for job in each.multiplied():
             own = {name: value for name, value in job.fields.items() if value is not None}
             fields = {**folder, **loras.kept(pictures.kept(own, place), place)}
-            spec = check(fields, models, place.where, image_model=image_model, video_model=video_model)
+            spec = check(
+                fields,
+                models,
+                place.where,
+                image_model=image_model,
+                video_model=video_model,
+                places=each.draft.places,
+            )
             if isinstance(spec, list):
                 faults.found += spec
                 continue
@@ -177,21 +184,23 @@ def _make_ready(draft: Draft, origin: str, position: int, wildcards: Wildcards, 
     rng = _rng(f"{origin}/seed")
     count = draft.count
     if count < 1:
-        faults.add(f"count {count} makes no job", "Write 1 or more.")
+        faults.of("count").add(f"count {count} makes no job", "Write 1 or more.")
         count = 1
     matrix = dict(draft.matrix)
     for name in [name for name, values in matrix.items() if not values]:
-        faults.add(f"the axis {name} has no values", "Write some, or leave it out.")
+        faults.of(name).add(f"the axis {name} has no values", "Write some, or leave it out.")
         del matrix[name]
     if "seed" in matrix:
         seeds = matrix["seed"] = _seeds(matrix["seed"], rng, count)
     else:
         seeds = _seeds(_listed(draft.fields.get("seed")), rng, count)
     if not seeds:
-        faults.add("the list of seeds is empty", "Write some, or leave it out.")
+        faults.of("seed").add("the list of seeds is empty", "Write some, or leave it out.")
     if count > 1 and not all(isinstance(seed, int) and 0 <= seed <= SEED_MAX - count + 1 for seed in seeds):
         if beyond := [seed for seed in seeds if isinstance(seed, int) and seed <= SEED_MAX < seed + count - 1]:
-            faults.add(f"seed {beyond[0]} with count {count} goes beyond {SEED_MAX}", "Lower one of them.")
+            faults.of("seed", "count").add(
+                f"seed {beyond[0]} with count {count} goes beyond {SEED_MAX}", "Lower one of them."
+            )
         count = 1  # the rest is checked once
     own_seed = draft.wildcard_seed not in (None, _ANY_SEED)
     return _Ready(
@@ -234,7 +243,7 @@ def _templates(draft: Draft, wildcards: Wildcards, faults: Faults) -> dict[str, 
             if not isinstance(text, str) or text in templates or len(text) > PROMPT_CHARACTERS_MAX:
                 continue  # the check refuses what is no text, or too long
             try:
-                template = wildcards.compile(text, faults.where)
+                template = wildcards.compile(text, faults.of(name).where)
             except InvalidJob as error:
                 faults.found += error.faults
                 continue
@@ -265,15 +274,15 @@ class _Pictures:
     def kept(self, fields: dict[str, object], faults: Faults) -> dict[str, object]:
         """Return the fields with digests for the names of pictures."""
         named = {name: value for name in PICTURES if isinstance(value := fields.get(name), str | int | float)}
-        kept = {**fields, **{name: self._digest(name, str(value), faults) for name, value in named.items()}}
+        kept = {**fields, **{name: self._digest(name, str(value), faults, name) for name, value in named.items()}}
         if leading := fields.get("controlnet"):
             with suppress(ValueError):  # the check says it
                 read = controlnet.read(leading)
-                image = self._digest("controlnet image", read.image, faults)
+                image = self._digest("controlnet", read.image, faults, "controlnet image")
                 kept["controlnet"] = read.model_copy(update={"image": image})
         return kept
 
-    def _digest(self, field: str, name: str, faults: Faults) -> str:
+    def _digest(self, field: str, name: str, faults: Faults, described: str) -> str:
         if name not in self._digests:
             try:
                 self._digests[name] = self._store(name)
@@ -283,7 +292,7 @@ class _Pictures:
         if isinstance(digest, str):
             return digest
         for fault in digest:
-            faults.add(f"{field} {fault.where}: {fault.problem}", fault.remedy)
+            faults.of(field).add(f"{described} {fault.where}: {fault.problem}", fault.remedy)
         return _MISSING_DIGEST
 
 
@@ -298,7 +307,7 @@ class _Loras:
         """Return the fields with every LoRA of the job in `loras`, those of the prompts included, which lose them."""
         texts: dict[str, object] = {}
         try:
-            named = lora.read(fields.get("loras", ()))
+            named = [(each, faults.of("loras")) for each in lora.read(fields.get("loras", ()))]
         except ValueError:
             return fields  # the check says it
         for name in TEMPLATES:
@@ -308,15 +317,15 @@ class _Loras:
             try:
                 texts[name], found = lora.take_tags(text)
             except ValueError as error:
-                faults.add(f"{name}: {error}")
+                faults.of(name).add(f"{name}: {error}")
                 continue
             if found and name == "negative_prompt":
-                faults.add(f"{found[0].tag} stands in the negative prompt", "Move it into the prompt.")
+                faults.of(name).add(f"{found[0].tag} stands in the negative prompt", "Move it into the prompt.")
             else:
-                named += found
+                named += [(each, faults.of(name)) for each in found]
         if not named:
             return fields | texts
-        return fields | texts | {"loras": tuple(self._one(each, faults) for each in named)}
+        return fields | texts | {"loras": tuple(self._one(each, place) for each, place in named)}
 
     def _one(self, named: Lora, faults: Faults) -> Lora:
         key = f"{named.name}\n{named.path}"

@@ -39,12 +39,12 @@ def check_size(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> Non
             low = side // facts.size_multiple * facts.size_multiple
             high = low + facts.size_multiple
             legal = [str(n) for n in (low, high) if facts.size_min <= n <= facts.size_max]
-            faults.add(
+            faults.of(name).add(
                 f"{name} {side} is not a multiple of {facts.size_multiple}",
                 f"Use {' or '.join(legal) or facts.side_near(side)}.",
             )
         elif not facts.size_min <= side <= facts.size_max:
-            faults.add(
+            faults.of(name).add(
                 f"{name} {side} is outside {facts.size_min} to {facts.size_max} of {facts.key}",
                 f"Use {facts.side_near(side)}.",
             )
@@ -52,7 +52,7 @@ def check_size(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> Non
     sides_are_legal = all(facts.size_min <= side <= facts.size_max for side in (width, height))
     if width * height > facts.pixels_max and sides_are_legal:
         tallest = max(facts.pixels_max // width // facts.size_multiple * facts.size_multiple, facts.size_min)
-        faults.add(
+        faults.of("width", "height").add(
             f"{width}x{height} is more than the {facts.pixels_max:,} pixels of {facts.key}",
             f"Use {width}x{tallest}.",
         )
@@ -63,17 +63,19 @@ def check_frames(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> N
     if facts.kind == "image":
         for name in ("num_frames", "fps", "interpolate", "flow_shift"):
             if name in fields:
-                faults.add(f"{name} means nothing to {facts.key}, which makes images", "Leave it out.")
+                faults.of(name, "model", "kind").add(
+                    f"{name} means nothing to {facts.key}, which makes images", "Leave it out."
+                )
         return
     frames = fields.get("num_frames")
     if frames is not None:
         if (frames - 1) % facts.frames_multiple:
-            faults.add(
+            faults.of("num_frames").add(
                 f"num_frames {frames} is not {facts.frames_multiple}n + 1",
                 f"Use {facts.frames_near(frames)}.",
             )
         elif not facts.frames_min <= frames <= facts.frames_max:
-            faults.add(
+            faults.of("num_frames").add(
                 f"num_frames {frames} is outside {facts.frames_min} to {facts.frames_max} of {facts.key}",
                 f"Use {facts.frames_near(frames)}.",
             )
@@ -86,17 +88,17 @@ def _check_rate(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> No
     """What the finished clip is shown at: the model's frames a second, times what is put between them."""
     times = fields.get("interpolate", 1)
     if "interpolate" in fields and times not in INTERPOLATIONS:
-        faults.add(f"interpolate {times} is not 2 or 4", "Use one of them, or leave it out.")
+        faults.of("interpolate").add(f"interpolate {times} is not 2 or 4", "Use one of them, or leave it out.")
         return
     fps: int = fields.get("fps") or facts.defaults.fps or 0
     if fps * times > CLIP_FPS_MAX >= fps:
-        faults.add(
+        faults.of("interpolate", "fps").add(
             f"fps {fps} interpolated by {times} is {fps * times} frames a second",
             f"At most {CLIP_FPS_MAX}: use fps {CLIP_FPS_MAX // times}, or leave interpolate out.",
         )
     elif fields.get("output_format") == "gif" and fps * times not in GIF_FPS and 1 <= fps <= CLIP_FPS_MAX:
         legal = [rate // times for rate in GIF_FPS if not rate % times]
-        faults.add(
+        faults.of("output_format", "fps", "interpolate").add(
             f"a gif cannot show {fps * times} frames a second: its frames last whole hundredths of one",
             f"Use fps {min(legal, key=lambda rate: (abs(rate - fps), -rate))}, or another output_format.",
         )
@@ -107,7 +109,7 @@ def within(fields: dict[str, Any], name: str, low: float, high: float, faults: F
     value = fields.get(name)
     if value is not None and not low <= value <= high:
         nearest = min(max(value, low), high)
-        faults.add(f"{name} {value} is outside {low} to {high}", f"Use {nearest}.")
+        faults.of(name).add(f"{name} {value} is outside {low} to {high}", f"Use {nearest}.")
 
 
 def check_steps_and_guidance(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> None:
@@ -117,7 +119,7 @@ def check_steps_and_guidance(fields: dict[str, Any], facts: ModelFacts, faults: 
     if facts.guidance == "none":
         for name in ("guidance_scale", "guidance_scale_2"):
             if name in fields:
-                faults.add(
+                faults.of(name, "model").add(
                     f"{name} would be ignored: {facts.key} is distilled and takes no guidance",
                     "Leave it out.",
                 )
@@ -125,9 +127,11 @@ def check_steps_and_guidance(fields: dict[str, Any], facts: ModelFacts, faults: 
         within(fields, "guidance_scale", 0.0, 30.0, faults)
         within(fields, "guidance_scale_2", 0.0, 30.0, faults)
         if "guidance_scale_2" in fields and facts.experts == 1:
-            faults.add(f"guidance_scale_2 would be ignored: {facts.key} has one expert", "Leave it out.")
+            faults.of("guidance_scale_2", "model").add(
+                f"guidance_scale_2 would be ignored: {facts.key} has one expert", "Leave it out."
+            )
     if "true_cfg_scale" in fields and not facts.true_cfg:
-        faults.add(f"true_cfg_scale would be ignored by {facts.key}", "Leave it out.")
+        faults.of("true_cfg_scale", "model").add(f"true_cfg_scale would be ignored by {facts.key}", "Leave it out.")
     else:
         within(fields, "true_cfg_scale", 1.0, 30.0, faults)
     _check_negative(fields, facts, faults)
@@ -141,39 +145,45 @@ def _check_negative(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -
             fields.get("guidance_scale_2", facts.defaults.guidance_scale_2),
         )
         if negative and all(scale is None or scale <= 1 for scale in scales):
-            faults.add(
+            faults.of("negative_prompt", "guidance_scale").add(
                 "negative_prompt would be ignored at guidance_scale 1",
                 "Raise guidance_scale, or leave it out.",
             )
     elif not facts.true_cfg:
         if negative:
-            faults.add(f"negative_prompt would be ignored by {facts.key}", "Leave it out.")
+            faults.of("negative_prompt", "model").add(
+                f"negative_prompt would be ignored by {facts.key}", "Leave it out."
+            )
     elif negative and true_cfg <= 1:
-        faults.add(
+        faults.of("negative_prompt", "true_cfg_scale", "model").add(
             f"negative_prompt would be ignored by {facts.key} without true_cfg_scale above 1",
             "Add true_cfg_scale: 4 (twice the time), or leave it out.",
         )
     elif true_cfg > 1 and negative is None:
-        faults.add("true_cfg_scale would be ignored without a negative_prompt", "Add one, or leave it out.")
+        faults.of("true_cfg_scale").add(
+            "true_cfg_scale would be ignored without a negative_prompt", "Add one, or leave it out."
+        )
 
 
 def check_loras(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> None:
     """Note LoRAs that the model has no place for, or that are named twice."""
     loras: tuple[Lora, ...] = fields.get("loras", ())
     if len(loras) > LORAS_MAX:
-        faults.add(f"{len(loras)} LoRAs are named", f"At most {LORAS_MAX}.")
+        faults.of("loras").add(f"{len(loras)} LoRAs are named", f"At most {LORAS_MAX}.")
     seen = set()
     for lora in loras:
         if not -SCALE_MAX <= lora.scale <= SCALE_MAX:
             nearest = min(max(lora.scale, -SCALE_MAX), SCALE_MAX)
-            faults.add(
+            faults.of("loras").add(
                 f"LoRA {lora.label}: scale {lora.scale:g} is outside -{SCALE_MAX} to {SCALE_MAX}", f"Use {nearest}."
             )
         if lora.expert != "both" and facts.experts == 1:
-            faults.add(f"LoRA {lora.label}: {facts.key} has one expert, not a {lora.expert} one", "Leave expert out.")
+            faults.of("loras", "model").add(
+                f"LoRA {lora.label}: {facts.key} has one expert, not a {lora.expert} one", "Leave expert out."
+            )
         for expert in ("high", "low") if lora.expert == "both" else (lora.expert,):
             if (lora.label, expert) in seen:
-                faults.add(f"LoRA {lora.label} is named twice", "Name it once, with one scale.")
+                faults.of("loras").add(f"LoRA {lora.label} is named twice", "Name it once, with one scale.")
                 break
             seen.add((lora.label, expert))
 
@@ -184,20 +194,24 @@ def check_controlnet(fields: dict[str, Any], facts: ModelFacts, faults: Faults) 
     if wanted is None:
         return
     if not facts.controlnets:
-        faults.add(f"{facts.key} has no ControlNet", "Leave controlnet out, or use a model that has one: flux-dev.")
+        faults.of("controlnet", "model").add(
+            f"{facts.key} has no ControlNet", "Leave controlnet out, or use a model that has one: flux-dev."
+        )
     elif wanted.model not in facts.controlnets:
-        faults.add(f"{facts.key} has no ControlNet {shown(wanted.model)}", near(wanted.model, list(facts.controlnets)))
+        faults.of("controlnet", "model").add(
+            f"{facts.key} has no ControlNet {shown(wanted.model)}", near(wanted.model, list(facts.controlnets))
+        )
     if "cache" in fields:
-        faults.add(
+        faults.of("cache", "controlnet").add(
             "cache and controlnet do not go together: the ControlNet's part is added between the blocks that a cache "
             "leaves out; first-block counts it twice, and taylorseer not at all",
             "Leave one of them out.",
         )
     if not 0 < wanted.scale <= CONTROL_SCALE_MAX:
         problem = f"controlnet scale {wanted.scale:g} is not above 0 and at most {CONTROL_SCALE_MAX}"
-        faults.add(problem, "Use 0.7, or leave controlnet out.")
+        faults.of("controlnet").add(problem, "Use 0.7, or leave controlnet out.")
     if not 0 <= wanted.start < wanted.end <= 1:
-        faults.add(
+        faults.of("controlnet").add(
             f"controlnet leads from {wanted.start:g} to {wanted.end:g} of the steps",
             "Use a start and a later end between 0 and 1.",
         )
@@ -206,16 +220,20 @@ def check_controlnet(fields: dict[str, Any], facts: ModelFacts, faults: Faults) 
 def check_images(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> None:
     """Note pictures that the model cannot use, or the want of one."""
     if "image" in fields and facts.image == "never":
-        faults.add(f"image would be ignored by {facts.key}", "Leave it out, or use a model that animates pictures.")
+        faults.of("image", "model").add(
+            f"image would be ignored by {facts.key}", "Leave it out, or use a model that animates pictures."
+        )
     if "strength" in fields and facts.kind == "video":
-        faults.add(f"strength would be ignored by {facts.key}, which animates a picture as it is", "Leave it out.")
+        faults.of("strength", "model").add(
+            f"strength would be ignored by {facts.key}, which animates a picture as it is", "Leave it out."
+        )
     elif "strength" in fields and "image" not in fields:
-        faults.add("strength would be ignored without an image", "Add image: NAME, or leave it out.")
+        faults.of("strength").add("strength would be ignored without an image", "Add image: NAME, or leave it out.")
     elif not 0 < fields.get("strength", STRENGTH) <= 1:
-        faults.add(f"strength {fields['strength']:g} is not above 0 and at most 1", f"Use {STRENGTH}.")
+        faults.of("strength").add(f"strength {fields['strength']:g} is not above 0 and at most 1", f"Use {STRENGTH}.")
     if "image" not in fields and facts.image == "required":
         faults.add(f"{facts.key} animates a picture and none was given", "Add image: NAME.")
     if "last_image" in fields and not facts.last_image:
-        faults.add(f"last_image would be ignored by {facts.key}", "Leave it out.")
+        faults.of("last_image", "model").add(f"last_image would be ignored by {facts.key}", "Leave it out.")
     if "prompt_2" in fields and facts.family != "flux":
-        faults.add(f"prompt_2 would be ignored by {facts.key}", "Leave it out.")
+        faults.of("prompt_2", "model").add(f"prompt_2 would be ignored by {facts.key}", "Leave it out.")

@@ -18,7 +18,7 @@ from safelight import caches, controlnet, lora, wan_cli
 from safelight.caches import Cache
 from safelight.controlnet import ControlNet
 from safelight.errors import Fault
-from safelight.faults import Faults, near, shown
+from safelight.faults import NOWHERE, Faults, Places, near, shown
 from safelight.jobrules import (
     STRENGTH,
     check_controlnet,
@@ -247,7 +247,13 @@ _FORMATS: dict[str, tuple[str, ...]] = {"image": ("png", "jpg", "webp"), "video"
 
 
 def check(
-    written: Mapping[str, object], models: Models, where: str, *, image_model: str, video_model: str
+    written: Mapping[str, object],
+    models: Models,
+    where: str,
+    *,
+    image_model: str,
+    video_model: str,
+    places: Places = NOWHERE,
 ) -> JobSpec | list[Fault]:
     """Return the job that `written` asks for, with the model's defaults filled in, or everything wrong with it.
 
@@ -255,8 +261,9 @@ def check(
         written: the fields of FIELDS as text or as typed values; `image` and `last_image` are digests already.
         where: file:line or whatever else tells a person which job this is.
         image_model: the model of an image job that names none; `video_model` likewise.
+        places: where each of the fields is written.
     """
-    faults = Faults(where)
+    faults = Faults(where).knowing(places)
     fields = _read_fields(written, faults)
     if written.get("seed") is None:
         faults.add("it has no seed", "Write one.")
@@ -265,7 +272,8 @@ def check(
         return faults.found
     _check_prompt(fields, facts, faults)
     if fields.get("backend") == "wan-cli":
-        faults.found += [Fault(where, *refusal) for refusal in wan_cli.refusals(fields, facts)]
+        for name, problem, remedy in wan_cli.refusals(fields, facts):
+            faults.of(name).add(problem, remedy)
     else:
         check_size(fields, facts, faults)
     check_frames(fields, facts, faults)
@@ -283,7 +291,7 @@ def _read_fields(written: Mapping[str, object], faults: Faults) -> dict[str, Any
     fields: dict[str, Any] = {}
     for name, value in written.items():
         if name not in FIELDS:
-            faults.add(f"unknown key {shown(name)}", near(name, list(FIELDS)))
+            faults.of(name).add(f"unknown key {shown(name)}", near(name, list(FIELDS)))
             continue
         if value is None:
             continue
@@ -293,10 +301,10 @@ def _read_fields(written: Mapping[str, object], faults: Faults) -> dict[str, Any
         except (ValueError, OverflowError) as error:
             # What reads these says what is wrong with them, in words for a person; Python's own words are for nobody.
             says_it = name in ("controlnet", "loras")
-            faults.add(f"{name}: {error}" if says_it else f"{name} {shown(value)} is not {expected}")
+            faults.of(name).add(f"{name}: {error}" if says_it else f"{name} {shown(value)} is not {expected}")
             continue
         if name in _CHOICES and fields[name] not in _CHOICES[name]:
-            faults.add(f"{name} {shown(value)} is not {expected}", near(str(value), _CHOICES[name]))
+            faults.of(name).add(f"{name} {shown(value)} is not {expected}", near(str(value), _CHOICES[name]))
             del fields[name]
     return fields
 
@@ -308,42 +316,49 @@ def _model_of(
     wants_video = fields.get("kind") == "video" or ("kind" not in fields and animates)
     key = fields.setdefault("model", video_model if wants_video else image_model)
     if key not in models:
-        faults.add(f"model {shown(key)} is not known", f"Known: {', '.join(models.near(key))} (safelight models list).")
+        known = f"Known: {', '.join(models.near(key))} (safelight models list)."
+        faults.of("model").add(f"model {shown(key)} is not known", known)
         return None
     facts = models[key]
     if fields.get("kind", facts.kind) != facts.kind:
-        faults.add(f"kind {fields['kind']!r} does not fit model {key}", f"{key} makes {facts.kind}s.")
+        faults.of("kind", "model").add(
+            f"kind {fields['kind']!r} does not fit model {key}", f"{key} makes {facts.kind}s."
+        )
     return facts
 
 
 def _check_prompt(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> None:
     prompt = fields.get("prompt", "")
     if not prompt.strip():
-        faults.add("the prompt is empty", "Write what the picture should show.")
+        faults.of("prompt").add("the prompt is empty", "Write what the picture should show.")
     for name in ("prompt", "prompt_2", "negative_prompt"):
         text = fields.get(name, "")
         if len(text) > PROMPT_CHARACTERS_MAX:
-            faults.add(f"{name} has {len(text)} characters", f"At most {PROMPT_CHARACTERS_MAX}.")
+            faults.of(name).add(f"{name} has {len(text)} characters", f"At most {PROMPT_CHARACTERS_MAX}.")
         if "\x00" in text:
-            faults.add(f"{name} has a NUL character", "Remove it.")
+            faults.of(name).add(f"{name} has a NUL character", "Remove it.")
         if unknown := facts.unknown_words(text):
             said = ", ".join(map(shown, unknown[:UNKNOWN_WORDS_SHOWN]))
             words = ", ".join(facts.vocabulary.split())
-            faults.add(f"{facts.key} does not know {said} of {name}", f"Its words, in small letters: {words}.")
+            faults.of(name).add(f"{facts.key} does not know {said} of {name}", f"Its words, in small letters: {words}.")
 
 
 def _check_rest(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> None:
     legal = _FORMATS[facts.kind]
     if fields.get("output_format", legal[0]) not in legal:
-        faults.add(
+        faults.of("output_format", "model").add(
             f"output_format {shown(fields['output_format'])} is none for {facts.kind}s: {', '.join(legal)} are",
             f"Use {legal[0]}.",
         )
     if fields.get("vae_tiling") == "strips" and facts.family != "flux":
-        faults.add(f"vae_tiling strips is not offered for {facts.key}", "Use auto, off or on.")
+        faults.of("vae_tiling", "model").add(
+            f"vae_tiling strips is not offered for {facts.key}", "Use auto, off or on."
+        )
     within(fields, "seed", 0, SEED_MAX, faults)
     if "batch" in fields and not is_folder_name(fields["batch"]):
-        faults.add(f"batch {shown(fields['batch'])} cannot be a folder name", "Use letters, digits, spaces, . _ and -.")
+        faults.of("batch").add(
+            f"batch {shown(fields['batch'])} cannot be a folder name", "Use letters, digits, spaces, . _ and -."
+        )
 
 
 def is_folder_name(name: str) -> bool:

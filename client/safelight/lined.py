@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -21,14 +21,27 @@ DEPTH_MAX = 10
 
 _Loader: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NULLS = ("", "~", "null", "Null", "NULL")
-_JSON_MARKS = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\n]')
+_JSON_MARKS = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}:,\n]|[^][{}:,"\s]+')
 _QUOTE = "Put text that holds ': ', ' #' or starts with one of [ { * & ! % @ ` in quotes."
 
 
 class Lined(dict[str, Any]):
-    """A mapping and the line it starts on."""
+    """A mapping that knows its lines."""
 
     line: int = 0
+    """That it starts on."""
+    lines: dict[str, int]
+    """Those of its keys."""
+
+    def __init__(self, pairs: Iterable[tuple[str, Any]] = ()) -> None:
+        super().__init__(pairs)
+        self.lines = {}
+
+
+class Listed(list[Any]):
+    """A list that knows the lines that its items start on."""
+
+    lines: Sequence[int] = ()
 
 
 class _Refused(Exception):
@@ -49,10 +62,10 @@ def read_yaml(text: str, faults: Faults, *, first_line: int = 1) -> Any:
     try:
         return _YamlReader(yaml.parse(text, Loader=_Loader), faults, first_line).document()
     except _Refused as error:
-        faults.at(f"{faults.where}:{error.line}").add(error.problem, error.remedy)
+        faults.at_line(error.line).add(error.problem, error.remedy)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        place = faults.at(f"{faults.where}:{mark.line + first_line}") if mark else faults
+        place = faults.at_line(mark.line + first_line) if mark else faults
         place.add(f"not YAML: {error.problem or error.context}", _QUOTE)
     except yaml.YAMLError as error:
         faults.add(f"not YAML: {' '.join(str(error).split())}", "Remove what is not text.")
@@ -93,12 +106,20 @@ class _YamlReader:
         if depth >= DEPTH_MAX:
             raise _Refused(self._line(event), f"nested more than {DEPTH_MAX} deep", "A job is a flat mapping.")
         if isinstance(event, yaml.SequenceStartEvent):
-            return [self._value(item, depth + 1) for item in self._until(yaml.SequenceEndEvent)]
+            return self._sequence(depth)
         return self._mapping(event, depth)
 
     def _until(self, end: type[yaml.Event]) -> Iterator[yaml.Event]:
         while not isinstance(event := next(self._events), end):
             yield event
+
+    def _sequence(self, depth: int) -> Listed:
+        sequence, lines = Listed(), []
+        for event in self._until(yaml.SequenceEndEvent):
+            lines.append(self._line(event))
+            sequence.append(self._value(event, depth + 1))
+        sequence.lines = lines
+        return sequence
 
     def _mapping(self, start: yaml.Event, depth: int) -> Lined:
         mapping = Lined()
@@ -107,28 +128,35 @@ class _YamlReader:
             if not isinstance(event, yaml.ScalarEvent):
                 raise _Refused(self._line(event), "a key is not a word", _QUOTE)
             if event.value in mapping:
-                place = self._faults.at(f"{self._faults.where}:{self._line(event)}")
-                place.add(f"{shown(event.value)} is written twice", "Keep one of them.")
+                problem = f"{shown(event.value)} is written twice"
+                self._faults.at_line(self._line(event)).add(problem, "Keep one of them.")
+            mapping.lines[event.value] = self._line(event)
             mapping[event.value] = self._value(next(self._events), depth + 1)
         return mapping
 
 
 def read_json(text: str, faults: Faults, *, first_line: int = 1) -> Any:
-    """Return the value in `text`, its objects as `Lined`; `faults` takes what is wrong."""
-    lines = _object_lines(text, first_line)
+    """Return the value in `text`, its objects as `Lined`, the lists in them and a list alone as `Listed`.
+
+    `faults` takes what is wrong.
+    """
+    brackets = _brackets(text, first_line)
 
     def build(pairs: list[tuple[str, Any]]) -> Lined:
-        mapping = Lined(pairs)
-        mapping.line = next(lines)
-        if len(mapping) < len(pairs):
-            twice = ", ".join(shown(key) for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-            faults.at(f"{faults.where}:{mapping.line}").add(f"{twice} is written twice", "Keep one of them.")
+        bracket = next(brackets)
+        mapping = Lined((key, bracket.listed(value)) for key, value in pairs)
+        mapping.line = bracket.line
+        for (key, _), line in zip(pairs, bracket.lines, strict=True):
+            if key in mapping.lines:
+                faults.at_line(line).add(f"{shown(key)} is written twice", "Keep one of them.")
+            mapping.lines[key] = line
         return mapping
 
     try:
-        return json.loads(text, object_pairs_hook=build, parse_constant=_refuse_constant)
+        value = json.loads(text, object_pairs_hook=build, parse_constant=_refuse_constant)
+        return next(brackets).listed(value) if isinstance(value, list) else value
     except json.JSONDecodeError as error:
-        place = faults.at(f"{faults.where}:{error.lineno + first_line - 1}")
+        place = faults.at_line(error.lineno + first_line - 1)
         place.add(f"not JSON: {error.msg} at column {error.colno}", "Correct it there.")
     except RecursionError:
         faults.add("nested far too deep", "A job is a flat object.")
@@ -141,14 +169,48 @@ def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is no number")
 
 
-def _object_lines(text: str, first_line: int) -> Iterator[int]:
-    """Yield the line of each object's opening brace, in the order of the closing ones: that of the parser's hook."""
-    line, opened = first_line, []
-    for token in _JSON_MARKS.finditer(text):
-        match token[0]:
+@dataclass
+class _Bracket:
+    """What stands between two brackets of a JSON text, or around all of them."""
+
+    line: int
+    opened_by: str
+    lines: list[int] = field(default_factory=list)
+    """Of the keys of an object, or of the items of a list."""
+    inner: list[list[int]] = field(default_factory=list)
+    """The lines of the lists right in it, in their order."""
+
+    def listed(self, value: Any) -> Any:
+        """Return the next list right in it with its lines, anything else as it is."""
+        if isinstance(value, list):
+            value = Listed(value)
+            value.lines = self.inner.pop(0)
+        return value
+
+
+def _brackets(text: str, first_line: int) -> Iterator[_Bracket]:
+    """Yield each object in the order of the closing braces, that of the parser's hook; in the end the whole."""
+    line = first_line
+    key_line = line
+    around = [_Bracket(line, "")]
+    for mark in _JSON_MARKS.finditer(text):
+        inside = around[-1]
+        match mark[0]:
             case "\n":
                 line += 1
-            case "{":
-                opened.append(line)
+            case ",":
+                pass
+            case ":":
+                inside.lines.append(key_line)
+            case "]":
+                around.pop()
+                around[-1].inner.append(inside.lines)
             case "}":
-                yield opened.pop()
+                yield around.pop()
+            case other:
+                key_line = line
+                if inside.opened_by == "[":
+                    inside.lines.append(line)
+                if other in ("[", "{"):
+                    around.append(_Bracket(line, other))
+    yield around[0]

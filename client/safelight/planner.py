@@ -100,7 +100,7 @@ def _plan_of_own_program(spec: JobSpec, facts: ModelFacts, machine: Machine) -> 
     where = spec.id or spec.model
     unable = [*wan_cli.refusals(spec.model_dump(exclude_none=True), facts)]  # the table may have changed meanwhile
     if unable:
-        raise InvalidJob([Fault(where, *refusal) for refusal in unable])
+        raise InvalidJob([Fault(where, problem, remedy) for _, problem, remedy in unable])
     if lacks := [Fault(where, *lack) for lack in wan_cli_plan.lacking(spec, facts, machine)]:
         raise DoesNotFit(lacks)
     return wan_cli_plan.plan_of(spec, facts, machine)

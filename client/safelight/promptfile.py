@@ -21,9 +21,9 @@ from safelight.draft import (
     split_words,
     sweep,
 )
-from safelight.errors import Fault, InvalidJob
+from safelight.errors import FAULTS_MAX, Fault, InvalidJob
 from safelight.faults import Faults, shown
-from safelight.lined import Lined, read_json, read_yaml
+from safelight.lined import Lined, Listed, read_json, read_yaml
 
 __all__ = ["ALIASES", "SUFFIXES", "Draft", "parse", "parse_file", "parse_options", "sweep"]
 
@@ -36,9 +36,6 @@ in 0.4 s (libyaml, 2 cores, 2026-11-22)."""
 
 JOBS_MAX = 100_000
 """Of one file; [inbox] max_jobs_per_file is the limit that a person sets."""
-
-FAULTS_MAX = 1_000
-"""Of one file: then it is not read further."""
 
 T = TypeVar("T")
 
@@ -124,10 +121,10 @@ def _until_enough(items: Iterable[T], drafts: list[Draft], faults: Faults) -> It
 def _read_txt(text: str, faults: Faults) -> list[Draft]:
     """One job a line; lines that start with `--` are options; front matter gives every line its defaults."""
     front, body, first_line = _front_matter(text, faults)
-    defaults = make_draft(front, faults.at(f"{faults.where}:{front.line}"))
+    defaults = make_draft(front, faults.at_line(front.line))
     drafts: list[Draft] = []
     for number, line in _until_enough(enumerate(body.split("\n"), start=first_line), drafts, faults):
-        written, place = line.strip(), faults.at(f"{faults.where}:{number}")
+        written, place = line.strip(), faults.at_line(number)
         if not written or written.startswith("#"):
             continue
         job = read_options(split_words(written, place), place) if written.startswith("--") else {"prompt": written}
@@ -137,12 +134,15 @@ def _read_txt(text: str, faults: Faults) -> list[Draft]:
 
 def _read_md(text: str, faults: Faults) -> list[Draft]:
     """One job: the body is its prompt, the front matter the rest."""
-    front, body, _ = _front_matter(text, faults)
+    front, body, first_line = _front_matter(text, faults)
     prompt = body.strip()
     if prompt and front.get("prompt") is not None:
-        faults.add("the prompt is written twice, in the front matter and below it", "Keep one of them.")
+        faults.at_line(front.lines["prompt"]).add(
+            "the prompt is written twice, in the front matter and below it", "Keep one of them."
+        )
     elif prompt:
         front["prompt"] = prompt
+        front.lines["prompt"] = first_line + body[: body.index(prompt)].count("\n")
     return [make_draft(front, faults)] if front else []
 
 
@@ -179,7 +179,7 @@ def _read_csv(text: str, faults: Faults) -> list[Draft]:
             cells = [cell.strip() for cell in row]
             if not any(cells):
                 continue
-            place = faults.at(f"{faults.where}:{first_line}")
+            place = faults.at_line(first_line)
             if not columns:
                 columns = _columns(cells, place)
                 continue
@@ -189,7 +189,7 @@ def _read_csv(text: str, faults: Faults) -> list[Draft]:
             job = {column: cell for column, cell in zip(columns, cells, strict=False) if cell and column in CELLS}
             drafts.append(make_draft(job, place))
     except csv.Error as error:
-        place = faults.at(f"{faults.where}:{rows.line_num}")
+        place = faults.at_line(rows.line_num)
         place.add(f"not CSV: {error}", "Close every quote, and double one that is text.")
     return drafts
 
@@ -214,7 +214,7 @@ def _read_jsonl(text: str, faults: Faults) -> list[Draft]:
             continue
         before = len(faults.found)
         job = read_json(line, faults, first_line=number)
-        place = faults.at(f"{faults.where}:{number}")
+        place = faults.at_line(number)
         if isinstance(job, Lined):
             drafts.append(make_draft(job, place))
         elif len(faults.found) == before:
@@ -234,36 +234,36 @@ def _document(tree: object, faults: Faults) -> list[Draft]:
     """Read `defaults` and `jobs`, or a plain list of jobs, or a single job."""
     if tree is None:
         return []
-    defaults, jobs = BLANK, tree
+    defaults, jobs, place = BLANK, tree, faults
     if isinstance(tree, Lined) and ("jobs" in tree or "defaults" in tree):
         defaults, jobs = _defaults(tree, faults), tree.get("jobs") or []
+        place = faults.at_line(tree.lines.get("jobs", tree.line))
     elif isinstance(tree, Lined):
-        jobs = [tree]
+        return [make_draft(tree, faults.at_line(tree.line))]
     if not isinstance(jobs, list):
-        faults.add("there is no list of jobs", "Write jobs: and a list, each with a prompt.")
+        place.add("there is no list of jobs", "Write jobs: and a list, each with a prompt.")
         return []
     drafts: list[Draft] = []
-    for number, job in _until_enough(enumerate(jobs, start=1), drafts, faults):
+    lines = jobs.lines if isinstance(jobs, Listed) else ()
+    for job, line in _until_enough(zip(jobs, lines, strict=True), drafts, faults):
         if isinstance(job, Lined):
-            drafts.append(make_draft(job, faults.at(f"{faults.where}:{job.line}"), defaults))
+            drafts.append(make_draft(job, faults.at_line(line), defaults))
         else:
-            faults.add(f"job {number} is not a mapping", "Write prompt: and its text.")
+            faults.at_line(line).add("this job is not a mapping", "Write prompt: and its text.")
     return drafts
 
 
 def _defaults(tree: Lined, faults: Faults) -> Draft:
     for key in tree:
         if key not in ("defaults", "jobs"):
-            faults.at(f"{faults.where}:{tree.line}").add(
-                f"unknown key {shown(key)} beside jobs", "Move it into defaults."
-            )
+            faults.at_line(tree.lines[key]).add(f"unknown key {shown(key)} beside jobs", "Move it into defaults.")
     written = tree.get("defaults")
     if written is None:
         return BLANK
     if not isinstance(written, Lined):
-        faults.add("defaults is not a mapping", "Write name: value below it.")
+        faults.at_line(tree.lines["defaults"]).add("defaults is not a mapping", "Write name: value below it.")
         return BLANK
-    return make_draft(written, faults.at(f"{faults.where}:{written.line}"))
+    return make_draft(written, faults.at_line(written.line))
 
 
 _READERS = {

@@ -45,34 +45,38 @@ CHECKPOINTS: dict[str, tuple[str, ...]] = {
 """What lies in the folder of a task's checkpoints, besides shards of weights."""
 
 
-def refusals(fields: Mapping[str, Any], facts: ModelFacts) -> Iterator[tuple[str, str]]:
-    """Yield what the program would refuse, ignore or decide by itself of a job, each with its remedy."""
+def refusals(fields: Mapping[str, Any], facts: ModelFacts) -> Iterator[tuple[str, str, str]]:
+    """Yield what the program would refuse, ignore or decide by itself of a job: the field, the problem, its remedy."""
     program = facts.wan_cli
     if program is None or facts.tiny:
-        yield f"backend wan-cli does not run {facts.key}", "Leave backend out, or use one of Wan's models."
+        yield "backend", f"backend wan-cli does not run {facts.key}", "Leave backend out, or use one of Wan's models."
         return
     defaults = facts.defaults
     width, height = fields.get("width", defaults.width), fields.get("height", defaults.height)
     if (width, height) not in [(size.width, size.height) for size in program.sizes]:
         legal = ", ".join(f"{size.width}x{size.height}" for size in program.sizes)
-        yield f"{width}x{height} is not a size that Wan's own program makes of {facts.key}", f"Use one of {legal}."
+        problem = f"{width}x{height} is not a size that Wan's own program makes of {facts.key}"
+        yield "width" if "width" in fields else "height", problem, f"Use one of {legal}."
     if fields.get("negative_prompt", defaults.negative_prompt) != OWN_NEGATIVE_PROMPT:
-        yield "negative_prompt would be ignored by Wan's own program, which has its own", "Leave it, or backend, out."
+        problem = "negative_prompt would be ignored by Wan's own program, which has its own"
+        yield "negative_prompt", problem, "Leave it, or backend, out."
     if (fps := fields.get("fps", defaults.fps)) != program.fps:
-        yield f"fps {fps} would be ignored by Wan's own program", f"Use {program.fps}, or leave backend out."
+        yield "fps", f"fps {fps} would be ignored by Wan's own program", f"Use {program.fps}, or leave backend out."
     if (length := fields.get("max_sequence_length", OWN_SEQUENCE_LENGTH)) != OWN_SEQUENCE_LENGTH:
-        yield f"max_sequence_length {length} would be ignored by Wan's own program", f"Use {OWN_SEQUENCE_LENGTH}."
+        problem = f"max_sequence_length {length} would be ignored by Wan's own program"
+        yield "max_sequence_length", problem, f"Use {OWN_SEQUENCE_LENGTH}."
     scale, scale_2 = (fields.get(name, getattr(defaults, name)) for name in ("guidance_scale", "guidance_scale_2"))
     if scale_2 not in (None, scale) and (scale, scale_2) != program.guidance:
         remedy = f"Write guidance_scale_2 {scale:g}, too, or leave both out."
-        yield f"guidance {scale:g} and {scale_2:g}: Wan's own program takes one for both experts", remedy
+        problem = f"guidance {scale:g} and {scale_2:g}: Wan's own program takes one for both experts"
+        yield "guidance_scale", problem, remedy
     if fields.get("loras"):
-        yield "LoRAs would be ignored by Wan's own program", "Leave them, or backend, out."
+        yield "loras", "LoRAs would be ignored by Wan's own program", "Leave them, or backend, out."
     if fields.get("cache") is not None:
-        yield "cache would be ignored by Wan's own program", "Leave it, or backend, out."
+        yield "cache", "cache would be ignored by Wan's own program", "Leave it, or backend, out."
     for name, offered in OFFERED.items():
         if (value := fields.get(name, "auto")) not in offered:
-            yield f"{name} {value} is not offered by Wan's own program", f"Use {' or '.join(offered)}."
+            yield name, f"{name} {value} is not offered by Wan's own program", f"Use {' or '.join(offered)}."
 
 
 @dataclass(frozen=True)

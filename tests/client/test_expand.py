@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from safelight import config, models, promptfile
+from safelight.commands.adding import sources_of_files
 from safelight.draft import Draft
-from safelight.errors import Fault, InvalidJob
+from safelight.errors import FAULTS_MAX, Fault, InvalidJob, in_order
 from safelight.expand import expand
 from safelight.jobspec import FIELDS, SEED_MAX, JobSpec
 from safelight.wildcards import COUNT_CEILING, DEPTH_MAX, Wildcards
@@ -397,6 +398,119 @@ def test_all_faults_are_told_at_once_and_each_once() -> None:
         "n.txt:1: num_inference_steps 98 is outside 1 to 8",
         "n.txt:3: the prompt is empty",
     ]
+
+
+# Where it is written
+
+
+def told_of(text: str, name: str = "n.txt", **changed: Any) -> list[str]:
+    """Return what a person is told of a wrong prompt file."""
+    with pytest.raises(InvalidJob) as caught:
+        expanded(*promptfile.parse(text.encode(), name), **{"store_image": refuse, **changed})
+    return [str(fault) for fault in in_order(caught.value.faults)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("n.txt", "---\nmodel: flux-dev\n\nheight: 100\n---\na fox\na cat\n", ["n.txt:4: height 100"]),
+        ("n.txt", "---\nmatrix:\n  seed: [1]\n  width: 512, 5\n---\na fox\n", ["n.txt:4: width 5"]),
+        ("n.txt", "---\nheight: 5\n---\n--prompt a --height 7\nb\n", ["n.txt:2: height 5", "n.txt:4: height 7"]),
+        ("n.txt", "---\ncount: 0\n---\na\nb\n", ["n.txt:2: count 0 makes no job"]),
+        ("n.txt", "---\nfps: 16\n---\n--prompt a --model flux-dev\n", ["n.txt:4: fps means nothing to flux-dev"]),
+        ("n.txt", "---\nprompt_2: '{x'\n---\na\nb\n", ["n.txt:2: the brace {"]),
+        ("n.txt", "---\nimage: gone.png\nmodel: wan-ti2v-5b\n---\na\nb\n", ["n.txt:2: image gone.png: there is no"]),
+        ("n.md", "---\nseed: 5\nwidth: 5\n---\na fox\n", ["n.md:3: width 5"]),
+        ("n.md", "---\nseed: 5\n---\n\na fox {\n", ["n.md:5: the brace {"]),
+        ("n.yaml", "- prompt: a\n  model: flux-dev\n  matrix:\n    width: [512, 5]\n", ["n.yaml:4: width 5"]),
+        ("n.yaml", "defaults:\n  width: 5\njobs:\n- prompt: a\n  height: 7\n", ["n.yaml:2: width", "n.yaml:5: height"]),
+        ("n.json", '[{"prompt": "a",\n"loras": "x:99",\n"seed": -9}]', ["n.json:2: LoRA x", "n.json:3: seed -9"]),
+        ("n.csv", "prompt,width\na,512\nb,5\n", ["n.csv:3: width 5"]),
+        ("n.jsonl", '{"prompt": "a"}\n{"prompt": "b", "width": 5}', ["n.jsonl:2: width 5"]),
+    ],
+)
+def test_a_wrong_value_is_told_where_it_is_written(name: str, text: str, told: list[str]) -> None:
+    found = told_of(text, name)
+
+    assert [fault[: len(start)] for fault, start in zip(found, told, strict=True)] == told
+
+
+def test_a_wrong_value_that_many_prompts_inherit_is_one_line_of_the_report() -> None:
+    assert told_of("---\nmodel: flux-dev\n\nheight: 600\n---\n" + "a fox\n" * 999) == [
+        "n.txt:4: height 600 is not a multiple of 16 (for lines 6, 7, 8, 9, 10 and 994 more). Use 592 or 608."
+    ]
+
+
+def test_an_inherited_value_that_is_wrong_for_some_prompts_names_them() -> None:
+    text = "---\nmodel: flux-dev\nstrength: 0.5\n---\n--prompt a --image a.png\nb\n--prompt c --image a.png\nd\n"
+
+    assert told_of(text, store_image=lambda name: DIGEST) == [
+        "n.txt:3: strength would be ignored without an image (for lines 6, 8). Add image: NAME, or leave it out."
+    ]
+
+
+def test_what_the_command_line_says_is_not_told_of_a_line_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "n.txt").write_text("---\nnum_inference_steps: 4\nwidth: 5\n---\na fox\na cat\n")
+    (source,) = sources_of_files([tmp_path / "n.txt"], {"batch": None}, ("steps=4,999",))
+
+    with pytest.raises(InvalidJob) as caught:
+        expanded(*source.drafts)
+    told = [str(fault).removeprefix(f"{tmp_path}/") for fault in in_order(caught.value.faults)]
+
+    assert told == [
+        "n.txt:3: width 5 is not a multiple of 16 (for lines 5, 6). Use 256.",
+        "n.txt:5: num_inference_steps 999 is outside 1 to 8 (also line 6). Use 8.",
+    ]
+
+
+def test_one_mistake_on_many_lines_is_told_once_with_its_lines() -> None:
+    text = "a red fox\n" * 999
+
+    (told,) = told_of(f"---\nmodel: demo-flux\n---\n{text}")
+    assert told.startswith(
+        "n.txt:4: demo-flux does not know 'fox' of prompt (also lines 5, 6, 7, 8, 9 and 993 more). Its"
+    )
+
+
+def test_mistakes_with_one_long_remedy_have_it_once() -> None:
+    first, second, third = told_of("---\nmodel: demo-flux\n---\na fox\na cat\na dog\n")
+
+    assert len(first) > 200
+    assert second == "n.txt:5: demo-flux does not know 'cat' of prompt. See n.txt:4 above."
+    assert third == "n.txt:6: demo-flux does not know 'dog' of prompt. See n.txt:4 above."
+
+
+def test_a_report_ends_after_a_thousand_faults_and_says_how_many_more_there_are() -> None:
+    text = "---\nmodel: demo-flux\n---\n" + "".join(f"word{number}\n" for number in range(FAULTS_MAX + 500))
+    told = told_of(text.translate(str.maketrans("0123456789", "zyxvutsrqp")), max_jobs=10_000)
+
+    assert len(told) == FAULTS_MAX + 1
+    assert told[-1] == "n.txt: 500 more faults are not listed. Correct these first."
+    assert sum(map(len, told)) < 100_000
+
+
+def test_lines_of_several_files_are_told_apart() -> None:
+    faults = [Fault(f"{name}:{line}", "it is wrong", "Right it.") for line in (3, 1) for name in ("b.txt", "a.txt")]
+
+    assert [str(fault) for fault in in_order(faults)] == [
+        "b.txt:1: it is wrong (also line 3). Right it.",
+        "a.txt:1: it is wrong (also line 3). Right it.",
+    ]
+
+
+PLACES = st.sampled_from(["", "n.txt", "add", "m.txt:0", "n.txt:1", "n.txt:2", "n.txt:30", "m.txt:4", "n.txt:٣", "x:²"])
+
+
+@given(
+    st.lists(st.builds(Fault, PLACES, st.sampled_from("pq"), st.sampled_from(["r", "R" * 300]), PLACES), max_size=12)
+)
+def test_any_faults_are_told_once_and_none_is_left_out(found: list[Fault]) -> None:
+    told = in_order(found)
+
+    assert len(set(told)) == len(told) <= len(found)
+    assert {fault.problem[0] for fault in told} == {fault.problem for fault in found}
+    assert {fault.where for fault in told} <= {fault.where for fault in found}
+    assert in_order(told) == told
 
 
 # Pictures

@@ -146,7 +146,7 @@ def test_a_matrix_may_have_loras_for_an_axis() -> None:
 
 
 def test_wans_own_program_takes_none() -> None:
-    told = [problem for problem, _ in refusals({"loras": (Lora(name="x"),)}, TABLE["wan-ti2v-5b"])]
+    told = [problem for _, problem, _ in refusals({"loras": (Lora(name="x"),)}, TABLE["wan-ti2v-5b"])]
 
     assert "LoRAs would be ignored by Wan's own program" in told
 

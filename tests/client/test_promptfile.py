@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 
 from safelight import config, models
 from safelight.draft import ALIASES
-from safelight.errors import Fault, InvalidJob
+from safelight.errors import FAULTS_MAX, Fault, InvalidJob
 from safelight.expand import expand
 from safelight.jobspec import FIELDS
 from safelight.promptfile import (
-    FAULTS_MAX,
     JOBS_MAX,
     SUFFIXES,
     TABLE_BYTES_MAX,
@@ -97,9 +96,11 @@ def test_markdown_without_front_matter_is_a_prompt() -> None:
     [
         ("n.txt", "---\nwidth: 512\n", "n.txt: the front matter is never closed. End it with a line ---."),
         ("n.txt", "---\n\nstep: 4\n---\na fox", "n.txt:3: unknown key 'step'. Did you mean num_inference_steps?"),
+        ("n.txt", "---\nwidth: 5\n\ncolour: 4\n---\na fox", "n.txt:4: unknown key 'colour'."),
+        ("n.txt", "---\nmatrix:\n  width: [512]\n  steps: [1]\n---\na fox", "n.txt:4: unknown axis 'steps' in matrix."),
         ("n.txt", "---\n- a\n---\na fox", "n.txt: the front matter is no list of settings. Write name: value lines."),
         ("n.txt", "---\nwidth: 1\nwidth: 2\n---\na fox", "n.txt:3: 'width' is written twice. Keep one of them."),
-        ("n.md", "---\nprompt: a\n---\nb", "n.md: the prompt is written twice, in the front matter and below it. "),
+        ("n.md", "---\nprompt: a\n---\nb", "n.md:2: the prompt is written twice, in the front matter and below it. "),
         ("n.txt", "\n# only a comment\n", "n.txt: there is no prompt in it. Write what the picture should show."),
     ],
 )
@@ -342,21 +343,26 @@ def test_yaml_scalars_are_the_text_that_was_written() -> None:
         ("jobs:\n- prompt: a\n\tseed: 1\n", "n.yaml:3: not YAML: "),
         ("? [a]\n: b\n", "n.yaml:1: a key is not a word."),
         ("[" * 500 + "]" * 500, "n.yaml:1: nested more than 10 deep."),
-        ("jobs: {prompt: a}\n", "n.yaml: there is no list of jobs."),
+        ("jobs: {prompt: a}\n", "n.yaml:1: there is no list of jobs."),
         ("just words\n", "n.yaml: there is no list of jobs."),
-        ("jobs: [a fox]\n", "n.yaml: job 1 is not a mapping."),
-        ("defaults: [1]\njobs: [{prompt: a}]\n", "n.yaml: defaults is not a mapping."),
+        ("jobs: [a fox]\n", "n.yaml:1: this job is not a mapping."),
+        ("defaults: [1]\njobs: [{prompt: a}]\n", "n.yaml:1: defaults is not a mapping."),
         ("width: 512\njobs: [{prompt: a}]\n", "n.yaml:1: unknown key 'width' beside jobs. Move it into defaults."),
-        ("- prompt: a\n- prompt: b\n  witdh: 5\n", "n.yaml:2: unknown key 'witdh'. Did you mean width?"),
-        ("prompt: a\nmatrix: [1]\n", "n.yaml:1: matrix is not a mapping."),
+        ("- prompt: a\n- prompt: b\n  witdh: 5\n", "n.yaml:3: unknown key 'witdh'. Did you mean width?"),
+        ("prompt: a\nmatrix: [1]\n", "n.yaml:2: matrix is not a mapping."),
         (
             "prompt: a\nmatrix: {steps: [1]}\n",
-            "n.yaml:1: unknown axis 'steps' in matrix. Did you mean num_inference_steps?",
+            "n.yaml:2: unknown axis 'steps' in matrix. Did you mean num_inference_steps?",
         ),
-        ("prompt: a\nmatrix: {width: []}\n", "n.yaml:1: the axis width has no list of values."),
-        ("prompt: a\nmatrix: {width: [[1]]}\n", "n.yaml:1: a value of the axis width is not text or a number."),
-        ("prompt: a\nwidth: 1\nmatrix: {width: [1]}\n", "n.yaml:1: width is written twice, once as an axis of matrix."),
-        ("prompt: a\nexpand: some\n", "n.yaml:1: expand 'some' is not random or all."),
+        ("prompt: a\nmatrix: {width: []}\n", "n.yaml:2: the axis width has no list of values."),
+        ("prompt: a\nmatrix: {width: [[1]]}\n", "n.yaml:2: a value of the axis width is not text or a number."),
+        ("prompt: a\nwidth: 1\nmatrix: {width: [1]}\n", "n.yaml:2: width is written twice, once as an axis of matrix."),
+        ("prompt: a\nexpand: some\n", "n.yaml:2: expand 'some' is not random or all."),
+        ("jobs:\n- prompt: a\n-\n  - b\n- prompt: c\n", "n.yaml:4: this job is not a mapping."),
+        ("width: 5\njobs:\n", "n.yaml:1: unknown key 'width' beside jobs."),
+        ("jobs:\n- prompt: a\nsize: 5\n", "n.yaml:3: unknown key 'size' beside jobs."),
+        ("jobs:\n- prompt: a\n  seed: 1\n  count: x\n", "n.yaml:4: count 'x' is not a whole number."),
+        ("defaults:\n  seed: 1\n  setps: 4\njobs:\n- prompt: a\n", "n.yaml:3: unknown key 'setps'."),
         ("jobs:\n", "n.yaml: there is no prompt in it."),
         ("", "n.yaml: there is no prompt in it."),
         ("a: \x07", "n.yaml: not YAML: unacceptable character"),
@@ -369,8 +375,15 @@ def test_wrong_yaml_names_its_line(text: str, fault: str) -> None:
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ('{"prompt": "a",\n "seed": 1,\n "seed": 2}', "n.json:1: 'seed' is written twice."),
+        ('{"prompt": "a",\n "seed": 1,\n "seed": 2}', "n.json:3: 'seed' is written twice."),
         ('{"jobs": [\n{"prompt": "}{"},\n{"promt": "b"}]}', "n.json:3: unknown key 'promt'. Did you mean prompt?"),
+        (
+            '{"jobs": [\n{"prompt": "a"},\n{"loras": ["[{", {"name": [\n1]}]},\n{"tags": [\n"a"\n,"b"]}\n,\n3]}',
+            "n.json:9: this job is",
+        ),
+        ('[\n{"prompt": "a"},\n"a fox"]', "n.json:3: this job is not a mapping."),
+        ('{"prompt": "a",\n "matrix": {"width": [64],\n"colour"\n:[1]}}', "n.json:3: unknown axis 'colour' in matrix."),
+        ('{"prompt": "\\"a:",\n "tags": ["x",\n"y"], "colour":\n1}', "n.json:3: unknown key 'colour'."),
         ('{"prompt": "a",\n "seed" 7}', "n.json:2: not JSON: "),
         ('{"seed": Infinity}', "n.json: not JSON: Infinity is no number."),
         ('{"seed": ' + "1" * 5000 + "}", "n.json: not JSON: Exceeds the limit"),

@@ -165,6 +165,7 @@ def _over(
             draft,
             fields={**{name: value for name, value in draft.fields.items() if name not in replaced}, **given},
             matrix={**{name: values for name, values in draft.matrix.items() if name not in replaced}, **axes},
+            places=draft.places.without(replaced),
         )
         for draft in drafts
     ]
