@@ -119,7 +119,10 @@ def _until_enough(items: Iterable[T], drafts: list[Draft], faults: Faults) -> It
 
 
 def _read_txt(text: str, faults: Faults) -> list[Draft]:
-    """One job a line; lines that start with `--` are options; front matter gives every line its defaults."""
+    """One job a line; lines that start with `--` are options; front matter gives every line its defaults.
+
+    A prompt in the front matter is that of option lines without one, or of the only job where there is no line.
+    """
     front, body, first_line = _front_matter(text, faults)
     defaults = make_draft(front, faults.at_line(front.line))
     drafts: list[Draft] = []
@@ -129,7 +132,12 @@ def _read_txt(text: str, faults: Faults) -> list[Draft]:
             continue
         job = read_options(split_words(written, place), place) if written.startswith("--") else {"prompt": written}
         drafts.append(make_draft(job, place, defaults))
-    return drafts
+    if "prompt" not in defaults.fields and "prompt" not in defaults.matrix:
+        return drafts
+    if twice := next((draft.where for draft in drafts if "prompt" in draft.places.own), ""):
+        problem = f"there is a prompt in the front matter, and another at {twice}"
+        faults.at(defaults.places.own["prompt"]).add(problem, "Write both as lines below it, or keep one.")
+    return drafts or [defaults]
 
 
 def _read_md(text: str, faults: Faults) -> list[Draft]:

@@ -81,6 +81,33 @@ def test_front_matter_gives_every_line_its_defaults_which_options_override() -> 
     ]
 
 
+def test_prompt_in_the_front_matter_alone_is_the_prompt() -> None:
+    assert drafts("n.txt", "---\nprompt: a red circle\ncount: 2\n---\n\n# nothing below\n") == [
+        Draft({"prompt": "a red circle"}, "n.txt:2", count=2)
+    ]
+    assert drafts("n.txt", "---\nmatrix: {prompt: [a, b]}\n---\n") == [
+        Draft({}, "n.txt:2", matrix={"prompt": ("a", "b")})
+    ]
+
+
+def test_prompt_in_the_front_matter_is_that_of_option_lines_without_one() -> None:
+    assert drafts("n.txt", "---\nprompt: a fox\n---\n--seed 1\n--seed 2\n") == [
+        Draft({"prompt": "a fox", "seed": "1"}, "n.txt:4"),
+        Draft({"prompt": "a fox", "seed": "2"}, "n.txt:5"),
+    ]
+
+
+@pytest.mark.parametrize("line", ["a blue circle", "--prompt a blue circle", "--sweep prompt=a,b"])
+@pytest.mark.parametrize("front", ["prompt: a fox", "matrix: {prompt: [a, b]}"])
+def test_prompt_in_the_front_matter_and_below_it_is_one_fault(front: str, line: str) -> None:
+    found = faults("n.txt", f"---\nseed: 5\n{front}\n---\n--seed 1\n{line}\n{line}\n")
+
+    assert found == [
+        "n.txt:3: there is a prompt in the front matter, and another at n.txt:6. "
+        "Write both as lines below it, or keep one."
+    ]
+
+
 def test_markdown_is_one_prompt_with_its_line_breaks() -> None:
     made = drafts("fox.md", "---\nwidth: 512\n---\n\n# A fox\n\nin snow\n\n---\nat night\n")
 
