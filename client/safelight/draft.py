@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import Any, Literal
 
 from safelight.errors import InvalidJob
-from safelight.faults import NOWHERE, Faults, Places, near, shown
+from safelight.faults import ALIKE, NOWHERE, Faults, Places, near, shown
 from safelight.jobspec import FIELDS
 from safelight.lined import Lined
 
@@ -132,7 +132,7 @@ def _places(written: Mapping[str, Any], faults: Faults) -> dict[str, str]:
 def known(name: str, legal: Sequence[str]) -> str:
     """Return which of the `legal` names the unknown one may have meant, also by its alias."""
     aliases = {alias: canonical for alias, canonical in ALIASES.items() if canonical in legal}
-    match = difflib.get_close_matches(name.replace("-", "_").lower(), [*legal, *aliases], n=1, cutoff=0.6)
+    match = difflib.get_close_matches(name.replace("-", "_").lower(), [*legal, *aliases], n=1, cutoff=ALIKE)
     return f"Did you mean {aliases.get(match[0], match[0])}?" if match else f"Known: {', '.join(legal)}."
 
 

@@ -31,6 +31,10 @@ class Places:
 NOWHERE = Places()
 
 
+ALIKE = 0.62
+"""From this ratio of difflib on a word may be meant by another: union-pro-2 by union is 0.625, lora by colour 0.6."""
+
+
 class Faults:
     """Collects what is wrong with one job or one file, so that a person sees all of it at once."""
 
@@ -76,7 +80,7 @@ class Faults:
 
 def near(word: str, known: tuple[str, ...] | list[str] | dict[str, Any]) -> str:
     """Return "Did you mean x?" for the known word most like `word`, else the whole list."""
-    match = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    match = difflib.get_close_matches(word, known, n=1, cutoff=ALIKE)
     return f"Did you mean {match[0]}?" if match else f"Known: {', '.join(known)}."
 
 

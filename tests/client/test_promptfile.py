@@ -123,7 +123,7 @@ def test_markdown_without_front_matter_is_a_prompt() -> None:
     [
         ("n.txt", "---\nwidth: 512\n", "n.txt: the front matter is never closed. End it with a line ---."),
         ("n.txt", "---\n\nstep: 4\n---\na fox", "n.txt:3: unknown key 'step'. Did you mean num_inference_steps?"),
-        ("n.txt", "---\nwidth: 5\n\ncolour: 4\n---\na fox", "n.txt:4: unknown key 'colour'."),
+        ("n.txt", "---\nwidth: 5\n\ncolour: 4\n---\na fox", "n.txt:4: unknown key 'colour'. Known: kind"),
         ("n.txt", "---\nmatrix:\n  width: [512]\n  steps: [1]\n---\na fox", "n.txt:4: unknown axis 'steps' in matrix."),
         ("n.txt", "---\n- a\n---\na fox", "n.txt: the front matter is no list of settings. Write name: value lines."),
         ("n.txt", "---\nwidth: 1\nwidth: 2\n---\na fox", "n.txt:3: 'width' is written twice. Keep one of them."),
@@ -410,7 +410,7 @@ def test_wrong_yaml_names_its_line(text: str, fault: str) -> None:
         ),
         ('[\n{"prompt": "a"},\n"a fox"]', "n.json:3: this job is not a mapping."),
         ('{"prompt": "a",\n "matrix": {"width": [64],\n"colour"\n:[1]}}', "n.json:3: unknown axis 'colour' in matrix."),
-        ('{"prompt": "\\"a:",\n "tags": ["x",\n"y"], "colour":\n1}', "n.json:3: unknown key 'colour'."),
+        ('{"prompt": "\\"a:",\n "tags": ["x",\n"y"], "colour":\n1}', "n.json:3: unknown key 'colour'. Known: kind"),
         ('{"prompt": "a",\n "seed" 7}', "n.json:2: not JSON: "),
         ('{"seed": Infinity}', "n.json: not JSON: Infinity is no number."),
         ('{"seed": ' + "1" * 5000 + "}", "n.json: not JSON: Exceeds the limit"),
