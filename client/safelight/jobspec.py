@@ -339,7 +339,7 @@ def _check_prompt(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> 
             faults.of(name).add(f"{name} has a NUL character", "Remove it.")
         if unknown := facts.unknown_words(text):
             said = ", ".join(map(shown, unknown[:UNKNOWN_WORDS_SHOWN]))
-            words = ", ".join(facts.vocabulary.split())
+            words = ", ".join(sorted(facts.vocabulary.split()))
             faults.of(name).add(f"{facts.key} does not know {said} of {name}", f"Its words, in small letters: {words}.")
 
 
