@@ -313,7 +313,9 @@ def _read(source: Path, *, must_exist: bool) -> Settings:
         if must_exist:
             raise BadConfig(f"{source}: there is no such settings file. Write it, or unset SAFELIGHT_CONFIG.") from None
         return Settings()
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise BadConfig(f"{source}: byte {error.start} is not UTF-8. Save it as UTF-8.") from error
+    except (OSError, tomllib.TOMLDecodeError) as error:
         raise BadConfig(f"{source}: {error}.") from error
     try:
         return Settings.model_validate(raw)

@@ -107,6 +107,15 @@ def test_value_without_a_meaning_is_refused_naming_the_file(text: str, tmp_path:
     assert all(line.startswith("safelight.toml: ") for line in refusal(tmp_path, text))
 
 
+@pytest.mark.parametrize(("content", "byte"), [("[inbox]".encode("utf-16"), 0), ("# caf\xe9".encode("latin-1"), 5)])
+def test_file_that_is_not_utf_8_is_refused_with_the_byte(content: bytes, byte: int, tmp_path: Path) -> None:
+    file = tmp_path / "safelight.toml"
+    file.write_bytes(content)
+
+    with pytest.raises(BadConfig, match=rf"safelight\.toml: byte {byte} is not UTF-8\. Save it as UTF-8\.$"):
+        config.load({"HOME": str(tmp_path), "SAFELIGHT_CONFIG": str(file)})
+
+
 def test_file_that_was_named_must_exist(tmp_path: Path) -> None:
     with pytest.raises(BadConfig, match=r"gone\.toml: there is no such settings file"):
         config.load({"HOME": str(tmp_path), "SAFELIGHT_CONFIG": str(tmp_path / "gone.toml")})
