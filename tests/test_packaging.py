@@ -78,6 +78,7 @@ def _top_levels(names: set[str]) -> set[Path]:
     return tops
 
 
+SAMPLES = CHECKOUT / "config/samples"
 DEMO = CHECKOUT / "daemon/safelightd/demo_models"
 
 
@@ -95,12 +96,13 @@ def test_the_wheel_carries_everything_that_is_not_python(wheel: Path) -> None:
     demo = {f"safelightd/demo_models/{path.relative_to(DEMO)}" for path in DEMO.rglob("*.*") if path.suffix != ".pyc"}
     loras = {f"safelight/shipped/loras/{path.name}" for path in (CHECKOUT / "config/loras").iterdir()}
     assert "safelight/shipped/loras/outlines.safetensors" in loras
-    expected = shipped | units | scripts | demo | loras | {"safelightd/py.typed"}
+    samples = {f"safelight/shipped/{path.relative_to(CHECKOUT / 'config')}" for path in SAMPLES.rglob("*.*")}
+    expected = shipped | units | scripts | demo | loras | samples | {"safelightd/py.typed"}
     assert "safelightd/demo_models/demo-flux/transformer/diffusion_pytorch_model.safetensors" in names
     assert len(units) >= 11
     assert scripts
+    assert "safelight/shipped/samples/wildcards/season.txt" in samples
     assert expected - names == set()
-    assert any(name.startswith("safelight/shipped/samples/") for name in names)
 
 
 def test_the_wheel_carries_nothing_else(wheel: Path) -> None:

@@ -27,7 +27,7 @@ from safelight.promptfile import (
     sweep,
 )
 
-SAMPLES = sorted(config.shipped("samples").iterdir())
+SAMPLES = sorted(path for path in config.shipped("samples").iterdir() if path.is_file())
 
 
 def drafts(name: str, text: str) -> list[Draft]:
@@ -507,11 +507,18 @@ def test_sample_makes_jobs(sample: Path, tmp_path: Path) -> None:
         now=datetime(2026, 11, 22, 21, 31).astimezone(),
         batch=sample.stem,
         store_image=str,
-        wildcards=tmp_path,
+        wildcards=sample.with_name("wildcards"),
         max_jobs=100,
     )
 
     assert specs
+    assert all("__" not in spec.prompt for spec in specs)
+
+
+def test_a_sample_draws_from_the_wildcard_file_beside_it() -> None:
+    (season,) = config.shipped("samples").joinpath("wildcards").iterdir()
+
+    assert f"__{season.stem}__" in config.shipped("samples").joinpath("seasons.txt").read_text()
 
 
 def test_there_is_a_sample_of_each_kind() -> None:
