@@ -39,10 +39,14 @@ _IGNORED = re.compile(
 """What editors, desktops, browsers and synchronisers leave lying about (4913 is vim's trial file)."""
 
 _PARTIAL = re.compile(
-    r"(?:(?P<download>.+)\.(?:part|crdownload|filepart)|\.syncthing\.(?P<syncthing>.+)\.tmp|\.(?P<rsync>.+)\.\w{6})",
+    r"(?:(?P<download>.+)\.(?:part|crdownload|filepart)|\.syncthing\.(?P<syncthing>.+)\.tmp|\.(?P<rsync>.+)\.[A-Za-z0-9]{6})",
     re.DOTALL,
 )
-"""Names that stand for a file still on its way: browsers and wget, Syncthing, rsync (.cat.png.Ab12Cd)."""
+"""Names that stand for a file still on its way: browsers and wget, Syncthing, rsync (.cat.png.Ab12Cd).
+
+A backup may be called like that, too. Of mkstemp's six characters one name in two hundred has small letters alone, so
+the name does not tell: LEFTOVER_S does.
+"""
 
 UNSEEN_S = 30.0
 """Default of [inbox] unseen_s. As long as Linux keeps back what a program has written (vm.dirty_expire_centisecs), so
@@ -50,6 +54,10 @@ that a writer on another machine is noticed; and many times what a copy pauses."
 
 OPEN_S = 600.0
 """For a file that was seen opened and not closed. Not for ever: a close may have been overlooked."""
+
+LEFTOVER_S = 600.0
+"""For a partial file that does not grow: longer than a copy pauses. Then it was left behind, and nothing waits for it.
+From when it was first seen so: times of files are carried over by what copies them, and clocks are set."""
 
 Kind = Literal["text", "picture", "other", "odd"]
 """odd: a link, FIFO, socket or device; other: a regular file that is neither a prompt file nor a picture."""
@@ -133,6 +141,16 @@ class Entry(NamedTuple):
     """When it was first seen with this mark."""
 
 
+class Partial(NamedTuple):
+    """A part of a file that is on its way, or was once."""
+
+    path: str
+    stands_for: str
+    mark: int
+    since: float
+    """When it was first seen with this mark."""
+
+
 @dataclass(frozen=True)
 class Scan:
     """What lay below a folder."""
@@ -141,12 +159,14 @@ class Scan:
     identity: tuple[int, int]
     """st_dev and st_ino of the folder: another folder of the same name has others."""
     entries: dict[str, Entry]
-    arriving: frozenset[str]
-    """Paths that a partial download stands for."""
+    arriving: Mapping[str, float]
+    """Paths that a partial file stands for, and when that last changed: less than LEFTOVER_S ago."""
     folders: tuple[str, ...]
     """The folders right below."""
     troubles: tuple[tuple[str, str], ...] = ()
-    """Folders that were not looked into, and why."""
+    """Folders that were not looked into, and why; and partial files for which nothing waits any more."""
+    partials: Mapping[str, Partial] = field(default_factory=dict)
+    """Every partial file, by its own path."""
 
     @cached_property
     def pictures(self) -> dict[str, list[Entry]]:
@@ -169,14 +189,27 @@ def scan(top: Path, before: Scan | None, clock: Callable[[], float]) -> Scan:
         OSError: `top` itself cannot be read.
     """
     walk = _Walk(top, clock())
-    known = before.entries if before and before.identity == walk.identity else {}
+    last = before if before and before.identity == walk.identity else None
+    known = last.entries if last else {}
     entries = {}
     for path, kind, size, mark in walk.files():
         old = known.get(path)
         entries[path] = old if old and old.mark == mark else Entry(path, kind, size, mark, clock())
-    return Scan(
-        walk.started_at, walk.identity, entries, frozenset(walk.arriving), tuple(walk.folders), tuple(walk.troubles)
-    )
+    partials = {part.path: part for part in (_seen(part, last) for part in walk.partials)}
+    arriving: dict[str, float] = {}
+    for part in partials.values():
+        if walk.started_at - part.since < LEFTOVER_S:
+            arriving[part.stands_for] = max(part.since, arriving.get(part.stands_for, part.since))
+        elif last and last.started_at - part.since < LEFTOVER_S:
+            problem = f"it is a part of {part.stands_for} and has not changed for {LEFTOVER_S / 60:.0f} minutes"
+            walk.troubles.append((part.path, f"{problem}: nothing waits for it any more. Remove it"))
+    return Scan(walk.started_at, walk.identity, entries, arriving, tuple(walk.folders), tuple(walk.troubles), partials)
+
+
+def _seen(part: Partial, last: Scan | None) -> Partial:
+    """Return the part as it was when it was first seen with its mark."""
+    old = last.partials.get(part.path) if last else None
+    return old if old and old.mark == part.mark else part
 
 
 @dataclass
@@ -186,7 +219,7 @@ class _Walk:
     top: Path
     started_at: float
     identity: tuple[int, int] = (0, 0)
-    arriving: set[str] = field(default_factory=set)
+    partials: list[Partial] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
     troubles: list[tuple[str, str]] = field(default_factory=list)
 
@@ -225,14 +258,17 @@ class _Walk:
         return True
 
     def _file(self, path: str, entry: os.DirEntry[str]) -> tuple[str, Kind, int, int] | None:
-        if partial := _PARTIAL.fullmatch(entry.name):
-            folder = path[: -len(entry.name)]
-            self.arriving.add(folder + str(partial[partial.lastgroup or 0]))
-        if is_ignored(entry.name):
+        partial = _PARTIAL.fullmatch(entry.name)
+        if is_ignored(entry.name) and not partial:
             return None
         try:
             status = entry.stat(follow_symlinks=False)
         except FileNotFoundError:
+            return None
+        if partial:
+            if stat.S_ISREG(status.st_mode):
+                stands_for = path[: -len(entry.name)] + str(partial[partial.lastgroup or 0])
+                self.partials.append(Partial(path, stands_for, mark_of(status), self.started_at))
             return None
         kind = kind_of(entry.name) if stat.S_ISREG(status.st_mode) else "odd"
         return path, kind, status.st_size, mark_of(status)
@@ -282,14 +318,13 @@ def due(
     for entry in scan.entries.values():
         settled_at = _settled_at(entry, patience)
         if entry.path in scan.arriving:
-            yield math.inf, entry
+            yield scan.arriving[entry.path] + LEFTOVER_S, entry
         elif entry.kind == "text":
             partners_at = max(comes.picture_settled_at(entry, patience), comes.batch_settled_at(entry, patience))
             yield max(settled_at, partners_at), entry
-        elif entry.kind == "picture" and comes.a_text_for(entry):
-            yield math.inf, entry
-        elif entry.kind == "picture" and used.get(entry.path) != entry.mark:
-            yield max(settled_at, entry.since + patience.partner_s), entry
+        elif entry.kind == "picture":
+            alone_at = entry.since if used.get(entry.path) == entry.mark else entry.since + patience.partner_s
+            yield max(settled_at, alone_at, comes.texts_until(entry, patience)), entry
         else:
             yield settled_at, entry
 
@@ -303,8 +338,10 @@ class _Coming:
     """What the files of one scan have to wait for."""
 
     pictures: Mapping[str, list[Entry]]
-    picture_stems: set[str]
-    """Of pictures that are partly there."""
+    parts: Mapping[tuple[str, Kind], float]
+    """When the part of a file of this stem and kind changed last."""
+    text_parts: Mapping[str, float]
+    """Likewise of any text of an area."""
     text_areas: set[str]
     changed_at: dict[str, float]
     """When the last file of each area changed; infinite while one is partly there."""
@@ -312,20 +349,26 @@ class _Coming:
     @classmethod
     def of(cls, scan: Scan, stuck: Container[str], claimed: Iterable[str]) -> _Coming:
         changed_at: dict[str, float] = {}
-        text_areas = {area_of(path) for path in (*scan.arriving, *claimed) if kind_of(path) == "text"}
+        text_areas = {area_of(path) for path in claimed if kind_of(path) == "text"}
         for entry in scan.entries.values():
             area = area_of(entry.path)
             changed_at[area] = max(changed_at.get(area, 0.0), entry.since)
             if entry.kind == "text" and entry.path not in stuck:
                 text_areas.add(area)
         changed_at.update((area_of(path), math.inf) for path in scan.arriving)
-        partly = {stem_of(path) for path in scan.arriving if kind_of(path) == "picture"}
-        return cls(scan.pictures, partly, text_areas, changed_at)
+        parts: dict[tuple[str, Kind], float] = {}
+        text_parts: dict[str, float] = {}
+        for path, since in scan.arriving.items():
+            stem, kind, area = stem_of(path), kind_of(path), area_of(path)
+            parts[stem, kind] = max(since, parts.get((stem, kind), since))
+            if kind == "text":
+                text_parts[area] = max(since, text_parts.get(area, since))
+        return cls(scan.pictures, parts, text_parts, text_areas, changed_at)
 
     def picture_settled_at(self, text: Entry, patience: Patience) -> float:
         stem = stem_of(text.path)
-        if stem in self.picture_stems:
-            return math.inf
+        if (stem, "picture") in self.parts:
+            return self.parts[stem, "picture"] + LEFTOVER_S
         return max((_settled_at(picture, patience) for picture in self.pictures.get(stem, ())), default=0.0)
 
     def batch_settled_at(self, text: Entry, patience: Patience) -> float:
@@ -334,7 +377,17 @@ class _Coming:
             return 0.0
         return min(self.changed_at[place.area] + patience.settle_s, text.since + patience.partner_s)
 
-    def a_text_for(self, picture: Entry) -> bool:
-        """Whether a text lies in the picture's area or in one around it: it may name the picture."""
+    def texts_until(self, picture: Entry, patience: Patience) -> float:
+        """Return until when the picture waits for texts in its area or in one around it: they may name it.
+
+        For one that is partly there, partner_s from when the part last grew; for that of its own name, longer.
+        """
         area = area_of(picture.path)
-        return any(around in self.text_areas for around in ("", area.partition("/")[0], area))
+        areas = ("", area.partition("/")[0], area)
+        if any(around in self.text_areas for around in areas):
+            return math.inf
+        untils = [self.text_parts[around] + patience.partner_s for around in areas if around in self.text_parts]
+        own: tuple[str, Kind] = (stem_of(picture.path), "text")
+        if own in self.parts:
+            untils.append(self.parts[own] + LEFTOVER_S)
+        return max(untils, default=0.0)

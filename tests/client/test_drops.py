@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safelight import drops
-from safelight.drops import EMPTY_S, Patience, Scan
+from safelight.drops import EMPTY_S, LEFTOVER_S, Patience, Scan
 
 PATIENCE = Patience(settle_s=1.0, partner_s=60.0)
 
@@ -191,7 +191,44 @@ def test_empty_file_waits_a_minute_because_downloads_start_so(folder: Folder) ->
 def test_file_waits_for_its_own_download(folder: Folder, partial: str) -> None:
     folder.drop("cat.txt", partial)
 
-    assert folder.due_in() == {"cat.txt": math.inf}
+    assert folder.due_in() == {"cat.txt": LEFTOVER_S}
+
+
+@pytest.mark.parametrize("partial", ["cat.txt.part", ".cat.txt.backup", ".syncthing.cat.txt.tmp", "cat.png.part"])
+def test_partial_file_that_has_not_changed_for_long_holds_nothing(folder: Folder, partial: str) -> None:
+    folder.drop(partial)
+    folder.scan()
+    folder.now += LEFTOVER_S - 1
+    folder.drop("cat.txt")
+    assert folder.due_in() == {"cat.txt": 1.0}
+
+    folder.now += 1
+    assert folder.due_in() == {"cat.txt": 0.0}
+
+    folder.now += 1
+    folder.drop(partial, content="it goes on after all")
+    assert folder.due_in() == {"cat.txt": LEFTOVER_S}
+
+
+def test_partial_file_that_grows_holds_as_long_as_it_does(folder: Folder) -> None:
+    folder.drop("cat.txt")
+    for size in range(30):
+        folder.drop("cat.txt.part", content="x" * size)
+
+        assert folder.due_in() == {"cat.txt": LEFTOVER_S}
+        folder.now += LEFTOVER_S / 2
+
+
+def test_partial_file_that_was_left_behind_is_said_once(folder: Folder) -> None:
+    folder.drop("summer/cat.png.part")
+    troubles = []
+    for _ in range(30):
+        troubles += folder.scan().troubles
+        folder.now += LEFTOVER_S / 10
+
+    ((path, problem),) = troubles
+    assert path == "summer/cat.png.part"
+    assert problem.startswith("it is a part of summer/cat.png and has not changed for 10 minutes: ")
 
 
 def test_text_waits_for_a_picture_of_its_name_that_arrives(folder: Folder) -> None:
@@ -207,7 +244,7 @@ def test_text_waits_for_a_picture_of_its_name_that_arrives(folder: Folder) -> No
 def test_text_waits_for_a_picture_of_its_name_that_is_partly_there(folder: Folder, partial: str) -> None:
     folder.drop("cat.txt", "dog.txt", partial)
 
-    assert folder.due_in() == {"cat.txt": math.inf, "dog.txt": 1.0}
+    assert folder.due_in() == {"cat.txt": LEFTOVER_S, "dog.txt": 1.0}
 
 
 def test_text_waits_for_an_empty_picture_of_its_name(folder: Folder) -> None:
@@ -240,6 +277,20 @@ def test_picture_waits_for_a_claimed_text_that_may_name_it(folder: Folder, was_u
     assert folder.due_in(used, claimed=("dog.txt",))["summer/cat.png"] == math.inf
     assert folder.due_in(used, claimed=("summer/cat.txt",))["summer/cat.png"] == math.inf
     assert folder.due_in(used, claimed=("winter/cat.txt",))["summer/cat.png"] < math.inf
+
+
+@pytest.mark.parametrize("was_used", [True, False])
+def test_picture_waits_for_a_text_that_is_partly_there_as_long_as_for_partners(folder: Folder, was_used: bool) -> None:
+    """Any text of its area may name it; but that of its own name is more likely to be on its way."""
+    folder.drop("cat.png", "dog.png", "summer/cat.png", "dog.txt.part")
+    used = {path: entry.mark for path, entry in folder.scan().entries.items()} if was_used else {}
+    folder.now += 30
+    folder.drop("dog.txt.part", content="a fox in the")
+
+    assert folder.due_in(used) == {"cat.png": 60.0, "dog.png": LEFTOVER_S, "summer/cat.png": 60.0}
+
+    folder.now += LEFTOVER_S
+    assert max(folder.due_in(used).values()) <= 0
 
 
 def test_picture_waits_for_a_text_around_its_folder_but_not_for_one_elsewhere(folder: Folder) -> None:
