@@ -55,7 +55,10 @@ def context_bytes() -> int:
 def _used_by_this_process() -> int | None:
     import pynvml
 
-    pynvml.nvmlInit()
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None  # a job under way ends well without it; the next plan says what is wrong
     try:
         uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
         card = pynvml.nvmlDeviceGetHandleByUUID(uuid)

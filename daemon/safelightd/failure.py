@@ -8,9 +8,10 @@ import re
 import traceback
 from typing import Any
 
+import pynvml
 import torch
 
-from safelight.errors import SafelightError
+from safelight.errors import NoUsableGpu, SafelightError
 from safelight.plan import Plan
 from safelightd import pipelines, shortage, verify
 from safelightd.outputs import OutboxUnwritable
@@ -33,6 +34,8 @@ def failure(error: BaseException, watch: Watch) -> dict[str, Any]:
         return _verdict("machine", f"{error}", watch)
     if isinstance(error, (verify.Refused, pipelines.BrokenResult)) and watch.plan:
         return _verdict("refused", str(error), watch, precision=watch.plan.precision)
+    if isinstance(error, (NoUsableGpu, pynvml.NVMLError)):
+        return _verdict("engine", str(error), watch)  # a fresh process is asked what is wrong with the GPU
     if isinstance(error, SafelightError):
         return _verdict("job", str(error), watch)
     message = f"{type(error).__name__}: {error}"

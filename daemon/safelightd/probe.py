@@ -1,8 +1,9 @@
 """Reads the machine: NVML, /proc/meminfo and the cgroup. Never imports torch.
 
 `python -m safelightd.probe` is the fresh process that tells a job's fault from the machine's: it makes a CUDA context
-through the driver alone, writes memory and reads it back; then becomes `safelightd.device`, which does the same through
-torch with the engine's own environment. It exits 0 or 5. A process whose context broke cannot tell.
+through the driver alone, writes memory and reads it back, and asks NVML what every plan asks it; then becomes
+`safelightd.device`, which proves torch with the engine's own environment. It exits 0 or 5. A process whose context
+broke cannot tell.
 """
 
 from __future__ import annotations
@@ -295,11 +296,14 @@ def prove() -> None:
 
 def main() -> NoReturn:
     """Prove the GPU named on the command line; the exit code and one line on stderr are the answer."""
-    if len(sys.argv) > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = sys.argv[1]
+    gpu = sys.argv[1] if len(sys.argv) > 1 else ""
+    if gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     try:
         prove()
+        if gpu:
+            _read_gpu(gpu)
     except SafelightError as error:
         print(error, file=sys.stderr)  # noqa: T201 - the answer to the process that asked
         sys.exit(error.exit_code)

@@ -2,13 +2,13 @@
 
    How the card is stands in the file that STAND_IN_CARD names: "well"; "lost" as after Xid 79, when it has fallen off
    the bus; "no-uvm" while /dev/nvidia-uvm is missing, or after a resume that broke CUDA, when NVML still answers;
-   "unloaded" without the kernel's module. */
+   "unloaded" without the kernel's module; "mute" where CUDA works and NVML does not. */
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { NVML_DRIVER_NOT_LOADED = 9, NVML_GPU_IS_LOST = 15, NVML_NOT_SUPPORTED = 3 };
+enum { NVML_DRIVER_NOT_LOADED = 9, NVML_GPU_IS_LOST = 15, NVML_NOT_SUPPORTED = 3, NVML_UNKNOWN = 999 };
 enum { CUDA_NO_DEVICE = 100, CUDA_UNKNOWN = 999, CUDA_NOT_LOADED = 35 };
 
 static const char uuid[] = "GPU-00000000-0000-0000-0000-000000000001";
@@ -25,7 +25,7 @@ static int is(const char *state)
     return !strncmp(read, state, strlen(state));
 }
 
-static int nvml(void) { return is("unloaded") ? NVML_DRIVER_NOT_LOADED : is("lost") ? NVML_GPU_IS_LOST : 0; }
+static int nvml(void) { return is("unloaded") ? NVML_DRIVER_NOT_LOADED : is("lost") ? NVML_GPU_IS_LOST : is("mute") ? NVML_UNKNOWN : 0; }
 static int cuda(void) { return is("unloaded") ? CUDA_NOT_LOADED : is("lost") ? CUDA_NO_DEVICE : is("no-uvm") ? CUDA_UNKNOWN : 0; }
 
 int nvmlInit_v2(void) { return is("unloaded") ? NVML_DRIVER_NOT_LOADED : 0; }
@@ -44,7 +44,7 @@ int nvmlDeviceGetMaxPcieLinkWidth(void *card, unsigned *found) { (void)card; *fo
 int nvmlDeviceGetTemperature(void *card, int sensor, unsigned *celsius) { (void)card; (void)sensor; *celsius = 40; return nvml(); }
 int nvmlDeviceGetComputeRunningProcesses_v3(void *card, unsigned *count, void *found) { (void)card; (void)found; *count = 0; return nvml(); }
 int nvmlDeviceGetGraphicsRunningProcesses_v3(void *card, unsigned *count, void *found) { (void)card; (void)found; *count = 0; return nvml(); }
-const char *nvmlErrorString(int status) { return status == NVML_GPU_IS_LOST ? "GPU is lost" : "Driver Not Loaded"; }
+const char *nvmlErrorString(int status) { return status == NVML_GPU_IS_LOST ? "GPU is lost" : status == NVML_UNKNOWN ? "Unknown Error" : "Driver Not Loaded"; }
 
 int nvmlDeviceGetMemoryInfo(void *card, unsigned long long bytes[3])
 {

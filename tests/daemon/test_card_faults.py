@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from safelight.jobqueue import JobQueue
+from safelightd.link import ENGINE
 from safelightd.settle import CRASHES_MAX
 from tests.conftest import Installation
 from tests.daemon.test_worker import PROGRAM, Running, eventually
@@ -47,11 +48,13 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class OnCard(Running):
     """A worker on the stand-in card."""
 
-    def __init__(self, installation: Installation, queue: JobQueue, driver: Path, state: str) -> None:
+    def __init__(
+        self, installation: Installation, queue: JobQueue, driver: Path, state: str, program: Sequence[str] = PROGRAM
+    ) -> None:
         self.driver = driver
         self.card = installation.root / "card"
         self.is_now(state)
-        super().__init__(installation, queue, PROGRAM)
+        super().__init__(installation, queue, program)
 
     def env(self) -> dict[str, str]:
         env = super().env()
@@ -71,12 +74,16 @@ class OnCard(Running):
         return self.hold()
 
 
+def with_a_card(installation: Installation) -> None:
+    settings = installation.config.source
+    settings.write_text(settings.read_text().replace('device = "cpu"', 'device = "cuda"'))
+
+
 @pytest.fixture
 def on_card(
     installation: Installation, queue: JobQueue, driver: Path, request: pytest.FixtureRequest
 ) -> Iterator[OnCard]:
-    settings = installation.config.source
-    settings.write_text(settings.read_text().replace('device = "cpu"', 'device = "cuda"'))
+    with_a_card(installation)
     running = OnCard(installation, queue, driver, getattr(request, "param", "well"))
     running.ready()
     yield running
@@ -127,3 +134,23 @@ def test_a_card_that_is_not_there_yet_is_awaited_and_nothing_runs_meanwhile(on_c
 
     assert on_card.process.poll() is None
     assert on_card.log() == [f"start {spec.id}", f"done {spec.id}"]
+
+
+@pytest.mark.parametrize(("state", "reason"), [("lost", "cuInit returned 100"), ("mute", "Unknown Error")])
+def test_a_card_that_goes_between_two_jobs_holds_the_queue_and_burns_none(
+    installation: Installation, queue: JobQueue, driver: Path, state: str, reason: str
+) -> None:
+    """With the real engine, which asks NVML of the card before each plan: it was there when the worker started."""
+    with_a_card(installation)
+    running = OnCard(installation, queue, driver, "well", [*PROGRAM, *ENGINE])
+    try:
+        running.ready()
+        running.is_now(state)
+        jobs = running.submit("a", "b", "c", "d")
+
+        assert reason in running.held(60)
+        assert [running.state(job) for job in jobs] == ["queued"] * len(jobs)
+        attempts = [installation.ledger.attempts(job.id) for job in jobs]
+        assert ([each.crashes for each in attempts], [each.attempts for each in attempts]) == ([0] * 4, [1, 0, 0, 0])
+    finally:
+        running.kill()

@@ -8,10 +8,11 @@ import threading
 from typing import Any
 
 import numpy as np
+import pynvml
 import pytest
 import torch
 
-from safelight.errors import Fault, InvalidJob, SafelightError
+from safelight.errors import Fault, InvalidJob, NoUsableGpu, SafelightError
 from safelight.plan import Overrun, PhasePrediction, Plan
 from safelight.receipt import Phase
 from safelightd.engine import circumstances_of
@@ -73,6 +74,8 @@ def watch_of(plan: Plan | None, phase: Phase) -> Watch:
         (SafelightError("no such LoRA"), "job"),
         (ValueError("a bug"), "job"),
         (FileNotFoundError(errno.ENOENT, "No such file", "lora.safetensors"), "job"),
+        (NoUsableGpu("GPU 0: GPU is lost"), "engine"),
+        (pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST), "engine"),
         (RuntimeError("CUDA error: device-side assert triggered"), "engine"),
         (torch.AcceleratorError("an illegal memory access was encountered"), "engine"),
         (torch.OutOfMemoryError(REFUSED_BY_TORCH), "oom"),

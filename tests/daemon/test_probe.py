@@ -171,6 +171,13 @@ def test_a_machine_without_a_driver_has_no_usable_gpu_and_says_why(installation:
 
 
 @pytest.mark.skipif(not NO_DRIVER, reason="this machine has a driver")
+def test_a_driver_that_does_not_answer_ends_no_job_that_only_measures() -> None:
+    from safelightd import device
+
+    assert device._used_by_this_process() is None
+
+
+@pytest.mark.skipif(not NO_DRIVER, reason="this machine has a driver")
 @pytest.mark.parametrize("module", ["safelightd.probe", "safelightd.cli"])
 def test_the_probe_exits_5_with_one_line_of_reason(module: str, installation: Installation) -> None:
     file = installation.config.source
