@@ -10,6 +10,7 @@ wipe. Every change of state is one Lua script (safelight/lua).
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -69,9 +70,14 @@ def _script(name: str) -> str:
     return (Path(__file__).parent / "lua" / f"{name}.lua").read_text(encoding="utf-8")
 
 
-def place(spec: JobSpec) -> str:
-    """Return where a job stands in the line: priority, then not_before, then order of submission (its id)."""
-    not_before = int(datetime.fromisoformat(spec.not_before).timestamp()) if spec.not_before else 0
+def place(spec: JobSpec, earliest: float = 0.0) -> str:
+    """Return where a job stands in the line: priority, then not_before, then order of submission (its id).
+
+    Args:
+        earliest: when it may start at all (epoch seconds), whatever it says itself.
+    """
+    asked = int(datetime.fromisoformat(spec.not_before).timestamp()) if spec.not_before else 0
+    not_before = max(asked, math.ceil(earliest))
     return f"{PRIORITIES.index(spec.priority)}:{max(not_before, 0):012d}:{spec.id}"
 
 
@@ -342,9 +348,10 @@ class JobQueue:
             self.keep_s,
         )
 
-    def give_back(self, job: str, worker: str, attempts: int) -> bool:
-        """Put a running job back to its own place in the line."""
-        return bool(self._run("conclude", job, worker, "queued", 0, self.keep_s, "attempts", attempts))
+    def give_back(self, job: str, worker: str, attempts: int, later: str = "") -> bool:
+        """Put a running job back to its own place in the line, or from now on to a later one."""
+        fields = ["attempts", attempts, *(("place", later) if later else ())]
+        return bool(self._run("conclude", job, worker, "queued", 0, self.keep_s, *fields))
 
     def hand_over(self, job: str, taker: str, runner: str) -> bool:
         """Say of a job that `taker` took that `runner` has it; False when it is not the taker's any more."""

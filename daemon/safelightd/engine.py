@@ -132,7 +132,7 @@ class Engine:
             verdict: dict[str, Any] = {"kind": "done", "receipt": receipt.model_dump(mode="json", exclude_none=True)}
         except (Exception, Cancelled) as error:
             verdict = failure(error, watch)
-            usable = verdict["kind"] in ("job", "cancelled", "machine", "refused")
+            usable = verdict["kind"] in ("job", "cancelled", "machine", "refused", "no-room", "too-large")
             if not isinstance(error, (SafelightError, Cancelled)):
                 log.exception("job.broke", execution=execution, phase=watch.current)
         done.set()

@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from safelight import jobqueue
 from safelight.calibration import Calibration
 from safelight.config import Config
 from safelight.errors import InvalidJob, LedgerDamaged, QueueUnreachable
@@ -25,7 +26,8 @@ from safelight.models import Models
 from safelight.plan import Overrun, Plan
 from safelight.queueserver import AWAY
 from safelight.receipt import EndState, Phase, Receipt
-from safelightd import calibration, gpulock, settle, shortage
+from safelight.rung import Circumstances
+from safelightd import calibration, gpulock, room, settle, shortage
 from safelightd.horse import Request, Requests, Shared
 from safelightd.link import EngineGone, Link
 from safelightd.logs import Log
@@ -263,6 +265,11 @@ class Execution:
             raise Unsettled("stop", attempts, "the worker was stopped")
         if kind == "machine":
             raise Unsettled("return", attempts, text)
+        if kind == "no-room" and self._asked != "cancel":
+            self._shared.set_setback(text)
+            raise Unsettled("no-room", attempts, text)
+        if kind == "too-large" and self._asked != "cancel" and self._fits_another(spec, attempts):
+            raise Unsettled("no-room", attempts, f"another card may have room for it: {text}")
         if kind == "oom":
             self._overrun = Overrun.model_validate(message["overrun"])
         if kind in ("engine", "oom"):
@@ -272,6 +279,16 @@ class Execution:
         state: EndState = "cancelled" if kind == "cancelled" else "failed"
         log.warning("job.failed" if state == "failed" else "job.cancelled", id=spec.id, error=text)
         return self._end(spec, attempts, state, text, message.get("phase"))
+
+    def _fits_another(self, spec: JobSpec, attempts: Attempts) -> bool:
+        """Whether it fits the card of another worker, which takes it when it comes to it."""
+        place = self._place
+        around = Circumstances(overruns=attempts.overruns, refused=attempts.refused)
+        learned = calibration.load(place.config.paths.state)
+        workers = patiently(place.queue.workers, place.wait)
+        others = [row.machine for row in workers if row.machine and row.name != place.worker]
+        models = place.models.current()
+        return any(room.fits(spec, room.idle(each, place.config), models, learned, around) for each in others)
 
     def _end(self, spec: JobSpec, attempts: Attempts, state: EndState, error: str, phase: str | None) -> Receipt:
         receipt = ended(spec, attempts, state, error, phase)
@@ -388,7 +405,7 @@ def settle_job(place: Place, spec: JobSpec, attempts: Attempts, cause: Cause, re
         log.error("job.quarantined", id=spec.id, reason=decision.reason)
         return {"state": "quarantined"}
     place.ledger.note(decision.attempts)
-    give_back(place, spec, decision.attempts)
+    give_back(place, spec, decision.attempts, not_before=_again_at(cause, decision.attempts))
     log.warning("job.requeued", id=spec.id, cause=cause, reason=reason, crashes=decision.attempts.crashes)
     return {"state": "queued", "reason": reason}
 
@@ -405,7 +422,19 @@ def left_to_other(place: Place, attempts: Attempts) -> bool:
     return True
 
 
-def give_back(place: Place, spec: JobSpec, attempts: Attempts) -> None:
-    """Put a job that ran back to its own place in the line, also into one that has forgotten it."""
-    if not patiently(lambda: place.queue.give_back(spec.id, place.worker, attempts.attempts), place.wait):
+def _again_at(cause: Cause, attempts: Attempts) -> float:
+    """Return when the job may be tried again; one without room lets those go before it that may fit."""
+    if cause != "no-room":
+        return 0.0
+    return time.time() + settle.NO_ROOM_AGAIN_S[min(attempts.attempts, len(settle.NO_ROOM_AGAIN_S)) - 1]
+
+
+def give_back(place: Place, spec: JobSpec, attempts: Attempts, *, not_before: float = 0.0) -> None:
+    """Put a job that ran back to its own place in the line, also into one that has forgotten it.
+
+    Args:
+        not_before: until then (epoch seconds) it lets others go first; 0 for one that does not.
+    """
+    later = jobqueue.place(spec, not_before) if not_before else ""
+    if not patiently(lambda: place.queue.give_back(spec.id, place.worker, attempts.attempts, later), place.wait):
         patiently(lambda: place.queue.submit([spec]), place.wait)

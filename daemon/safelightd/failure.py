@@ -13,9 +13,11 @@ import torch
 
 from safelight.errors import NoUsableGpu, SafelightError
 from safelight.plan import Plan
+from safelight.planner import DoesNotFit
 from safelightd import pipelines, shortage, verify
 from safelightd.outputs import OutboxUnwritable
 from safelightd.progress import Cancelled, Watch
+from safelightd.room import NoRoom
 from safelightd.shortage import DEVICE_IS_FULL, HOST_IS_FULL, Memory
 from safelightd.wan_cli.program import ProgramBroke
 
@@ -36,6 +38,8 @@ def failure(error: BaseException, watch: Watch) -> dict[str, Any]:
         return _verdict("refused", str(error), watch, precision=watch.plan.precision)
     if isinstance(error, (NoUsableGpu, pynvml.NVMLError)):
         return _verdict("engine", str(error), watch)  # a fresh process is asked what is wrong with the GPU
+    if isinstance(error, (NoRoom, DoesNotFit)):
+        return _verdict("no-room" if isinstance(error, NoRoom) else "too-large", str(error), watch)
     if isinstance(error, SafelightError):
         return _verdict("job", str(error), watch)
     message = f"{type(error).__name__}: {error}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,15 +106,25 @@ class Watch:
         most_gib = self._policy.gpu_busy_gib
         if most_gib == "off":
             return None
-        others = {pid: held for pid, held in state.held_bytes.items() if pid not in ours}
-        total = sum(others.values())
+        held = of_others(state, ours)
+        total = sum(held.values())
         if total <= most_gib * GIB:
             return None
-        biggest = max(others, key=lambda pid: others[pid])
         return (
             f"other programs hold {total / GIB:.1f} GiB of the GPU, gpu_busy_gib = {most_gib:g}; "
-            f"most of it {_name(biggest)} (pid {biggest})"
+            f"most of it {biggest(held)}"
         )
+
+
+def of_others(state: GpuState, ours: Set[int | None]) -> dict[int, int]:
+    """Return what processes hold of the card's memory that are not among `ours`, by process id."""
+    return {pid: held for pid, held in state.held_bytes.items() if pid not in ours}
+
+
+def biggest(held: Mapping[int, int]) -> str:
+    """Return the name and id of the process that holds most, of one at least."""
+    pid = max(held, key=lambda each: held[each])
+    return f"{_name(pid)} (pid {pid})"
 
 
 def _name(pid: int) -> str:

@@ -58,6 +58,10 @@ LINK_SHARE = 0.85
 """Of that, what copies from pinned memory reach: 54.8 of 63.0 GB/s (H100, generation 5, 16 lanes, 2026-11-22)."""
 
 
+CGROUP = (Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
+"""Where cgroups are, and what names this process's own."""
+
+
 @dataclass(frozen=True)
 class Own:
     """What the process that asks holds already, and what its next job will use: not taken by others."""
@@ -216,20 +220,33 @@ def _ram(own_bytes: int) -> tuple[int, int]:
     return fields["MemTotal"], max(available - RESERVE_BYTES, 0)
 
 
-def cgroup_room(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+def idle_ram(total: int) -> int:
+    """Return what a job might take of RAM, of `total` bytes, if no other program used any."""
+    return max(min([total, *(limit for _, limit in _cgroup_limits(*CGROUP))]) - RESERVE_BYTES, 0)
+
+
+def cgroup_room(root: Path = CGROUP[0], own: Path = CGROUP[1]) -> list[int]:
     """Return what each limiting cgroup above this process still allows: its limit less what cannot be reclaimed."""
+    rooms = []
+    for folder, limit in _cgroup_limits(root, own):
+        stat = dict(part.split() for part in (folder / "memory.stat").read_text().splitlines())
+        held = sum(int(stat.get(name, 0)) for name in ("anon", "unevictable", "kernel"))
+        rooms.append(max(limit - held, 0))
+    return rooms
+
+
+def _cgroup_limits(root: Path, own: Path) -> list[tuple[Path, int]]:
+    """Return each cgroup above this process that limits memory, and to how much."""
     line = next((line for line in own.read_text().splitlines() if line.startswith("0::")), "0::/")
     folder = root / line[3:].strip("/")
-    rooms = []
+    found = []
     while folder.is_relative_to(root):  # in a container the root itself has the limit
         limits = [_number(folder / name) for name in ("memory.max", "memory.high")]
         limit = min((value for value in limits if value is not None), default=None)
         if limit is not None and (folder / "memory.stat").is_file():
-            stat = dict(part.split() for part in (folder / "memory.stat").read_text().splitlines())
-            held = sum(int(stat.get(name, 0)) for name in ("anon", "unevictable", "kernel"))
-            rooms.append(max(limit - held, 0))
+            found.append((folder, limit))
         folder = folder.parent
-    return rooms
+    return found
 
 
 def _number(file: Path) -> int | None:

@@ -21,7 +21,7 @@ from safelight.ledger import Ledger
 from safelight.machine import GIB, Machine
 from safelight.models import Models
 from safelight.plan import Overrun, Plan
-from safelight.planner import NO_CIRCUMSTANCES, make_plan, with_known_embeddings
+from safelight.planner import NO_CIRCUMSTANCES, with_known_embeddings
 from safelight.receipt import CacheRecord, Output, Receipt
 from safelight.rung import Circumstances
 from safelightd import (
@@ -38,6 +38,7 @@ from safelightd import (
     pipelines,
     preview,
     probe,
+    room,
     verify,
 )
 from safelightd.loading import Loader
@@ -65,6 +66,7 @@ def run_job(
 
     Raises:
         Cancelled: it was asked to stop; no file is left.
+        NoRoom: other programs have the memory that it needs.
         SafelightError: the job's own fault, said for a person.
     """
     with suppress(fused.Damaged):  # said in the log; only outside of this block is the memory of its frames free
@@ -93,7 +95,8 @@ def _run_job(spec: JobSpec, attempt: int, setting: Setting, watch: Watch, circum
         machine = probe.read_machine(setting.config, device.own())
         around = now(circumstances, setting, spec.model)
         spec = lora.resolved(spec, paths)
-        plan = watch.plan = make_plan(spec, machine, setting.models, calibration.load(paths.state), around)
+        learned = calibration.load(paths.state)
+        plan = watch.plan = room.plan_here(spec, machine, setting.config, setting.models, learned, around)
     with watch.phase("load"):
         facts = setting.models[spec.model]
         family, folder = pipelines.family(facts.family), model_folder(facts, paths.models)

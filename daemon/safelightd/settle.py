@@ -18,11 +18,14 @@ OVERRUNS_MAX = 8
 """Plans of one job that may run out of memory; afterwards each more counts as a crash. A ladder has fewer rungs: this
 ends what a plan that predicts nothing would repeat."""
 
-Cause = Literal["crash", "return", "stop", "no-start", "oom", "refused"]
+NO_ROOM_AGAIN_S = (5.0, 60.0, 300.0)
+"""Waits of a job for which there was no room, by how often it was tried; the last repeats. Others go before it."""
+
+Cause = Literal["crash", "return", "stop", "no-start", "no-room", "oom", "refused"]
 """crash: it broke the engine and a probe found the device well. return: the machine took it back. stop: a person
-stopped the worker. no-start: no engine came up to run it. Neither of these two can be a job's doing, so that neither is
-counted. oom: its plan ran out of memory, and the next takes a smaller one. refused: the result was broken, and another
-precision may do better."""
+stopped the worker. no-start: no engine came up to run it. no-room: it was not begun, since others have the memory. None
+of these three can be a job's doing, so that none is counted. oom: its plan ran out of memory, and the next takes a
+smaller one. refused: the result was broken, and another precision may do better."""
 
 
 @dataclass(frozen=True)

@@ -234,6 +234,26 @@ def test_a_job_given_back_stands_where_it_stood(queue: JobQueue) -> None:
     assert {"progress", "worker"} & set(queue.fields(specs[0].id)) == set()
 
 
+def test_a_job_given_back_to_a_later_place_lets_others_go_first_and_ends_like_any(queue: JobQueue) -> None:
+    specs = first, second, third = jobs(3)
+    queue.submit(specs)
+    later = [jobqueue.place(spec, 1_795_381_200.5) for spec in (first, second)]
+    for where in later:
+        taken = take(queue, "w")
+        assert taken is not None
+        assert queue.give_back(taken, "w", 1, where)
+
+    assert later[0].split(":")[1] == "001795381201"
+    assert queue.waiting_ids() == [third.id, first.id, second.id]
+    assert queue.next_due([1], 1_795_381_200)[0] == jobqueue.place(third)
+
+    queue.cancel([first.id])
+    queue.restore(receipt(second))
+
+    assert queue.waiting_ids() == [third.id]
+    assert nothing_is_lost(queue, list(specs))
+
+
 def test_cancel_answers_for_each_job_what_became_of_it(queue: JobQueue) -> None:
     running, waiting, done = specs = jobs(3)
     queue.submit([done])

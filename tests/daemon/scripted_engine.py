@@ -110,7 +110,7 @@ def failure(word: str, plan: Plan) -> dict | None:
         case "refused":
             return {"kind": "refused", "message": "The picture is black.", "phase": "verify",
                     "precision": plan.precision}  # fmt: skip
-        case "fail" | "machine":
+        case "fail" | "machine" | "no-room" | "too-large":
             kind = {"fail": "job"}.get(word, word)
             return {"kind": kind, "message": f"it was told to {word}", "phase": "denoise"}
     return None

@@ -2,13 +2,14 @@
 
    How the card is stands in the file that STAND_IN_CARD names: "well"; "lost" as after Xid 79, when it has fallen off
    the bus; "no-uvm" while /dev/nvidia-uvm is missing, or after a resume that broke CUDA, when NVML still answers;
-   "unloaded" without the kernel's module; "mute" where CUDA works and NVML does not. */
+   "unloaded" without the kernel's module; "mute" where CUDA works and NVML does not;
+   "full" of what process 1 holds. */
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { NVML_DRIVER_NOT_LOADED = 9, NVML_GPU_IS_LOST = 15, NVML_NOT_SUPPORTED = 3, NVML_UNKNOWN = 999 };
+enum { NVML_DRIVER_NOT_LOADED = 9, NVML_GPU_IS_LOST = 15, NVML_NOT_SUPPORTED = 3, NVML_INSUFFICIENT_SIZE = 7, NVML_UNKNOWN = 999 };
 enum { CUDA_NO_DEVICE = 100, CUDA_UNKNOWN = 999, CUDA_NOT_LOADED = 35 };
 
 static const char uuid[] = "GPU-00000000-0000-0000-0000-000000000001";
@@ -42,7 +43,22 @@ int nvmlDeviceGetMaxClockInfo(void *card, int clock, unsigned *mhz) { (void)card
 int nvmlDeviceGetMaxPcieLinkGeneration(void *card, unsigned *found) { (void)card; *found = 4; return nvml(); }
 int nvmlDeviceGetMaxPcieLinkWidth(void *card, unsigned *found) { (void)card; *found = 8; return nvml(); }
 int nvmlDeviceGetTemperature(void *card, int sensor, unsigned *celsius) { (void)card; (void)sensor; *celsius = 40; return nvml(); }
-int nvmlDeviceGetComputeRunningProcesses_v3(void *card, unsigned *count, void *found) { (void)card; (void)found; *count = 0; return nvml(); }
+
+int nvmlDeviceGetComputeRunningProcesses_v3(void *card, unsigned *count, void *found)
+{
+    struct { unsigned pid; unsigned long long bytes; unsigned instances[2]; } *process = found;
+    unsigned room = *count;
+    (void)card;
+    *count = is("full");
+    if (room < *count)
+        return NVML_INSUFFICIENT_SIZE;
+    if (*count) {
+        process->pid = 1;
+        process->bytes = 15ULL << 30;
+    }
+    return nvml();
+}
+
 int nvmlDeviceGetGraphicsRunningProcesses_v3(void *card, unsigned *count, void *found) { (void)card; (void)found; *count = 0; return nvml(); }
 const char *nvmlErrorString(int status) { return status == NVML_GPU_IS_LOST ? "GPU is lost" : status == NVML_UNKNOWN ? "Unknown Error" : "Driver Not Loaded"; }
 
@@ -50,7 +66,7 @@ int nvmlDeviceGetMemoryInfo(void *card, unsigned long long bytes[3])
 {
     (void)card;
     bytes[0] = 16ULL << 30; /* total, free, used */
-    bytes[1] = 15ULL << 30;
+    bytes[1] = is("full") ? 100ULL << 20 : 15ULL << 30;
     bytes[2] = 1ULL << 30;
     return nvml();
 }

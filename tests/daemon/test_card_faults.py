@@ -67,7 +67,10 @@ class OnCard(Running):
         written.rename(self.card)
 
     def hold(self) -> str:
-        return next((row.holds["gpu"] for row in self.queue.workers() if "gpu" in row.holds), "")
+        return self.held_by("gpu")
+
+    def held_by(self, name: str) -> str:
+        return next((row.holds[name] for row in self.queue.workers() if name in row.holds), "")
 
     def held(self, timeout_s: float = 30) -> str:
         eventually(self.hold, timeout_s)
@@ -152,5 +155,29 @@ def test_a_card_that_goes_between_two_jobs_holds_the_queue_and_burns_none(
         assert [running.state(job) for job in jobs] == ["queued"] * len(jobs)
         attempts = [installation.ledger.attempts(job.id) for job in jobs]
         assert ([each.crashes for each in attempts], [each.attempts for each in attempts]) == ([0] * 4, [1, 0, 0, 0])
+    finally:
+        running.kill()
+
+
+def test_a_card_that_other_programs_fill_burns_no_job_and_the_hold_says_who_has_it(
+    installation: Installation, queue: JobQueue, driver: Path
+) -> None:
+    """With the real engine: what fits the card when nobody else uses it waits, however often it is tried."""
+    with_a_card(installation)
+    running = OnCard(installation, queue, driver, "well", [*PROGRAM, *ENGINE])
+    try:
+        running.ready()
+        running.is_now("full")
+        jobs = running.submit("a", "b")
+        eventually(lambda: all(installation.ledger.attempts(job.id).attempts for job in jobs), 60)
+        eventually(lambda: running.held_by("machine"))
+
+        reason = running.held_by("machine")
+        assert "of GPU memory on Stand-in. 0.1 GiB is free" in reason
+        assert "Other programs hold 15.0 GiB of the GPU, most of it " in reason
+        assert "(pid 1)" in reason
+        assert [running.state(job) for job in jobs] == ["queued", "queued"]
+        attempts = [installation.ledger.attempts(job.id) for job in jobs]
+        assert [(each.crashes, each.returns) for each in attempts] == [(0, 0), (0, 0)]
     finally:
         running.kill()

@@ -14,12 +14,14 @@ import torch
 
 from safelight.errors import Fault, InvalidJob, NoUsableGpu, SafelightError
 from safelight.plan import Overrun, PhasePrediction, Plan
+from safelight.planner import DoesNotFit
 from safelight.receipt import Phase
 from safelightd.engine import circumstances_of
 from safelightd.failure import exhausted, failure
 from safelightd.outputs import OutboxUnwritable
 from safelightd.pipelines import BrokenResult
 from safelightd.progress import Cancelled, Watch
+from safelightd.room import NoRoom
 from safelightd.verify import Refused
 
 GIB = 2**30
@@ -71,6 +73,8 @@ def watch_of(plan: Plan | None, phase: Phase) -> Watch:
         (OutboxUnwritable(errno.EACCES, "outputs cannot be written", "/out"), "machine"),
         (OutboxUnwritable(errno.ENOTDIR, "outputs cannot be written", "/out"), "machine"),
         (InvalidJob([Fault("a", "b", "c")]), "job"),
+        (DoesNotFit([Fault("a", "b", "c")]), "too-large"),
+        (NoRoom("others have it"), "no-room"),
         (SafelightError("no such LoRA"), "job"),
         (ValueError("a bug"), "job"),
         (FileNotFoundError(errno.ENOENT, "No such file", "lora.safetensors"), "job"),

@@ -12,7 +12,7 @@ from safelightd.settle import CRASHES_MAX, OVERRUNS_MAX, RETURNS_MAX, Cause, beg
 
 FRESH = Attempts(id="a")
 OVERRUN = Overrun(phase="denoise", memory="device", rung="bf16, offload model", predicted_bytes=9, reached_bytes=11)
-causes = st.lists(st.sampled_from(["crash", "return", "stop", "no-start", "oom"]), max_size=80)
+causes = st.lists(st.sampled_from(["crash", "return", "stop", "no-start", "no-room", "oom"]), max_size=80)
 
 
 def test_an_attempt_is_counted_before_it_begins_and_says_whose_it_is() -> None:
@@ -46,11 +46,11 @@ def test_the_machine_may_take_a_job_back_five_times_uncounted_and_then_it_counts
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("cause", ["stop", "no-start"])
-def test_a_person_may_stop_the_worker_and_an_engine_may_not_start_as_often_as_they_like(cause: Cause) -> None:
+@pytest.mark.parametrize("cause", ["stop", "no-start", "no-room"])
+def test_a_stop_an_engine_that_does_not_start_and_a_want_of_room_are_never_counted(cause: Cause) -> None:
     attempts = FRESH
     for _ in range(50):
-        decision = decide(begin(attempts, "w", ""), cause, "the worker was stopped")
+        decision = decide(begin(attempts, "w", ""), cause, "why")
         attempts = decision.attempts
 
     assert decision.requeue
@@ -67,7 +67,7 @@ def test_no_job_loops_for_ever_and_none_is_set_aside_without_three_counted_ends(
         if set_aside:
             break
     ended = history[: attempts.attempts]
-    unfinished = sum(cause not in ("stop", "no-start") for cause in ended)
+    unfinished = sum(cause not in ("stop", "no-start", "no-room") for cause in ended)
 
     assert set_aside == (attempts.crashes >= CRASHES_MAX)
     assert unfinished <= RETURNS_MAX + OVERRUNS_MAX + CRASHES_MAX

@@ -2,7 +2,7 @@
 -- ARGV: id, place, brief, spec, batch, state, attempts, error, outputs, finished (epoch seconds), seconds to keep it
 local id, place = ARGV[1], ARGV[2]
 local job = 'safelight:job:' .. id
-redis.call('ZREM', 'safelight:waiting', place)
+redis.call('ZREM', 'safelight:waiting', place, redis.call('HGET', job, 'place') or place)
 redis.call('HDEL', 'safelight:running', id)
 redis.call('HSET', job, 'place', place, 'brief', ARGV[3], 'spec', ARGV[4], 'state', ARGV[6], 'attempts', ARGV[7],
   'error', ARGV[8], 'outputs', ARGV[9])

@@ -11,11 +11,11 @@ from PIL import ImageOps
 from safelight import __version__, wan_cli
 from safelight.jobspec import JobSpec
 from safelight.plan import Plan
-from safelight.planner import NO_CIRCUMSTANCES, make_plan
+from safelight.planner import NO_CIRCUMSTANCES
 from safelight.receipt import Receipt
 from safelight.rung import Circumstances
 from safelight.wan_cli import Installed
-from safelightd import calibration, device, formats, outputs, probe, runjob, verify, video
+from safelightd import calibration, device, formats, outputs, probe, room, runjob, verify, video
 from safelightd.failure import MACHINE_ERRNOS
 from safelightd.progress import Watch
 from safelightd.runjob import Setting
@@ -33,6 +33,7 @@ def run_job(
 
     Raises:
         Cancelled: it was asked to stop; no process and no file is left.
+        NoRoom: other programs have the memory that it needs.
         SafelightError: the job's own fault, or the program's, in its last words.
         ProgramBroke: perhaps the GPU's.
     """
@@ -46,7 +47,8 @@ def run_job(
         setting.pinned.drop_unless([])  # what the jobs of this process keep in RAM is wanted elsewhere now
         device.release()
         machine = probe.read_machine(setting.config)
-        plan = watch.plan = make_plan(spec, machine, setting.models, calibration.load(paths.state), circumstances)
+        learned = calibration.load(paths.state)
+        plan = watch.plan = room.plan_here(spec, machine, setting.config, setting.models, learned, circumstances)
         where = wan_cli.installed(setting.models[spec.model], setting.config)
     folder = outputs.make_room(spec, paths)
     try:
