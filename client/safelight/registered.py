@@ -155,12 +155,13 @@ def forget(models_folder: Path, key: str) -> None:
 def unmounted(registration: Registration) -> Path | None:
     """Return a place that is gone as an unmounted disk's are: the folder that held it is gone, too, or empty."""
     for place in registration.places:
-        if not place.exists() and not _holds_something(place.parent):
+        if not place.exists() and not holds_something(place.parent):
             return place
     return None
 
 
-def _holds_something(folder: Path) -> bool:
+def holds_something(folder: Path) -> bool:
+    """Whether there is anything in a folder; False where it is none, or cannot be read."""
     try:
         return any(folder.iterdir())
     except OSError:

@@ -27,7 +27,7 @@ from safelight.plan import Overrun, Plan
 from safelight.queueserver import AWAY
 from safelight.receipt import EndState, Phase, Receipt
 from safelight.rung import Circumstances
-from safelightd import calibration, gpulock, room, settle, shortage
+from safelightd import calibration, gpulock, holds, room, settle, shortage
 from safelightd.horse import Request, Requests, Shared
 from safelightd.link import EngineGone, Link
 from safelightd.logs import Log
@@ -163,8 +163,8 @@ class Execution:
 
     def _after_engine(self, spec: JobSpec, attempts: Attempts, reason: str) -> dict[str, Any]:
         """The engine is gone. After the job was done: no matter. While it published: the next attempt goes on there.
-        Asked for: nobody's fault. Before it said a word of this job: the installation's. Else, if a fresh process finds
-        the device well, its plan's where memory ran out, and the job's otherwise."""
+        Asked for: nobody's fault. Before it said a word of this job: the installation's. Else, if the disks are there
+        and a fresh process finds the device well, its plan's where memory ran out, and the job's otherwise."""
         if receipt := self._place.ledger.receipt(spec.id):
             return self._concluded(receipt)
         if self._place.ledger.intended(spec.id):
@@ -174,7 +174,7 @@ class Execution:
             return self._concluded(self._end(spec, attempts, "cancelled", "cancelled", None))
         if self._asked == "stop":
             return settle_job(self._place, spec, self._with_overrun(attempts), "stop", "the worker was stopped")
-        if trouble := self._place.device_is_well():
+        if trouble := holds.of_disks(self._place.config) or self._place.device_is_well():
             return settle_job(self._place, spec, attempts, "return", trouble)
         if not self._started:
             reason = f"the engine did not start: {reason}; its log says why"
@@ -277,6 +277,8 @@ class Execution:
         if kind == "refused" and not attempts.refused and self._asked != "cancel":
             raise Unsettled("refused", settle.refused(attempts, message["precision"]), text)
         state: EndState = "cancelled" if kind == "cancelled" else "failed"
+        if state == "failed" and self._asked != "cancel" and (trouble := holds.of_disks(self._place.config)):
+            raise Unsettled("return", attempts, f"{trouble} ({text})")
         log.warning("job.failed" if state == "failed" else "job.cancelled", id=spec.id, error=text)
         return self._end(spec, attempts, state, text, message.get("phase"))
 

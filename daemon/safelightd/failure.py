@@ -32,7 +32,7 @@ def failure(error: BaseException, watch: Watch) -> dict[str, Any]:
     """Return the verdict on a job that ended with `error`, as the link carries it."""
     if isinstance(error, Cancelled):
         return _verdict("cancelled", "cancelled", watch)
-    if isinstance(error, OutboxUnwritable) or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS):
+    if isinstance(error, OutboxUnwritable) or _is_of_a_disk(error):
         return _verdict("machine", f"{error}", watch)
     if isinstance(error, (verify.Refused, pipelines.BrokenResult)) and watch.plan:
         return _verdict("refused", str(error), watch, precision=watch.plan.precision)
@@ -49,6 +49,15 @@ def failure(error: BaseException, watch: Watch) -> dict[str, Any]:
         return _verdict("oom", message, watch, **fields)
     broken = memory is not None or isinstance(error, (torch.AcceleratorError, ProgramBroke)) or "CUDA" in str(error)
     return _verdict("engine" if broken else "job", message, watch)
+
+
+def _is_of_a_disk(error: BaseException | None) -> bool:
+    """Whether a disk has said it, or what this error was made of."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
+            return True
+        error = error.__cause__
+    return False
 
 
 def _verdict(kind: str, message: str, watch: Watch, **fields: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from safelight import durable, fused, registered
 from safelight.config import Config
 from safelight.jobspec import PRIORITIES
 from safelight.machine import GIB
+from safelightd import places
 from safelightd.power import on_battery
 
 PROBE_AGAIN_S = (5.0, 15.0, 60.0)
@@ -95,6 +96,12 @@ def read(
     return {name: reason for name, reason in found.items() if reason}
 
 
+def of_disks(config: Config) -> str | None:
+    """Return what is wrong with the disks that a job reads and writes, None where nothing is: while something is, an
+    error is not the job's."""
+    return _look(_disk, config) or _look(_models, config)
+
+
 def _look(at: Callable[[Config], str | None], config: Config) -> str | None:
     """A disk that has gone away, or that nothing can be written to, is a reason to wait and not to end."""
     try:
@@ -136,6 +143,12 @@ def _models(config: Config) -> str | None:
                 f"{place} of {registration.key} is gone, with what lay beside it; is its disk mounted? If you removed "
                 f"it: safelight models rm {registration.key}"
             )
+    named, memory = places.of_weights(config), config.paths.state / "places.seen"
+    if missing := places.missed(memory, named):
+        return (
+            f"{missing} is gone, which {named[missing]} names; is its disk mounted? If you moved or removed it, change "
+            f"that, or remove {memory}"
+        )
     folder, seen = config.paths.models, config.paths.state / "models.seen"
     own, remembered = os.fsencode(folder), seen.read_bytes() if seen.exists() else b""
     if any(folder.glob("*/model_index.json")):

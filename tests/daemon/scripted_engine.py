@@ -89,7 +89,7 @@ def swell() -> None:
         taken.append(b"x" * (8 << 20))
 
 
-def end_early(word: str, cancelled: threading.Event) -> None:
+def end_early(word: str, config: settings.Config, cancelled: threading.Event) -> None:
     match word:
         case "crash":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -97,6 +97,11 @@ def end_early(word: str, cancelled: threading.Event) -> None:
             swell()
         case "hang":
             time.sleep(60)
+        case "unmount" | "unmount-crash":
+            config.paths.models.rename(config.paths.models.with_name("unmounted"))
+            config.paths.models.mkdir()
+            if word == "unmount-crash":
+                os.kill(os.getpid(), signal.SIGBUS)  # as from the mapped file of a disk that was pulled out
         case "late-oom":
             cancelled.wait()
 
@@ -110,8 +115,8 @@ def failure(word: str, plan: Plan) -> dict | None:
         case "refused":
             return {"kind": "refused", "message": "The picture is black.", "phase": "verify",
                     "precision": plan.precision}  # fmt: skip
-        case "fail" | "machine" | "no-room" | "too-large":
-            kind = {"fail": "job"}.get(word, word)
+        case "fail" | "unmount" | "machine" | "no-room" | "too-large":
+            kind = {"fail": "job", "unmount": "job"}.get(word, word)
             return {"kind": kind, "message": f"it was told to {word}", "phase": "denoise"}
     return None
 
@@ -132,7 +137,7 @@ def run(link: Link, config: settings.Config, ledger: Ledger, message: dict, canc
         waiting.rename(config.paths.outbox / f"{spec.id}.png")
         finish(link, config, ledger, execution, found)
         return
-    end_early(word, cancelled)
+    end_early(word, config, cancelled)
     if failed := failure(word, plan):
         link.send("failed", execution, **failed)
         if failed["kind"] == "oom":
