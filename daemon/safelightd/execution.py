@@ -263,7 +263,7 @@ class Execution:
         kind, text = message["kind"], message["message"]
         if kind == "cancelled" and self._asked == "stop":
             raise Unsettled("stop", attempts, "the worker was stopped")
-        if kind == "machine":
+        if kind in ("machine", "spent"):
             raise Unsettled("return", attempts, text)
         if kind == "no-room" and self._asked != "cancel":
             self._shared.set_setback(text)

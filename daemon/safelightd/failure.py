@@ -1,10 +1,11 @@
 """What an error in the engine means: the job's own fault, the machine's, memory that ran out, a broken result, or one
-after which this process is not trusted. Imports torch: the engine only."""
+after which this process is not trusted, or has nothing left to work with. Imports torch: the engine only."""
 
 from __future__ import annotations
 
 import errno
 import re
+import signal
 import traceback
 from typing import Any
 
@@ -19,10 +20,22 @@ from safelightd.outputs import OutboxUnwritable
 from safelightd.progress import Cancelled, Watch
 from safelightd.room import NoRoom
 from safelightd.shortage import DEVICE_IS_FULL, HOST_IS_FULL, Memory
+from safelightd.video import FfmpegKilled
 from safelightd.wan_cli.program import ProgramBroke
 
 MACHINE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOTCONN, errno.ESTALE)
 """What a full, read-only, broken or unmounted disk says: the machine's fault, not the job's."""
+
+SPENT_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.EAGAIN)
+"""What the system says where it has no more open files, processes or threads for us."""
+
+BROKE_ITSELF = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
+"""Signals that a program gets for what it does; any other was sent by somebody else."""
+
+_OF_THE_GPU = re.compile(r"CUDA|cuDNN|CUDNN|cuBLAS|CUBLAS|CUSOLVER|CUSPARSE|CUFFT|NVRTC")
+"""In what the libraries of the GPU say when something is wrong with it, or with what it was given."""
+
+_NO_THREAD = "can't start new thread"
 
 _TRIED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -34,6 +47,10 @@ def failure(error: BaseException, watch: Watch) -> dict[str, Any]:
         return _verdict("cancelled", "cancelled", watch)
     if isinstance(error, OutboxUnwritable) or _is_of_a_disk(error):
         return _verdict("machine", f"{error}", watch)
+    if isinstance(error, FfmpegKilled):
+        return _verdict("engine" if error.signal in BROKE_ITSELF else "machine", str(error), watch)
+    if _is_spent(error):
+        return _verdict("spent", f"{type(error).__name__}: {error}", watch)
     if isinstance(error, (verify.Refused, pipelines.BrokenResult)) and watch.plan:
         return _verdict("refused", str(error), watch, precision=watch.plan.precision)
     if isinstance(error, (NoUsableGpu, pynvml.NVMLError)):
@@ -47,8 +64,15 @@ def failure(error: BaseException, watch: Watch) -> dict[str, Any]:
     if memory and (overrun := shortage.overrun(watch.plan, watch.current, memory, _reached(error, memory, watch))):
         fields = {"memory": memory, "overrun": overrun.model_dump(mode="json")}
         return _verdict("oom", message, watch, **fields)
-    broken = memory is not None or isinstance(error, (torch.AcceleratorError, ProgramBroke)) or "CUDA" in str(error)
-    return _verdict("engine" if broken else "job", message, watch)
+    broken = memory is not None or isinstance(error, (torch.AcceleratorError, ProgramBroke))
+    return _verdict("engine" if broken or _OF_THE_GPU.search(str(error)) else "job", message, watch)
+
+
+def _is_spent(error: BaseException) -> bool:
+    """Whether the system, or what this process has leaked, leaves it nothing to go on with: another may have."""
+    if isinstance(error, OSError):
+        return error.errno in SPENT_ERRNOS
+    return isinstance(error, RuntimeError) and _NO_THREAD in str(error)
 
 
 def _is_of_a_disk(error: BaseException | None) -> bool:

@@ -76,6 +76,14 @@ class FfmpegFailed(SafelightError):
     """ffmpeg could not write or read a clip."""
 
 
+class FfmpegKilled(SafelightError):
+    """A signal ended ffmpeg: that says nothing of the clip."""
+
+    def __init__(self, path: Path, number: int, words: str) -> None:
+        self.signal = number
+        super().__init__(f"{path}: ffmpeg was ended by signal {number}: {words or 'it said nothing'}")
+
+
 @dataclass(frozen=True)
 class Timing:
     """What an MP4 says about itself: size in pixels, frames, frames a second."""
@@ -348,6 +356,7 @@ class _Run:
 
         Raises:
             OSError: the disk refused.
+            FfmpegKilled: a signal ended it.
             FfmpegFailed: it failed, or said anything at level `error`.
         """
         status = self.process.wait()
@@ -358,8 +367,9 @@ class _Run:
         for code in DISK_ERRORS:
             if os.strerror(code) in words:
                 raise OSError(code, os.strerror(code), str(self.path))
-        ended = f"signal {-status}" if status < 0 else f"exit status {status}"
-        raise FfmpegFailed(f"{self.path}: ffmpeg ended with {ended}: {words or 'it said nothing'}")
+        if status < 0:
+            raise FfmpegKilled(self.path, -status, words)
+        raise FfmpegFailed(f"{self.path}: ffmpeg ended with exit status {status}: {words or 'it said nothing'}")
 
 
 @contextmanager

@@ -115,7 +115,7 @@ def failure(word: str, plan: Plan) -> dict | None:
         case "refused":
             return {"kind": "refused", "message": "The picture is black.", "phase": "verify",
                     "precision": plan.precision}  # fmt: skip
-        case "fail" | "unmount" | "machine" | "no-room" | "too-large":
+        case "fail" | "unmount" | "machine" | "spent" | "no-room" | "too-large":
             kind = {"fail": "job", "unmount": "job"}.get(word, word)
             return {"kind": kind, "message": f"it was told to {word}", "phase": "denoise"}
     return None
@@ -140,7 +140,7 @@ def run(link: Link, config: settings.Config, ledger: Ledger, message: dict, canc
     end_early(word, config, cancelled)
     if failed := failure(word, plan):
         link.send("failed", execution, **failed)
-        if failed["kind"] == "oom":
+        if failed["kind"] in ("oom", "spent"):
             sys.exit(1)
         return
     steps = 20 if word == "slow" else 1

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import mmap
+import signal
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from safelightd.pipelines import BrokenResult
 from safelightd.progress import Cancelled, Watch
 from safelightd.room import NoRoom
 from safelightd.verify import Refused
+from safelightd.video import FfmpegKilled
 
 GIB = 2**30
 
@@ -82,6 +85,13 @@ def watch_of(plan: Plan | None, phase: Phase) -> Watch:
         (pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST), "engine"),
         (RuntimeError("CUDA error: device-side assert triggered"), "engine"),
         (torch.AcceleratorError("an illegal memory access was encountered"), "engine"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), "engine"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_MAPPING_ERROR"), "engine"),
+        (FfmpegKilled(Path("output.mp4"), signal.SIGKILL, ""), "machine"),
+        (FfmpegKilled(Path("output.mp4"), signal.SIGSEGV, ""), "engine"),
+        (OSError(errno.EMFILE, "Too many open files"), "spent"),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "spent"),
+        (RuntimeError("can't start new thread"), "spent"),
         (torch.OutOfMemoryError(REFUSED_BY_TORCH), "oom"),
         (MemoryError(), "oom"),
         (Refused("The picture is black."), "refused"),

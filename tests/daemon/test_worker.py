@@ -208,6 +208,20 @@ def test_a_fault_of_the_machine_is_not_counted_and_holds_the_next_start_off(work
     assert worker.queue.fields(spec.id)["attempts"] == "2"
 
 
+def test_an_engine_that_has_no_files_or_threads_left_is_replaced_and_its_job_not_counted(worker: Running) -> None:
+    (spec,) = worker.submit("spent ok")
+    eventually(lambda: any("told to spent" in row.holds.get("machine", "") for row in worker.queue.workers()))
+    attempts = worker.installation.ledger.attempts(spec.id)
+
+    assert (attempts.crashes, attempts.returns) == (0, 1)
+
+    worker.all_in([spec], "done")
+    engines = (worker.installation.paths.outbox / "engines.log").read_text().split()
+
+    assert len(set(engines)) == 2
+    assert worker.queue.fields(spec.id)["attempts"] == "2"
+
+
 def test_cancel_stops_a_running_job_within_a_step_and_a_waiting_one_at_once(worker: Running) -> None:
     running, waiting = worker.submit("slow", "slow")
     eventually(lambda: worker.log() == [f"start {running.id}"])

@@ -261,6 +261,22 @@ def test_ffmpeg_that_fails_is_said_with_its_status(tmp_path: Path, monkeypatch: 
         write(tmp_path / "a.mp4", making.moving(making.clip_spec()))
 
 
+def test_an_ffmpeg_that_a_signal_ends_says_so_and_not_that_the_clip_is_broken(tmp_path: Path) -> None:
+    before = _children()
+
+    def frames() -> Iterator[NDArray[np.uint8]]:
+        for number, frame in enumerate(making.moving(making.clip_spec(), 9)):
+            if number == 1:
+                for ffmpeg in _children() - before:
+                    ffmpeg.kill()
+            yield frame
+
+    with pytest.raises(video.FfmpegKilled, match="was ended by signal 9") as raised:
+        write(tmp_path / "a.mp4", frames())
+
+    assert raised.value.signal == signal.SIGKILL
+
+
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.7, 0.95])
 def test_truncated_clip_cannot_be_read_to_its_end(tmp_path: Path, keep: float) -> None:
     file = tmp_path / "clip.mp4"
