@@ -32,6 +32,11 @@ class Paths:
         return self.state / "jobs"
 
     @property
+    def outbox_seen(self) -> Path:
+        """What remembers that the outbox has held something: an unmounted disk's is empty."""
+        return self.state / "outbox.seen"
+
+    @property
     def attempts(self) -> Path:
         """One file a job that has been started: attempts, crashes, uncounted returns."""
         return self.state / "attempts"

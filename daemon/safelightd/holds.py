@@ -123,6 +123,9 @@ def _user(file: Path, queue_says: str | None) -> str | None:
 
 def _disk(config: Config) -> str | None:
     """Publishing and the ledger need room: no job starts that could not be kept. What is kept of LoRAs makes way."""
+    outbox, memory = config.paths.outbox, config.paths.outbox_seen
+    if places.missed(memory, [outbox]):
+        return f"all that was in {outbox} is gone; is its disk mounted? If you removed it, remove {memory} too"
     least = config.settings.policy.min_free_disk_gib * GIB
     for folder in (config.paths.outbox, config.paths.state):
         there = next(parent for parent in (folder, *folder.parents) if parent.exists())

@@ -37,7 +37,7 @@ from safelight.paths import Paths
 from safelight.plan import Plan
 from safelight.receipt import Output, Poster, Receipt
 from safelight.rename import rename_new
-from safelightd import formats, verify
+from safelightd import formats, places, verify
 
 SLUG_CHARACTERS_MAX = 40
 
@@ -78,7 +78,7 @@ def write(
         OSError: the disk is full.
     """
     folder = make_room(spec, config.paths)
-    with _removed_on_failure(folder):
+    with _removed_on_failure(folder), explained(config.paths):
         return formats.write(folder, _counted(frames, spec), spec, plan, config.settings.output, check)
 
 
@@ -92,7 +92,9 @@ def make_room(spec: JobSpec, paths: Paths) -> Path:
     if _is_intended(spec.id, paths):
         raise SafelightError(f"{spec.id} has been rendered before and waits to be published: finish() does that.")
     folder = paths.unfinished / spec.id
-    with _explained(paths):
+    with explained(paths):
+        if places.is_missed(paths.outbox_seen, paths.outbox):
+            raise FileNotFoundError(errno.ENOENT, "it is empty: is its disk mounted?", str(paths.outbox))
         _remove(folder)
         folder.mkdir(parents=True)
     return folder
@@ -112,9 +114,10 @@ def publish(
     """
     folder = paths.unfinished / spec.id
     with _removed_on_failure(folder, unless=lambda: _is_intended(spec.id, paths)):
-        output = _described(file, spec, _free_name(spec, paths))
+        with explained(paths):
+            output = _described(file, spec, _free_name(spec, paths))
         receipt = receipt_of((output,))
-        with _explained(paths):
+        with explained(paths):
             _make_folders(paths.outbox / output.path, paths)
             for names in (folder, paths.unfinished, paths.outbox):
                 durable.sync_folder(names)
@@ -209,7 +212,7 @@ def _complete(receipt: Receipt, ledger: Ledger, paths: Paths) -> Receipt:
         renamed = formats.renamed(output, _free_name(receipt.spec, paths))
         receipt = receipt.model_copy(update={"outputs": (renamed,)})
         ledger.intend(receipt)
-    with _explained(paths):
+    with explained(paths):
         _point_latest(receipt, paths)
         _remove(paths.unfinished / receipt.id)
     ledger.fulfil(receipt.id)
@@ -222,7 +225,7 @@ def _place(receipt: Receipt, paths: Paths) -> bool:
     final = paths.outbox / output.path
     waiting = paths.unfinished / receipt.id / f"output{final.suffix}"
     placed: list[tuple[Path, Path]] = []
-    with _explained(paths):
+    with explained(paths):
         _make_folders(final, paths)
         try:
             _place_file(waiting, final, output)
@@ -305,12 +308,18 @@ def _removed_on_failure(folder: Path, unless: Callable[[], bool] = lambda: False
 
 
 @contextmanager
-def _explained(paths: Paths) -> Iterator[None]:
-    """Say which folder cannot be written and what to do, where the system's words are only "Permission denied"."""
+def explained(paths: Paths) -> Iterator[None]:
+    """Say which folder cannot be written and what to do, where the system's words are only "Permission denied".
+
+    Raises:
+        OutboxUnwritable: it is about what lies below or above the outbox, or the system does not say; else what was
+            raised.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in _UNWRITABLE:
+        is_explained = isinstance(error, OutboxUnwritable)
+        if error.errno not in _UNWRITABLE or is_explained or not _is_on_the_way(error.filename, paths.outbox):
             raise
         place = error.filename or paths.outbox
         raise OutboxUnwritable(
@@ -319,3 +328,9 @@ def _explained(paths: Paths) -> Iterator[None]:
             "write, or set [paths] outbox to one",
             str(place),
         ) from error
+
+
+def _is_on_the_way(named: object, outbox: Path) -> bool:
+    if not isinstance(named, str | os.PathLike):
+        return True
+    return Path(named).is_relative_to(outbox) or outbox.is_relative_to(named)

@@ -73,6 +73,11 @@ def missed(memory: Path, places: Iterable[Path]) -> Path | None:
     return next((place for name, place in named.items() if name in before and is_gone(place)), None)
 
 
+def is_missed(memory: Path, place: Path) -> bool:
+    """Whether one place is gone and was there when it was last looked at; nothing is remembered."""
+    return str(place) in remembered(memory) and is_gone(place)
+
+
 def remembered(memory: Path) -> set[str]:
     """Return which places were there before."""
     try:
@@ -83,11 +88,12 @@ def remembered(memory: Path) -> set[str]:
 
 def is_gone(place: Path) -> bool:
     """Whether a place is an empty folder, or gone with all that lay beside it; a person who removes it leaves that."""
+    real = _real(place)  # what lies beside a link says nothing of the disk that it leads to
     try:
-        place.stat()
+        real.stat()
     except OSError:
-        return not registered.holds_something(place.parent)
-    return not _holds(place)
+        return not registered.holds_something(real.parent)
+    return not _holds(real)
 
 
 def _holds(place: Path) -> bool:

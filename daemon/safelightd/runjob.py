@@ -145,7 +145,7 @@ def _run_job(spec: JobSpec, attempt: int, setting: Setting, watch: Watch, circum
         frames = family.decode(spec, plan, loader, latents, watch)
         frames = watch.preview.learning(frames, pipelines.values(family.first_frame(spec, latents)))
         file = outputs.write(spec, plan, frames, setting.config, watch.check)
-    with watch.phase("verify"):
+    with watch.phase("verify"), outputs.explained(paths):
         verify.output(file, spec)
     with watch.phase("publish"):
         device.release()

@@ -53,7 +53,7 @@ def run_job(
     folder = outputs.make_room(spec, paths)
     try:
         file = _rendered(spec, plan, where, setting, watch, folder)
-        with watch.phase("verify"):
+        with watch.phase("verify"), outputs.explained(paths):
             verify.output(file, spec)
         with watch.phase("publish"):
             versions = {"safelight": __version__, "wan-cli": version(where.checkout)}
@@ -76,7 +76,7 @@ def _rendered(spec: JobSpec, plan: Plan, where: Installed, setting: Setting, wat
                 running.follow(stage, watch)
         watch.records["load"] = watch.records["load"].model_copy(update={"host_peak_bytes": running.host_peak_bytes})
         _refuse_broken(made, spec, running)
-    with watch.phase("decode"):
+    with watch.phase("decode"), outputs.explained(setting.config.paths):
         settings = setting.config.settings.output
         return formats.write(folder, video.read_frames(made), spec, plan, settings, watch.check)
 
