@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,11 +11,18 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.text import Text
 
 GIB = 2**30
 
 PREVIEW_COLUMNS_MAX = 64
+
+GAP = 2
+"""Characters between two columns."""
+
+LAST_LEAST, CUT_LEAST = 16, 8
+"""Characters that are left of the last column, and of one that may be cut, where the line is too short."""
 
 STATE_STYLES = {
     "running": "bold cyan",
@@ -60,30 +67,86 @@ def line(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)
 
 
-def columns(heads: Sequence[str], rows: Sequence[Sequence[str]], *, styled: int | None = None) -> None:
+def columns(
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    styled: int | None = None,
+    cut: Sequence[int] = (),
+    wrapped: Container[int] | None = None,
+) -> None:
     """Print rows below their heads; on a terminal the last column gives way where the line is too short.
+
+    Where even that is not enough each row is a paragraph that begins with its first cell, so that nothing is lost.
 
     Args:
         styled: the column that is coloured by what it says.
+        cut: columns that are cut as well, before there are paragraphs.
+        wrapped: the rows whose last cell goes on in further lines, where those of the others are cut; None: all.
     """
     rows = [[line(cell) for cell in row] for row in rows]
     if not on_terminal():
         _plain_columns(heads, rows)
         return
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for head in heads[:-1]:
-        table.add_column(head, no_wrap=True)
-    table.add_column(heads[-1], no_wrap=True, overflow="ellipsis", ratio=1)
+    texts = [[Text(cell) for cell in row] for row in rows]
+    if styled is not None:
+        for row in texts:
+            row[styled].stylize(STATE_STYLES.get(row[styled].plain, ""))
+    console = Console(highlight=False)
+    widths = _widths(heads, texts, console.width, cut)
+    if widths:
+        _print_table(console, heads, texts, widths, wrapped)
+    else:
+        _print_paragraphs(console, heads, texts)
+
+
+def _widths(heads: Sequence[str], rows: Sequence[Sequence[Text]], room: int, cut: Sequence[int]) -> list[int]:
+    """Return how wide each column is within `room` characters; [] where they do not fit."""
+    widths = [max(len(head), *(row[at].cell_len for row in rows), 0) for at, head in enumerate(heads)]
+    last = len(heads) - 1
+    left = room - sum(widths) - GAP * last
+    for at, least in ((last, LAST_LEAST), *((at, CUT_LEAST) for at in reversed(cut))):
+        taken = min(max(-left, 0), max(widths[at] - least, 0))
+        widths[at] -= taken
+        left += taken
+    return widths if left >= 0 else []
+
+
+def _print_table(
+    console: Console,
+    heads: Sequence[str],
+    rows: Sequence[Sequence[Text]],
+    widths: Sequence[int],
+    wrapped: Container[int] | None,
+) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold")
+    for head, width in zip(heads[:-1], widths[:-1], strict=True):
+        table.add_column(head, width=width, no_wrap=True, overflow="ellipsis")
+    table.add_column(heads[-1], width=widths[-1], overflow="fold")
+    for number, row in enumerate(rows):
+        if wrapped is not None and number not in wrapped:
+            row[-1].no_wrap, row[-1].overflow = True, "ellipsis"
+        table.add_row(*row)
+    console.print(table)
+
+
+def _print_paragraphs(console: Console, heads: Sequence[str], rows: Sequence[Sequence[Text]]) -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
     for row in rows:
-        cells = [Text(cell) for cell in row]
-        if styled is not None:
-            cells[styled].stylize(STATE_STYLES.get(row[styled], ""))
-        table.add_row(*cells)
-    Console(highlight=False).print(table)
+        console.print(row[0], style="bold")
+        named = [
+            Text.assemble((f"{head} ", "dim"), cell)
+            for head, cell in zip(heads[1:], row[1:], strict=True)
+            if cell.plain not in ("", "-")
+        ]
+        console.print(Padding(Text("  ").join(named), (0, 0, 0, 4)))
 
 
 def _plain_columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

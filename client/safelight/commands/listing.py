@@ -107,7 +107,8 @@ def _print_table(rows: list[Row]) -> None:
     cells = [
         [row.id, row.state, row.model, row.batch, row.error if row.state in BROKEN else row.prompt] for row in rows
     ]
-    display.columns(["ID", "STATE", "MODEL", "BATCH", "PROMPT OR ERROR"], cells, styled=1)
+    broken = {number for number, row in enumerate(rows) if row.state in BROKEN}
+    display.columns(["ID", "STATE", "MODEL", "BATCH", "PROMPT OR ERROR"], cells, styled=1, cut=(2, 3), wrapped=broken)
 
 
 def _print_json(queue: JobQueue, ids: list[str], state: str | None, outbox: Path) -> None:
