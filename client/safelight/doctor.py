@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from safelight import config as settings
-from safelight import inventory, models, prepared, published, pulled, queueserver, tonight, units, wan_cli
+from safelight import inventory, models, prepared, published, pulled, queueserver, rejections, tonight, units, wan_cli
 from safelight.config import Config
 from safelight.errors import BadConfig, LedgerDamaged, NoUsableGpu, QueueUnreachable
 from safelight.finding import Finding, fail, ok, warn
@@ -53,6 +53,7 @@ def examine(file: Path | None) -> list[Finding]:
         *_folders(config),
         _claiming(config),
         *_sharing(config),
+        *_rejected(config),
         _disk(config),
         *_ledger(config),
     ]
@@ -152,6 +153,18 @@ def shared_inbox(inbox: Path, group: str) -> Finding:
         remedy = f"sudo usermod -aG {group} {tonight.current_user()}, and log in again."
         return fail("sharing", f"you are not in the group {group}, which {inbox} is for", remedy)
     return ok("sharing", f"members of {group} share {inbox}")
+
+
+def _rejected(config: Config) -> Iterator[Finding]:
+    """What the inbox has refused is worth a line where there is any, and a warning for a day."""
+    try:
+        found = rejections.look(config.paths.rejected, datetime.now().astimezone())
+    except PermissionError:
+        return  # another user's; that the inbox is closed is said above
+    if found.last_day:
+        yield warn("rejected", str(found), "Correct them, and put them into the inbox again.")
+    elif found.files:
+        yield ok("rejected", str(found))
 
 
 def _disk(config: Config) -> Finding:

@@ -236,3 +236,24 @@ def test_status_shows_how_far_a_running_job_is(safelight: Safelight, queue: JobQ
     queue.progress(job, {"phase": "denoise", "i": 3, "n": 4, "seconds_left": 12.0})
 
     assert f"{job}  denoise 3/4, 12 s left" in safelight("status").stdout
+
+
+def test_status_and_doctor_count_what_the_inbox_has_refused(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    rejected = installation.paths.rejected
+    assert "Rejected" not in safelight("status").stdout
+    rejected.mkdir(parents=True)
+    for name in ("old", "new"):
+        (rejected / f"20261122-213145-1234567~{name}.txt").write_text("--stpes 4")
+        (rejected / f"20261122-213145-1234567~{name}.txt.error.txt").write_text("unknown option")
+    two_days_ago = time.time() - 2 * 86_400
+    os.utime(rejected / "20261122-213145-1234567~old.txt.error.txt", (two_days_ago, two_days_ago))
+
+    found = json.loads(safelight("status", "--json").stdout)["rejected"]
+    warnings = [one for one in json.loads(safelight("doctor", "--json").stdout) if one["name"] == "rejected"]
+
+    assert found == {"folder": str(rejected), "files": 2, "last_day": 1}
+    says = f"2 files became no jobs, 1 in the last 24 hours: {rejected}/*.error.txt say why"
+    assert f"Rejected  {says}" in safelight("status").stdout.splitlines()
+    assert [(one["look"], one["says"]) for one in warnings] == [("warn", says)]

@@ -110,7 +110,7 @@ def user_hold(queue: JobQueue | None, config: Config) -> str | None:
 @click.option("--json", "as_json", is_flag=True, help="One object.")
 @pass_client
 def status(client: Client, *, as_json: bool) -> None:
-    """Show what runs, what waits and what holds it up.
+    """Show what runs, what waits and what holds it up, and what the inbox has refused.
 
     The estimate of when the waiting jobs will be done is what jobs of the same model took on this machine, one
     after the other: holds, night windows and --not-before come on top. Exit code 0 also while the queue is on hold,
@@ -138,10 +138,23 @@ def _standing(queue: JobQueue, client: Client) -> dict[str, Any]:
         "holds": held,
         "waiting": waiting.jobs,
         "ended": queue.counts()["ended"],
+        "rejected": _rejected(client.config),
         "seconds": round(seconds, 1),
         "without_estimate": waiting.unknown,
         "done_at": done_at.isoformat(timespec="seconds") if started and waiting.unknown < waiting.jobs else None,
     }
+
+
+def _rejected(config: Config) -> dict[str, Any] | None:
+    """Return how many files the inbox has refused; None where it is closed to this user."""
+    from dataclasses import asdict
+
+    from safelight import rejections
+
+    try:
+        return asdict(rejections.look(config.paths.rejected, datetime.now().astimezone()))
+    except PermissionError:
+        return None
 
 
 def running_jobs(queue: JobQueue) -> list[dict[str, Any]]:
@@ -175,6 +188,7 @@ def _worker(worker: WorkerRow) -> dict[str, Any]:
 
 def _print_standing(found: dict[str, Any]) -> None:
     from safelight import display
+    from safelight.rejections import Rejections
 
     for job in found["running"]:
         click.echo(f"Running   {job['id']}  {progress_text(job)}  {display.line(job['prompt'] or '')}")
@@ -187,6 +201,8 @@ def _print_standing(found: dict[str, Any]) -> None:
     for name, reason in found["holds"].items():
         click.echo(f"On hold   {name}: {display.line(reason)}")
     click.echo(f"Waiting   {_waiting_text(found)}")
+    if found["rejected"] and found["rejected"]["files"]:
+        click.echo(f"Rejected  {display.line(str(Rejections(**found['rejected'])))}")
 
 
 def progress_text(job: dict[str, Any]) -> str:
