@@ -6,16 +6,20 @@ Reads names, sizes and headers; reads no weight.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from safelight import layout, models, prepared, published, pulled, registered, tensorfile
-from safelight.models import ModelFacts
+from safelight.jobspec import JobSpec
+from safelight.models import ModelFacts, Models
 from safelight.published import Published
 from safelight.tensorfile import SUFFIXES, Entry
 
 LARGE = "transformer"
+
+WHOLE = ("present", "built on first use")
+"""What Standing.state says of a model that jobs can load."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,36 @@ def _of_controlnet(what: Published) -> Standing:
     if lacking := what.lacking() or ([wrong] if wrong else []):
         return Standing("incomplete", tuple(lacking))
     return Standing("present")
+
+
+def lacking(specs: Iterable[JobSpec], table: Models, models_folder: Path, env: Mapping[str, str]) -> list[str]:
+    """Return what these jobs need and is not whole here, a line each, with what to do about it."""
+    own = [spec for spec in specs if spec.backend == "diffusers" and spec.model in table]
+    models_of = dict.fromkeys(spec.model for spec in own)
+    nets_of = dict.fromkeys((spec.model, spec.controlnet.model) for spec in own if spec.controlnet)
+    wanted = [published.of_model(table[key], models_folder) for key in models_of]
+    wanted += [
+        published.of_controlnet(table[key], net, models_folder) for key, net in nets_of if net in table[key].controlnets
+    ]
+    found = (
+        (what, _of_controlnet(what) if what.controlnet else standing(what.facts, models_folder)) for what in wanted
+    )
+    return [
+        f"{what.name}: {at.state}. Its jobs fail as long as it is not whole. {_whole(what, at, env)}"
+        for what, at in found
+        if at.state not in WHOLE
+    ]
+
+
+def _whole(what: Published, at: Standing, env: Mapping[str, str]) -> str:
+    """Return what makes a model whole that is not."""
+    if at.state in ("gone", "damaged"):
+        return f"Put it back, whole, or forget it: safelight models rm {what.facts.key}"
+    if at.state == "missing" and not what.controlnet and (cached := in_hub_cache(what.facts, env)):
+        return f"It is in the hub's cache: safelight models add {cached}"
+    if what.repository:
+        return f"Fetch it: {what.command}"
+    return f"Put its files into {what.folder}."
 
 
 def serves(facts: ModelFacts) -> tuple[str, ...]:

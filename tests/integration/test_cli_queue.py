@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,37 @@ def test_dry_run_queues_nothing_and_says_what_it_would_take(
     assert found["machine_source"] == f"of the worker {WORKER}"
     assert queue.waiting_ids() == []
     assert not installation.paths.jobs.exists()
+
+
+@pytest.mark.parametrize("words", [["add", "a red fox"], ["add", "a red fox", "--dry-run"], ["plan", "a red fox"]])
+def test_jobs_of_a_model_that_is_not_there_are_noted_with_what_fetches_it(
+    safelight: Safelight, queue: JobQueue, words: list[str]
+) -> None:
+    """Somebody may be fetching it: the job is queued all the same."""
+    result = safelight(*words, "--model", "flux-schnell", "--count", "2", "--steps", "2")
+
+    assert result.stderr.splitlines() == [
+        "flux-schnell: missing. Its jobs fail as long as it is not whole. Fetch it: safelight models pull flux-schnell"
+    ]
+    assert len(queue.waiting_ids()) == (2 if words == ["add", "a red fox"] else 0)
+
+
+def test_jobs_of_a_half_copied_model_and_of_a_missing_controlnet_are_noted(
+    safelight: Safelight, installation: Installation, queue: JobQueue, tmp_path: Path
+) -> None:
+    Image.new("RGB", (64, 64), "blue").save(tmp_path / "lines.png")
+    (tmp_path / "models/flux-dev").mkdir(parents=True)
+    (tmp_path / "models/flux-dev/model_index.json").write_text('{"vae": ["diffusers", "AutoencoderKL"]}')
+    written = re.sub(r"models = .*", f'models = "{tmp_path}/models"', installation.config.source.read_text())
+    installation.config.source.write_text(written)
+
+    led = ["--controlnet", f"union-pro-2:{tmp_path}/lines.png"]
+    result = safelight("add", "a red fox", "--model", "flux-dev", "--size", "1024x1024", *led)
+
+    assert len(ids_of(result)) == 1
+    assert [line.rpartition(": ")[2] for line in result.stderr.splitlines()] == [
+        "safelight models pull flux-dev", "safelight models pull flux-dev --controlnet union-pro-2"
+    ]  # fmt: skip
 
 
 def test_batch_makes_a_batch_of_each_file(safelight: Safelight, installation: Installation, queue: JobQueue) -> None:

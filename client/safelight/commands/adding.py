@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -241,10 +242,11 @@ def hand_over(client: Client, submissions: Mapping[str, Sequence[JobSpec]], *, d
     from safelight.errors import InvalidJob
 
     specs = [spec for group in submissions.values() for spec in group]
+    notes = lacking(client, specs)
     if dry_run:
         ground = planning.ground_of(client)
         found = submit.forecast(specs, ground.machine, client.models, ground.calibration)
-        planning.show(ground, found, as_json=as_json)
+        planning.show(ground, found, as_json=as_json, notes=notes)
         if ground.told and not all(shape.plan for shape in found):
             click.get_current_context().exit(InvalidJob.exit_code)
         return
@@ -254,13 +256,23 @@ def hand_over(client: Client, submissions: Mapping[str, Sequence[JobSpec]], *, d
     with client.queue() as queue:
         machines = [worker.machine for worker in queue.workers() if worker.machine]
         limit = None if isinstance(vram_gib, str) else vram_gib
-        notes = submit.refuse_hopeless(specs, machines, client.models, vram_gib=limit)
+        notes += submit.refuse_hopeless(specs, machines, client.models, vram_gib=limit)
         ids = [spec.id for spec in specs]
         with submit.undisturbed():
             notes += submit.submit(submissions, queue, client.own_ledger)
             _print_ids(ids, as_json=as_json)
     for note in notes:
         click.echo(note, err=True)
+
+
+def lacking(client: Client, specs: Sequence[JobSpec]) -> list[str]:
+    """Return which models of these jobs are not whole on this host, where it is the worker's."""
+    from safelight import inventory, lorafiles
+
+    folder = client.config.paths.models
+    if not (client.is_on_workers_host and lorafiles.may_look(folder)):
+        return []
+    return inventory.lacking(specs, client.models, folder, os.environ)
 
 
 def _print_ids(ids: list[str], *, as_json: bool) -> None:

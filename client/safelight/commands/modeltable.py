@@ -34,7 +34,7 @@ def show(client: Client, *, as_json: bool) -> None:
             "default": facts.key in default_keys,
             "licence": facts.licence,
             "bf16_bytes": 2 * sum(facts.components.values()),
-            "present": (at := standings[facts.key]).state in ("present", "built on first use"),
+            "present": (at := standings[facts.key]).state in inventory.WHOLE,
             "here": at.state,
             "missing": at.missing,
             "stored": at.precision,

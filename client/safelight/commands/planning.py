@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -63,12 +64,13 @@ def plan(
     describe another. Exit code 2 when something fits nowhere.
     """
     from safelight import submit
+    from safelight.commands.adding import lacking
     from safelight.errors import InvalidJob
 
     ground = ground_of(client, vram=vram, ram=ram, capability=capability)
     specs = _specs(client, targets, prompts, written, sweeps)
     found = submit.forecast(specs, ground.machine, client.models, ground.calibration)
-    show(ground, found, as_json=as_json)
+    show(ground, found, as_json=as_json, notes=lacking(client, specs))
     ctx.exit(0 if all(shape.plan for shape in found) else InvalidJob.exit_code)
 
 
@@ -159,12 +161,14 @@ def _assumed(device: Literal["cuda", "cpu"]) -> Machine:
     )
 
 
-def show(ground: Ground, found: list[Forecast], *, as_json: bool) -> None:
-    """Print a forecast."""
+def show(ground: Ground, found: list[Forecast], *, as_json: bool, notes: Sequence[str] = ()) -> None:
+    """Print a forecast, and on stderr the notes."""
     if as_json:
         click.echo(json.dumps(_as_object(ground, found), ensure_ascii=False, indent=2))
     else:
         _print(ground, found)
+    for note in notes:
+        click.echo(note, err=True)
 
 
 def _as_object(ground: Ground, found: list[Forecast]) -> dict[str, Any]:
