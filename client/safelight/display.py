@@ -58,7 +58,9 @@ def gib(size_bytes: float) -> str:
 
 
 def clock(moment: datetime, now: datetime) -> str:
-    """Return a moment as a wall clock shows it, with the date when it is not today's."""
+    """Return a moment as a wall clock shows it, with the date when it is not today's, and the year when it is far."""
+    if abs((moment - now).days) > 300:
+        return f"{moment:%d %b %Y %H:%M}"
     return f"{moment:%H:%M}" if moment.date() == now.date() else f"{moment:%a %d %b %H:%M}"
 
 

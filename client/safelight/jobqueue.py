@@ -25,6 +25,7 @@ from pydantic import ValidationError
 
 from safelight import lora
 from safelight.calibration import NOTHING_LEARNED, Calibration
+from safelight.dues import Place
 from safelight.errors import Fault, InvalidJob
 from safelight.jobspec import PRIORITIES, JobSpec
 from safelight.machine import Machine
@@ -159,6 +160,13 @@ class JobQueue:
         """Return the ids of the line in order: so many of the first, or all for 0."""
         places = cast("list[bytes]", self.server.zrange("safelight:waiting", 0, first - 1))
         return [item.decode(errors="replace").split(":", 2)[-1] for item in places]
+
+    def waiting_places(self) -> Iterator[Place]:
+        """Yield what the places of the line say, in order; what is none of a job is left out."""
+        for item in cast("list[bytes]", self.server.zrange("safelight:waiting", 0, -1)):
+            if is_place(written := item.decode(errors="replace")):
+                priority, not_before, job = written.split(":")
+                yield Place(job, int(priority), int(not_before))
 
     def running(self) -> dict[str, str]:
         """Return what runs: id -> worker."""

@@ -8,11 +8,11 @@ import shutil
 import time
 from collections.abc import Callable
 from datetime import datetime
-from datetime import time as wall_time
 from pathlib import Path
 
 from safelight import durable, fused, registered
 from safelight.config import Config
+from safelight.dues import in_window
 from safelight.jobspec import PRIORITIES
 from safelight.machine import GIB
 from safelightd import places
@@ -179,11 +179,3 @@ def open_classes(window: str, now: datetime) -> list[int]:
     if window and not in_window(window, now.time()):
         classes.remove(PRIORITIES.index("night"))
     return classes
-
-
-def in_window(window: str, now: wall_time) -> bool:
-    """Whether `now` lies in "23:00-07:00"; a window may cross midnight; its end is outside."""
-    start, end = (wall_time.fromisoformat(part) for part in window.split("-"))
-    if start <= end:
-        return start <= now < end
-    return now >= start or now < end

@@ -18,6 +18,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from safelight import config as settings
+from safelight import dues
 from safelight.config import Config
 from safelightd import holds
 from safelightd.holds import GpuTrouble, Setback
@@ -183,8 +184,8 @@ def test_what_is_remembered_of_the_models_disk_may_be_damaged_and_is_written_ane
     ],
 )
 def test_a_window_may_cross_midnight_and_its_end_is_outside(window: str, inside: list[str], outside: list[str]) -> None:
-    assert all(holds.in_window(window, wall_time.fromisoformat(at)) for at in inside)
-    assert not any(holds.in_window(window, wall_time.fromisoformat(at)) for at in outside)
+    assert all(dues.in_window(window, wall_time.fromisoformat(at)) for at in inside)
+    assert not any(dues.in_window(window, wall_time.fromisoformat(at)) for at in outside)
 
 
 @given(st.times(), st.times(), st.times())
@@ -193,7 +194,7 @@ def test_a_window_and_its_opposite_make_a_day(start: wall_time, end: wall_time, 
     assume(start != end)
     there, back = (f"{a:%H:%M}-{b:%H:%M}" for a, b in ((start, end), (end, start)))
 
-    assert holds.in_window(there, now) != holds.in_window(back, now)
+    assert dues.in_window(there, now) != dues.in_window(back, now)
 
 
 def test_night_jobs_start_in_the_window_or_after_all_others_without_one() -> None:

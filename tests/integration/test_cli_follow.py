@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -228,6 +230,45 @@ def test_status_says_when_all_will_be_done(safelight: Safelight, queue: JobQueue
     text = safelight("status").stdout
     assert "4 jobs, about 2 min of work" in text
     assert "1 of them without an estimate" in text
+
+
+def closed_window() -> str:
+    """A window that opens in two hours, for an hour."""
+    opens = datetime.now() + timedelta(hours=2)
+    return f"{opens:%H}:00-{opens + timedelta(hours=1):%H}:00"
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--priority", "night"], f'priority night, [policy] window = "{closed_window()}"'),
+        (["--not-before", "2099-01-01T06:00"], "not_before"),
+    ],
+)
+def test_jobs_that_may_not_start_yet_are_given_no_end_and_the_reason(
+    safelight: Safelight, installation: Installation, queue: JobQueue, words: list[str], why: str
+) -> None:
+    with installation.config.source.open("a") as settings:
+        settings.write(f'window = "{closed_window()}"\n')  # below [policy], which is the last section
+    queue.set_calibration(Calibration(load={"tiny-flux-schnell/encode/float32 on cpu": 1.0}))
+    queue.publish_worker(WORKER, 60, device="cpu", machine=CPU.model_dump_json(), engine="")
+    (now,) = ids_of(safelight("add", "a red fox"))
+    assert json.loads(safelight("status", "--json").stdout)["done_at"] is not None
+    (job,) = ids_of(safelight("add", "a blue cat", *words))
+
+    found = json.loads(safelight("status", "--json").stdout)
+    waiting = safelight("wait", job, "--timeout", "0")
+
+    opens = datetime.fromisoformat(found["later_from"])
+    start = f"{opens:%d %b %Y %H:%M}" if why == "not_before" else f"{opens:%H:%M}"
+    assert (found["waiting"], found["later"], found["done_at"]) == (2, 1, None)
+    assert opens.strftime("%H:%M") == ("06:00" if why == "not_before" else closed_window()[:5])
+    assert re.search(
+        rf"^Waiting   2 jobs, .*; 1 of them not before .*{start}$", safelight("status").stdout, re.MULTILINE
+    )
+    assert re.search(rf"^{job} .*\(from .*{start}\) a blue cat$", safelight("list").stdout, re.MULTILINE)
+    assert re.search(rf"^1 job does not start before .*{start} \({re.escape(why)}\)\.$", waiting.stderr, re.MULTILINE)
+    assert "not start before" not in safelight("wait", now, "--timeout", "0").stderr
 
 
 def test_status_shows_how_far_a_running_job_is(safelight: Safelight, queue: JobQueue) -> None:

@@ -107,13 +107,15 @@ class Following:
         time.sleep(max(seconds, 0))
 
     def _look(self, queue: JobQueue) -> Look:
-        from safelight.commands.standing import hold_lines, running_jobs
+        from safelight.commands.standing import hold_lines, later_lines, running_jobs
 
         ended = self._ended(queue) if self._named else self._gone(queue)
         running = [job for job in running_jobs(queue) if not self._named or job["id"] in self.left]
         self._ran = {job["id"] for job in running}
         if time.monotonic() - self._holds_at >= HOLDS_EVERY_S:
-            self._holds, self._holds_at = hold_lines(queue, self.client.config), time.monotonic()
+            held = hold_lines(queue, self.client.config)
+            self._holds = held + later_lines(queue, self.client.config, self.left)
+            self._holds_at = time.monotonic()
         return Look(running, ended, queue.counts()["queued"], self._holds)
 
     def _ended(self, queue: JobQueue | None) -> list[Ended]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from safelight.commands.client import Client, pass_client
 from safelight.commands.selecting import batch_option
 
 if TYPE_CHECKING:
+    from safelight.dues import Due
     from safelight.errors import Fault
     from safelight.jobqueue import JobQueue, Row
     from safelight.jobspec import JobSpec
@@ -59,7 +62,7 @@ def list_jobs(
     beginning of the prompt. Jobs that ended longer ago than [queue] keep_days are no longer listed; `show` still
     knows them.
     """
-    from safelight.commands.standing import hold_lines
+    from safelight.commands.standing import hold_lines, later
 
     with client.queue() as queue:
         ids = _selected(queue, state, batch)
@@ -67,7 +70,7 @@ def list_jobs(
             _print_json(queue, ids, state, client.config.paths.outbox)
             return
         shown, left = _rows(queue, ids, state, None if everything else limit)
-        _print_table(shown)
+        _print_table(shown, later(queue, client.config))
         if left:
             click.echo(f"... and {left} more: --all, or --limit N.", err=True)
         for text in hold_lines(queue, client.config):
@@ -98,17 +101,23 @@ def _rows(queue: JobQueue, ids: list[str], state: str | None, limit: int | None)
     return fitting[:limit], len(fitting[limit:]) if limit else 0
 
 
-def _print_table(rows: list[Row]) -> None:
+def _print_table(rows: list[Row], due_later: Mapping[str, Due]) -> None:
     from safelight import display
 
     if not rows:
         click.echo("No jobs.")
         return
-    cells = [
-        [row.id, row.state, row.model, row.batch, row.error if row.state in BROKEN else row.prompt] for row in rows
-    ]
+    cells = [[row.id, row.state, row.model, row.batch, _said_of(row, due_later.get(row.id))] for row in rows]
     broken = {number for number, row in enumerate(rows) if row.state in BROKEN}
     display.columns(["ID", "STATE", "MODEL", "BATCH", "PROMPT OR ERROR"], cells, styled=1, cut=(2, 3), wrapped=broken)
+
+
+def _said_of(row: Row, due: Due | None) -> str:
+    from safelight import display
+
+    if row.state in BROKEN:
+        return row.error
+    return f"(from {display.clock(due.at, datetime.now().astimezone())}) {row.prompt}" if due else row.prompt
 
 
 def _print_json(queue: JobQueue, ids: list[str], state: str | None, outbox: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from safelight.commands.client import Client, pass_client
 if TYPE_CHECKING:
     from safelight.calibration import Calibration
     from safelight.config import Config
+    from safelight.dues import Due
     from safelight.jobqueue import JobQueue, WorkerRow
     from safelight.jobspec import JobSpec
     from safelight.machine import Machine
@@ -67,6 +69,29 @@ def _seconds(spec: JobSpec, machine: Machine, models: Models, calibration: Calib
         return None
 
 
+def later(queue: JobQueue, config: Config) -> dict[str, Due]:
+    """Return which waiting jobs may not start now, in the order of the line."""
+    from safelight import dues
+
+    return dues.later(queue.waiting_places(), config.settings.policy.window, datetime.now().astimezone())
+
+
+def later_lines(queue: JobQueue, config: Config, ids: Collection[str]) -> list[str]:
+    """Return what keeps jobs from starting now that are due later, a line a reason; of `ids`, or of all where empty."""
+    from safelight import display
+
+    moments: dict[str, list[datetime]] = {}
+    for job, due in later(queue, config).items():
+        if not ids or job in ids:
+            moments.setdefault(due.why, []).append(due.at)
+    lines = []
+    for why, at in moments.items():
+        jobs = "1 job does" if len(at) == 1 else f"{len(at)} jobs do"
+        first = display.clock(min(at), datetime.now().astimezone())
+        lines.append(f"{jobs} not start before {first} ({why}).")
+    return lines
+
+
 def hold_lines(queue: JobQueue, config: Config) -> list[str]:
     """Return why no job starts, a line a reason; [] when nothing keeps the next one from starting."""
     from safelight import units
@@ -113,7 +138,8 @@ def status(client: Client, *, as_json: bool) -> None:
     """Show what runs, what waits and what holds it up, and what the inbox has refused.
 
     The estimate of when the waiting jobs will be done is what jobs of the same model took on this machine, one
-    after the other: holds, night windows and --not-before come on top. Exit code 0 also while the queue is on hold,
+    after the other. There is none while the queue is on hold, or while jobs wait for the window of [policy] or their
+    --not-before. Exit code 0 also while the queue is on hold,
     4 when it does not answer.
     """
     with client.queue() as queue:
@@ -128,20 +154,23 @@ def _standing(queue: JobQueue, client: Client) -> dict[str, Any]:
     workers = queue.workers()
     running = running_jobs(queue)
     waiting = measure(queue, client.models)
+    due_later = later(queue, client.config)
     seconds = waiting.seconds + sum(job["seconds_left"] or 0 for job in running)
     held = holds(queue, client.config, workers)
-    started = bool(workers) and not held
+    foreseen = bool(workers) and not held and not due_later and waiting.unknown < waiting.jobs
     done_at = datetime.now().astimezone() + timedelta(seconds=seconds / max(len(workers), 1))
     return {
         "running": running,
         "workers": [_worker(worker) for worker in workers],
         "holds": held,
         "waiting": waiting.jobs,
+        "later": len(due_later),
+        "later_from": min(due.at for due in due_later.values()).isoformat(timespec="seconds") if due_later else None,
         "ended": queue.counts()["ended"],
         "rejected": _rejected(client.config),
         "seconds": round(seconds, 1),
         "without_estimate": waiting.unknown,
-        "done_at": done_at.isoformat(timespec="seconds") if started and waiting.unknown < waiting.jobs else None,
+        "done_at": done_at.isoformat(timespec="seconds") if foreseen else None,
     }
 
 
@@ -226,9 +255,12 @@ def _waiting_text(found: dict[str, Any]) -> str:
     text = "1 job" if jobs == 1 else f"{jobs} jobs"
     if unknown < jobs:
         text += f", about {display.duration(found['seconds'])} of work"
+    now = datetime.now().astimezone()
     if found["done_at"]:
-        done_at = datetime.fromisoformat(found["done_at"])
-        text += f", done about {display.clock(done_at, datetime.now().astimezone())}"
+        text += f", done about {display.clock(datetime.fromisoformat(found['done_at']), now)}"
+    if found["later"]:
+        which = "" if found["later"] == jobs else f"{found['later']} of them "
+        text += f"; {which}not before {display.clock(datetime.fromisoformat(found['later_from']), now)}"
     if unknown:
         which = "no estimate" if unknown == jobs else f"{unknown} of them without an estimate"
         text += f"; {which}: no such model has run here yet"
