@@ -88,6 +88,28 @@ def test_job_options_are_the_fields_and_the_aliases_of_prompt_files() -> None:
             assert options.canonical(alias) == name.replace("_", "-")
 
 
+@pytest.mark.parametrize("command", ["add", "plan"])
+@pytest.mark.parametrize(
+    ("written", "remedy"),
+    [
+        ("--stesp", "Did you mean --steps?"),
+        ("--step", "Did you mean --steps?"),
+        ("--neg", "Did you mean --negative?"),
+        ("--cfg-scal", "Did you mean --cfg-scale?"),
+        ("--negative_promt", "Did you mean --negative-prompt?"),
+        ("--sead", "Did you mean --seed?"),
+        ("--xyzzy", "--help lists them."),
+    ],
+)
+def test_an_option_that_is_not_there_names_the_nearest_that_people_type(
+    safelight: Safelight, command: str, written: str, remedy: str
+) -> None:
+    result = safelight(command, "a red fox", written, "4")
+
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].endswith(remedy)
+
+
 def _long_options(command: str) -> list[str]:
     found = main.get_command(click.Context(main), command)  # type: ignore[attr-defined] - main is the group
     return [name[2:] for parameter in found.params for name in parameter.opts if name.startswith("--")]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from safelight.commands.client import Client, pass_client
-from safelight.commands.options import JOB_OPTIONS_CONTEXT, SWEEP, drafts_of, job_options
+from safelight.commands.options import JOB_OPTIONS_CONTEXT, SWEEP, JobCommand, drafts_of, job_options
 
 if TYPE_CHECKING:
     from safelight.draft import Draft
@@ -49,7 +49,7 @@ DRY_RUN = click.option(
 JSON = click.option("--json", "as_json", is_flag=True, help="One object instead of ids.")
 
 
-@click.command(context_settings=JOB_OPTIONS_CONTEXT)
+@click.command(cls=JobCommand, context_settings=JOB_OPTIONS_CONTEXT)
 @click.argument("words", metavar="PROMPT...", nargs=-1)
 @click.option("-p", "--prompt", "prompts", metavar="PROMPT", multiple=True, help="A prompt, also of a single word.")
 @job_options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,20 @@ def canonical(name: str) -> str:
 
 
 JOB_OPTIONS_CONTEXT = {"token_normalize_func": canonical}
+
+
+class JobCommand(click.Command):
+    """A command of the options that describe a job, by any of their names."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the words; an option that is not there is compared with what people type, which click has not kept."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            names = [name for parameter in self.get_params(ctx) for name in parameter.opts]
+            near = difflib.get_close_matches(error.option_name, [*names, *(f"--{alias}" for alias in _ALIASES)], n=1)
+            remedy = f"Did you mean {near[0]}?" if near else f"{ctx.command_path} --help lists them."
+            raise click.UsageError(f"There is no option {error.option_name}. {remedy}", ctx) from error
 
 
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:

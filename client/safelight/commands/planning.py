@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from safelight.commands.client import Client, pass_client
-from safelight.commands.options import JOB_OPTIONS_CONTEXT, SWEEP, drafts_of, job_options
+from safelight.commands.options import JOB_OPTIONS_CONTEXT, SWEEP, JobCommand, drafts_of, job_options
 
 if TYPE_CHECKING:
     from safelight.calibration import Calibration
@@ -36,7 +36,7 @@ class Ground:
     """A worker has published the machine: what does not fit it is refused at submission, too."""
 
 
-@click.command(context_settings=JOB_OPTIONS_CONTEXT)
+@click.command(cls=JobCommand, context_settings=JOB_OPTIONS_CONTEXT)
 @click.argument("targets", metavar="[FILE|PROMPT]...", nargs=-1)
 @click.option("-p", "--prompt", "prompts", metavar="PROMPT", multiple=True, help="A prompt, also of a single word.")
 @job_options
