@@ -127,6 +127,7 @@ def sources_of_files(
     """
     from safelight import promptfile
     from safelight.draft import sweep
+    from safelight.errors import InvalidJob
     from safelight.promptfile import InvalidPromptFile
 
     axes = dict(sweep(text) for text in sweeps)
@@ -140,6 +141,8 @@ def sources_of_files(
             sources.append(Source(_over(drafts, fields, axes), base, batch))
         except InvalidPromptFile as error:
             sources.append(Source(_over(error.drafts, fields, axes), base, batch, faults=error.faults))
+        except InvalidJob as error:  # not even read
+            sources.append(Source([], base, batch, faults=error.faults))
     return sources
 
 
