@@ -80,6 +80,15 @@ def _note(job: str, outputs: Sequence[Copied], now: datetime) -> bytes:
     return json.dumps(written, ensure_ascii=False).encode(errors="surrogateescape") + b"\n"
 
 
+def taken_to(job: str, paths: Paths) -> list[str]:
+    """Return where a person has taken a job's outputs, in their order; [] where nothing says so."""
+    try:
+        written = json.loads((paths.collected / f"{job}.json").read_bytes().decode(errors="surrogateescape"))
+        return [str(place) for place in written["to"]]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []  # a note of convenience: whoever cannot read it knows nothing of it
+
+
 def _collect_one(job: str, output: Output, outbox: Path, target: Path, *, move: bool) -> Copied:
     inside = PurePosixPath(output.path)
     if inside.is_absolute() or ".." in inside.parts:

@@ -169,6 +169,32 @@ def test_collect_copies_once_and_may_be_repeated(
     assert safelight("collect", "--date", "yesterday", "--to", str(target)).exit_code == 2
 
 
+def test_collect_of_an_unknown_batch_is_a_usage_error(safelight: Safelight, installation: Installation) -> None:
+    ids_of(safelight("add", "a b", "--batch", "foxes"))
+    target = str(installation.root / "mine")
+
+    unknown, waiting = (safelight("collect", "--batch", batch, "--to", target) for batch in ("foxxes", "foxes"))
+
+    assert (unknown.exit_code, "no job is of this batch" in unknown.stderr) == (2, True)
+    assert (waiting.exit_code, waiting.stderr) == (0, "Nothing is done that fits.\n")
+
+
+def test_collect_says_where_what_was_moved_before_went(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    a, b = ids_of(safelight("add", "a b", "c d", "--batch", "foxes"))
+    lay = installation.paths.outbox / end(installation, queue, a).outputs[0].path
+    (copy,) = safelight("collect", a, "--to", str(installation.root / "mine"), "--move").stdout.splitlines()
+    (installation.paths.outbox / end(installation, queue, b).outputs[0].path).unlink()
+
+    again = safelight("collect", "--batch", "foxes", "--to", str(installation.root / "elsewhere"))
+
+    assert again.exit_code == 0
+    assert f"{lay} was collected before, to {copy} (job {a})." in again.stderr
+    assert "1 collected before, 1 missing." in again.stderr
+    assert safelight("collect", a, "--to", str(installation.root / "elsewhere")).exit_code == 1
+
+
 def test_collect_is_not_stopped_by_one_damaged_receipt(
     safelight: Safelight, installation: Installation, queue: JobQueue
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -44,8 +45,9 @@ def collect(
     """Copy finished pictures and clips to a folder.
 
     They go to FOLDER/<batch>/, with the records beside them. Each copy is compared with what was published. Doing
-    it again copies what is new; nothing is ever overwritten. Prints the path of each file that lies in FOLDER now.
-    Exit code 1 when a named job has nothing to collect, or a file in the outbox is not what was published.
+    it again copies what is new; nothing is ever overwritten. Prints the path of each file that lies in FOLDER now, and
+    on stderr where those went that were collected before and are no longer in the outbox. Exit code 1 when a named job
+    has nothing to collect, or a file in the outbox is not what was published.
     """
     from safelight import collect as collecting
 
@@ -56,21 +58,61 @@ def collect(
     for problem in damaged:
         click.echo(problem, err=True)
     if not receipts:
+        if batch is not None and not damaged:
+            _refuse_unknown(client, batch)
         click.echo("Nothing is done that fits.", err=True)
         ctx.exit(1 if ids or damaged else 0)
     folder = target.expanduser().absolute()
     copied = collecting.collect(receipts, client.config.paths.outbox, folder, move=move)
     _note(client, copied)
+    counts = Counter[str](one.outcome for one in copied)
+    before = _taken_before(client, copied)
     for one in copied:
         if one.target:
             click.echo(str(one.target))
+        elif taken := before.get(one.source):
+            click.echo(f"{one.source} was collected before, to {taken} (job {one.id}).", err=True)
         else:
             why = "is no longer in the outbox" if one.outcome == "missing" else "is not what was published"
             click.echo(f"{one.source} {why} (job {one.id}).", err=True)
-    counts = Counter(one.outcome for one in copied)
-    click.echo(", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) + ".", err=True)
     incomplete = ids and (counts["missing"] or len(receipts) < len(ids))
+    counts += Counter({"collected before": len(before), "missing": -len(before)})
+    click.echo(", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) + ".", err=True)
     ctx.exit(1 if counts["changed"] or incomplete or damaged else 0)
+
+
+def _refuse_unknown(client: Client, batch: str) -> None:
+    """Refuse a batch that neither the queue nor the ledger has a job of.
+
+    Raises:
+        InvalidJob: as said.
+    """
+    from safelight.commands.selecting import no_such_batch
+    from safelight.errors import QueueUnreachable
+
+    with suppress(QueueUnreachable), client.queue(retries=0) as queue:
+        if queue.batch_ids(batch):
+            return
+    open_ones = (spec for one in client.ledger.open_submissions() for spec in client.ledger.submission(one))
+    ended = (receipt.spec for job in client.ledger.ended() if (receipt := client.ledger.receipt(job)))
+    if not any(spec.batch == batch for spec in (*open_ones, *ended)):
+        raise no_such_batch(batch)
+
+
+def _taken_before(client: Client, copied: list[Copied]) -> dict[Path, str]:
+    """Return where what is missing was taken before, by where it lay in the outbox."""
+    from safelight import collect as collecting
+
+    by_job: dict[str, list[Copied]] = {}
+    for one in copied:
+        by_job.setdefault(one.id, []).append(one)
+    found: dict[Path, str] = {}
+    for job, outputs in by_job.items():
+        if any(one.outcome == "missing" for one in outputs):
+            taken = collecting.taken_to(job, client.config.paths)
+            pairs = zip(outputs, taken, strict=True) if len(taken) == len(outputs) else ()
+            found |= {one.source: place for one, place in pairs if one.outcome == "missing"}
+    return found
 
 
 def _note(client: Client, copied: list[Copied]) -> None:

@@ -9,7 +9,7 @@ import click
 
 if TYPE_CHECKING:
     from safelight.commands.client import Client
-    from safelight.errors import QueueUnreachable
+    from safelight.errors import InvalidJob, QueueUnreachable
     from safelight.jobqueue import JobQueue
     from safelight.ledger import Ledger
 
@@ -130,13 +130,17 @@ def of_batch(queue: JobQueue, batch: str) -> list[str]:
     Raises:
         InvalidJob: there is no such batch.
     """
-    from safelight.errors import Fault, InvalidJob
-
     members = set(queue.batch_ids(batch))
     found = [job for job in in_order(queue) if job in members]
     if not found:
-        raise InvalidJob([Fault(f"--batch {batch}", "no job is of this batch", "safelight list shows the batches.")])
+        raise no_such_batch(batch)
     return found
+
+
+def no_such_batch(batch: str) -> InvalidJob:
+    from safelight.errors import Fault, InvalidJob
+
+    return InvalidJob([Fault(f"--batch {batch}", "no job is of this batch", "safelight list shows the batches.")])
 
 
 def in_order(queue: JobQueue) -> list[str]:
