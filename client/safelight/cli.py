@@ -51,6 +51,10 @@ INTERRUPTED = 130
 """128 + SIGINT, as shells count."""
 
 
+WORDS = "safelight.words"
+"""Where a context keeps what was typed, for messages."""
+
+
 class Commands(click.Group):
     """A group whose commands are imported when they are asked for, and whose errors leave by one door."""
 
@@ -63,6 +67,10 @@ class Commands(click.Group):
         module, function = COMMANDS[name].split(":")
         command: click.Command = getattr(import_module(f"safelight.commands.{module}"), function)
         return command
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[WORDS] = list(args)
+        return super().parse_args(ctx, args)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -83,9 +91,16 @@ class Commands(click.Group):
                 raise  # whoever read us has gone; click ends quietly
             _leave(ctx, f"{error.filename or 'The system'}: {error.strerror or error}.", SafelightError.exit_code)
         except UnicodeEncodeError as error:
-            _leave(ctx, f"{error.object!r} is not UTF-8 text.", click.UsageError.exit_code)
+            _leave(ctx, _not_utf8(ctx.meta[WORDS], error), click.UsageError.exit_code)
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
+
+
+def _not_utf8(words: list[str], error: UnicodeEncodeError) -> str:
+    """Return what a person wrote that is no text; the name of a file may be any bytes, what says a job may not."""
+    wrong = [word for word in words if word != word.encode(errors="ignore").decode()]
+    shown = ", ".join(map(repr, wrong)) or repr(error.object[error.start : error.end])
+    return f"{shown} is not UTF-8 text. Type it again, or copy it from safelight list."
 
 
 def _leave(ctx: click.Context, message: str, exit_code: int) -> NoReturn:

@@ -37,7 +37,8 @@ LOOK_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 def on_terminal() -> bool:
-    return sys.stdout.isatty()
+    """Whether a person reads; there is no stdout at all where the shell has closed it (`>&-`)."""
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 def duration(seconds: float) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -418,3 +420,22 @@ def test_batch_names_what_is_miswritten_and_what_is_illegal_in_one_answer(
     assert result.exit_code == 2
     assert [line.split(": ")[0].rsplit(":", 1)[1] for line in result.stderr.splitlines()] == ["1", "3", "4"]
     assert queue.counts()["queued"] == 0
+
+
+def test_list_says_nothing_where_the_shell_has_closed_stdout(installation: Installation, queue: JobQueue) -> None:
+    ids_of(runner(installation)("add", "a red fox"))
+    words = ["sh", "-c", '"$0" -m safelight.cli list >&-', sys.executable]
+
+    done = subprocess.run(
+        words, env={**installation.env, "PYTHONPATH": "client:daemon"}, stderr=subprocess.PIPE, text=True, check=False
+    )
+
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+
+
+@pytest.mark.parametrize("words", [["list", "--batch"], ["show"], ["pause"]])
+def test_a_word_that_is_no_text_is_shown_as_typed_with_what_to_do(safelight: Safelight, words: list[str]) -> None:
+    result = safelight(*words, "caf\udce9 au lait")
+
+    assert result.exit_code == 2
+    assert result.stderr == "'caf\\udce9 au lait' is not UTF-8 text. Type it again, or copy it from safelight list.\n"
