@@ -242,7 +242,7 @@ def load(env: Mapping[str, str] | None = None, file: Path | None = None) -> Conf
     env = os.environ if env is None else env
     named = file or (Path(env["SAFELIGHT_CONFIG"]).expanduser() if env.get("SAFELIGHT_CONFIG") else None)
     source = named or _paths.config_home(env) / "safelight.toml"
-    settings = _read(source, must_exist=named is not None)
+    settings = _read(source, otherwise="leave --config out" if file else "unset SAFELIGHT_CONFIG" if named else "")
     state = _folder(settings.paths.state, source) or _paths.state_home(env)
     folders = _paths.Paths(
         inbox=_folder(settings.paths.inbox, source) or Path(),
@@ -306,12 +306,20 @@ def _folder(written: str, source: Path) -> Path | None:
         raise BadConfig(f"{source}: {written} has no home folder. Write the folder itself.") from error
 
 
-def _read(source: Path, *, must_exist: bool) -> Settings:
+def _read(source: Path, *, otherwise: str) -> Settings:
+    """Return what a file says.
+
+    Args:
+        otherwise: what a person does who has named a file that is not there; "" where nobody has, and it need not be.
+
+    Raises:
+        BadConfig: it cannot be read, or says something illegal.
+    """
     try:
         raw = tomllib.loads(source.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if must_exist:
-            raise BadConfig(f"{source}: there is no such settings file. Write it, or unset SAFELIGHT_CONFIG.") from None
+        if otherwise:
+            raise BadConfig(f"{source}: there is no such settings file. Write it, or {otherwise}.") from None
         return Settings()
     except UnicodeDecodeError as error:
         raise BadConfig(f"{source}: byte {error.start} is not UTF-8. Save it as UTF-8.") from error

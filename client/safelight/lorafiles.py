@@ -128,9 +128,9 @@ def _named(lora: Lora, models_folder: Path) -> tuple[Path, str]:
     short = {name.rpartition("/")[2]: name for name in there}
     near = difflib.get_close_matches(lora.name, [*there, *short], n=3, cutoff=0.4)
     near += difflib.get_close_matches(lora.name, own)
-    said = list(dict.fromkeys(short.get(name, name) for name in near)) or sorted(there)[:5]
-    remedy = f"Did you mean {' or '.join(said)}?" if near else f"There are {', '.join(said) or 'none'}."
-    raise _refused(lora.label, f"no {lora.name}{SUFFIX} in {top}", remedy)
+    said = list(dict.fromkeys(short.get(name, name) for name in near)) or [*sorted(there)[:5], *own]
+    remedy = f"Did you mean {' or '.join(said)}?" if near else f"There are {', '.join(said)}."
+    raise _refused(lora.label, f"no {lora.name}{SUFFIX} in {top}, and none comes with safelight", remedy)
 
 
 def store(lora: Lora, source: Path, inputs: Path) -> Lora:

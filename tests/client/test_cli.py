@@ -147,6 +147,26 @@ def test_config_option_wins_over_the_environment(safelight: Safelight, installat
     assert safelight("--config", str(installation.root / "absent.toml"), "list").exit_code == 3
 
 
+def test_a_settings_file_that_is_not_there_says_how_it_was_named(
+    safelight: Safelight, installation: Installation
+) -> None:
+    absent = installation.root / "absent.toml"
+    by_option = safelight("--config", str(absent), "list").stderr
+    installation.config.source.unlink()
+
+    by_environment = safelight("list").stderr
+
+    assert by_option == f"{absent}: there is no such settings file. Write it, or leave --config out.\n"
+    assert by_environment.endswith("there is no such settings file. Write it, or unset SAFELIGHT_CONFIG.\n")
+
+
+def test_a_lora_that_is_not_there_names_those_that_come_with_safelight(safelight: Safelight) -> None:
+    result = safelight("add", "a red fox <lora:nope>", "--model", "demo-flux")
+
+    assert result.exit_code == 2
+    assert "There are outlines." in result.stderr
+
+
 @pytest.mark.parametrize("words", [["list"], ["status"], ["watch"], ["cancel", "--all"], ["add", "a red fox"]])
 def test_a_server_that_does_not_answer_is_4(safelight: Safelight, words: list[str]) -> None:
     result = safelight(*words)
