@@ -248,6 +248,14 @@ def test_a_client_prefers_the_users_daemon_and_takes_the_systems(
 # plans
 
 
+def test_plan_on_the_cpu_speaks_of_no_gpu_memory(safelight: Safelight) -> None:
+    result = safelight("plan", "a red fox", "--steps", "2")
+
+    assert result.exit_code == 0
+    assert "of RAM" in result.stdout
+    assert "GPU" not in result.stdout
+
+
 def test_plan_says_which_machine_it_assumes_and_needs_no_torch(installation: Installation) -> None:
     installation.config.source.write_text("")
 

@@ -228,9 +228,8 @@ def _print_shape(shape: Forecast) -> None:
     click.echo(f"  {chosen.rung}")
     for phase, peak in chosen.predicted.items():
         took = f", {display.duration(peak.seconds)}" if peak.seconds is not None else ""
-        click.echo(
-            f"  {phase:<8} {display.gib(peak.device_bytes)} of GPU memory, {display.gib(peak.host_bytes)} of RAM{took}"
-        )
+        on_gpu = f"{display.gib(peak.device_bytes)} of GPU memory, " if chosen.device == "cuda" else ""
+        click.echo(f"  {phase:<8} {on_gpu}{display.gib(peak.host_bytes)} of RAM{took}")
     time = display.duration(chosen.seconds) if chosen.seconds is not None else "unknown: none has run here yet"
     click.echo(f"  time     {time}")
     for warning in chosen.warnings:

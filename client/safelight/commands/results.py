@@ -168,7 +168,7 @@ def _day(written: str | None) -> str | None:
 
 
 @click.command()
-@DRY_RUN
+@click.option("--dry-run", is_flag=True, help="Remove nothing: say what would go.")
 @pass_client
 def prune(client: Client, *, dry_run: bool) -> None:
     """Remove what [retention] in the settings says is too old.
