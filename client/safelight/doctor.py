@@ -230,7 +230,7 @@ def _models(config: Config, table: Models) -> Iterator[Finding]:
             yield fail("models", f"{facts.key} is {at.state}: {', '.join(at.missing)}", remedy)
         elif facts.tiny:
             if facts.key in keys:
-                yield ok("models", f"{facts.key}: built on first use")
+                yield ok("models", f"{facts.key}: {at.state}")
         elif models.is_there(facts, config.paths.models):
             yield _completeness(facts, models.folder(facts, config.paths.models))
         elif facts.key in keys:

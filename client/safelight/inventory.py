@@ -40,7 +40,7 @@ class Standing:
 def standing(facts: ModelFacts, models_folder: Path) -> Standing:
     """Return how much of a model is there."""
     if facts.tiny:
-        return Standing("built on first use")
+        return _of_tiny(models.folder(facts, models_folder) / "model_index.json")
     own = registered.file_of(models_folder, facts.key).is_file()
     folder = models.folder(facts, models_folder)
     places = [Path(place).expanduser() for place in (facts.path, *facts.component_paths.values()) if place]
@@ -64,6 +64,10 @@ def standing(facts: ModelFacts, models_folder: Path) -> Standing:
     return Standing("present", (), precision, size, own)
 
 
+def _of_tiny(index: Path) -> Standing:
+    return Standing("present" if index.is_file() else "built on first use")
+
+
 def controlnets(facts: ModelFacts, models_folder: Path) -> dict[str, Standing]:
     """Return how much of each of a model's ControlNets is there, by key."""
     return {key: _of_controlnet(published.of_controlnet(facts, key, models_folder)) for key in facts.controlnets}
@@ -71,7 +75,7 @@ def controlnets(facts: ModelFacts, models_folder: Path) -> dict[str, Standing]:
 
 def _of_controlnet(what: Published) -> Standing:
     if what.facts.tiny:
-        return Standing("built on first use")
+        return _of_tiny(what.folder / what.index)
     if not (what.folder / what.index).is_file():
         return Standing(_arriving(what.folder) or "missing")
     wrong = pulled.mismatch(what.folder)

@@ -369,6 +369,24 @@ def _write_model(folder: Path, facts: ModelFacts) -> None:
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
+def test_a_small_model_is_present_once_it_was_built(safelight: Safelight, installation: Installation) -> None:
+    folder = installation.root / "models"
+    written = installation.config.source.read_text()
+    installation.config.source.write_text(written.replace(str(installation.paths.models), str(folder)))
+
+    def here() -> tuple[str, list[str]]:
+        rows = json.loads(safelight("models", "list", "--json").stdout)
+        says = [one["says"] for one in json.loads(safelight("doctor", "--json").stdout) if one["name"] == "models"]
+        return next(row["here"] for row in rows if row["key"] == "tiny-flux-schnell"), says[:1]
+
+    before = here()
+    (folder / "tiny-flux-schnell").mkdir(parents=True)
+    (folder / "tiny-flux-schnell/model_index.json").write_text("{}")
+
+    assert before == ("built on first use", ["tiny-flux-schnell: built on first use"])
+    assert here() == ("present", ["tiny-flux-schnell: present"])
+
+
 def test_models_list_has_what_a_person_must_know(safelight: Safelight, installation: Installation) -> None:
     rows = {row["key"]: row for row in json.loads(safelight("models", "list", "--json").stdout)}
 
