@@ -89,6 +89,18 @@ def taken_to(job: str, paths: Paths) -> list[str]:
         return []  # a note of convenience: whoever cannot read it knows nothing of it
 
 
+def whereabouts(job: str, outputs: Sequence[str], paths: Paths) -> list[str]:
+    """Return where the outputs of a job lie: in the outbox, or where a person has taken them since.
+
+    Text, because a listing asks it of 100,000 jobs.
+    """
+    inside = [f"{paths.outbox}/{path}" for path in outputs]
+    if all(map(os.path.lexists, inside)):
+        return inside
+    taken = taken_to(job, paths)
+    return taken if len(taken) == len(outputs) else inside
+
+
 def _collect_one(job: str, output: Output, outbox: Path, target: Path, *, move: bool) -> Copied:
     inside = PurePosixPath(output.path)
     if inside.is_absolute() or ".." in inside.parts:

@@ -13,7 +13,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -198,15 +198,17 @@ class JobQueue:
             yield Row(job, state, int(attempts), shown["kind"], shown["model"], shown["batch"], shown["prompt"],
                       error, tuple(json.loads(outputs)))  # fmt: skip
 
-    def objects(self, ids: Sequence[str], outbox: Path, *, state: str | None = None) -> Iterator[str]:
-        """Yield jobs as JSON objects for scripts, in the order of `ids`; outputs are absolute paths.
+    def objects(
+        self, ids: Sequence[str], whereabouts: Callable[[str, Sequence[str]], list[str]], *, state: str | None = None
+    ) -> Iterator[str]:
+        """Yield jobs as JSON objects for scripts, in the order of `ids`; `whereabouts` says where a job's outputs lie.
 
         The brief is JSON already and goes in as it is: 100,000 jobs took 1.0 s so and 2.7 s when each was taken apart
         and written again (2 cores, 2026-11-22).
         """
         for job, now, attempts, brief, error, outputs in self._briefs(ids):
             if state is None or now == state:
-                paths = json.dumps([str(outbox / path) for path in json.loads(outputs)]) if outputs != "[]" else "[]"
+                paths = json.dumps(whereabouts(job, json.loads(outputs))) if outputs != "[]" else "[]"
                 rest = f'"outputs":{paths},"error":{json.dumps(error) if error else "null"}'
                 yield f'{{"id":"{job}","state":"{now}","attempts":{attempts},{brief[1:-1]},{rest}}}'
 

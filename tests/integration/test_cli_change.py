@@ -185,6 +185,9 @@ def test_collect_says_where_what_was_moved_before_went(
     a, b = ids_of(safelight("add", "a b", "c d", "--batch", "foxes"))
     lay = installation.paths.outbox / end(installation, queue, a).outputs[0].path
     (copy,) = safelight("collect", a, "--to", str(installation.root / "mine"), "--move").stdout.splitlines()
+    for words in (["list", "--json"], ["show", a, "--json"], ["wait", a]):
+        said = safelight(*words).stdout
+        assert (str(copy) in said, str(lay) in said) == (True, False)
     (installation.paths.outbox / end(installation, queue, b).outputs[0].path).unlink()
 
     again = safelight("collect", "--batch", "foxes", "--to", str(installation.root / "elsewhere"))

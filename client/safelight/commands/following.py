@@ -148,8 +148,9 @@ class Following:
         return None
 
     def _from(self, job: str, state: str, outputs: Sequence[str], error: str) -> Ended:
-        outbox = self.client.config.paths.outbox
-        return Ended(job, state, tuple(str(outbox / path) for path in outputs), error)
+        from safelight.collect import whereabouts
+
+        return Ended(job, state, tuple(whereabouts(job, outputs, self.client.config.paths)), error)
 
 
 def _begin(client: Client, ids: tuple[str, ...], batch: str | None) -> list[str]:

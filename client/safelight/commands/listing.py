@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from safelight.errors import Fault
     from safelight.jobqueue import JobQueue, Row
     from safelight.jobspec import JobSpec
+    from safelight.paths import Paths
     from safelight.receipt import Receipt
 
 STATES = ("queued", "running", "done", "failed", "quarantined", "cancelled")
@@ -58,8 +60,8 @@ def list_jobs(
 
     First what runs, then what waits in order, then what ended, newest first.
 
-    The objects of --json have id, state, model, kind, batch, attempts, outputs (absolute paths), error, and the
-    beginning of the prompt. Jobs that ended longer ago than [queue] keep_days are no longer listed; `show` still
+    The objects of --json have id, state, model, kind, batch, attempts, outputs (absolute paths, of what was moved by
+    `collect` the new ones), error, and the beginning of the prompt. Jobs that ended longer ago than [queue] keep_days are no longer listed; `show` still
     knows them.
     """
     from safelight.commands.standing import hold_lines, later
@@ -67,7 +69,7 @@ def list_jobs(
     with client.queue() as queue:
         ids = _selected(queue, state, batch)
         if as_json:
-            _print_json(queue, ids, state, client.config.paths.outbox)
+            _print_json(queue, ids, state, client.config.paths)
             return
         shown, left = _rows(queue, ids, state, None if everything else limit)
         _print_table(shown, later(queue, client.config))
@@ -120,9 +122,11 @@ def _said_of(row: Row, due: Due | None) -> str:
     return f"(from {display.clock(due.at, datetime.now().astimezone())}) {row.prompt}" if due else row.prompt
 
 
-def _print_json(queue: JobQueue, ids: list[str], state: str | None, outbox: Path) -> None:
+def _print_json(queue: JobQueue, ids: list[str], state: str | None, paths: Paths) -> None:
     """Print an array, one object a line, as the queue hands them out: 100,000 jobs are never all in memory."""
-    objects = queue.objects(ids, outbox, state=state)
+    from safelight.collect import whereabouts
+
+    objects = queue.objects(ids, partial(whereabouts, paths=paths), state=state)
     click.echo("[" + next(objects, ""), nl=False)
     while some := list(islice(objects, OBJECTS_A_WRITE)):
         click.echo(",\n" + ",\n".join(some), nl=False)
@@ -158,7 +162,7 @@ def _of_file(client: Client, file: Path) -> dict[str, Any]:
 
     inside = embedded.read(file)
     receipt = client.ledger.receipt(inside.id) if is_id(inside.id) else None
-    found = _object(inside.id, inside.spec, receipt, client.config.paths.outbox)
+    found = _object(inside.id, inside.spec, receipt, client.config.paths)
     return {**found, "state": found["state"] if receipt else "done", "outputs": [str(file.absolute())]}
 
 
@@ -177,8 +181,8 @@ def _of_id(client: Client, written: str) -> dict[str, Any]:
     spec = receipt.spec if receipt else _spec(fields) or client.ledger.spec(job)
     if spec is None:
         raise InvalidJob([_forgotten(job)])
-    found = _object(job, spec, receipt, client.config.paths.outbox)
-    return found if receipt else _with_queue(found, fields, client.config.paths.outbox)
+    found = _object(job, spec, receipt, client.config.paths)
+    return found if receipt else _with_queue(found, fields, client.config.paths)
 
 
 def _spec(fields: dict[str, str]) -> JobSpec | None:
@@ -193,8 +197,11 @@ def _forgotten(job: str) -> Fault:
     return Fault(job, "neither the queue nor the ledger says what it was", "safelight list shows what is known.")
 
 
-def _object(job: str, spec: JobSpec, receipt: Receipt | None, outbox: Path) -> dict[str, Any]:
+def _object(job: str, spec: JobSpec, receipt: Receipt | None, paths: Paths) -> dict[str, Any]:
     """Return what scripts get of one job; an accepted job that the queue does not list waits for the worker's start."""
+    from safelight.collect import whereabouts
+
+    outputs = [output.path for output in receipt.outputs] if receipt else []
     return {
         "id": job,
         "state": receipt.state if receipt else "queued",
@@ -202,7 +209,7 @@ def _object(job: str, spec: JobSpec, receipt: Receipt | None, outbox: Path) -> d
         "kind": spec.kind,
         "batch": spec.batch,
         "attempts": receipt.attempts if receipt else 0,
-        "outputs": [str(outbox / output.path) for output in receipt.outputs] if receipt else [],
+        "outputs": whereabouts(job, outputs, paths),
         "receipt": receipt.model_dump(mode="json") if receipt else None,
         "error": receipt.error if receipt else None,
         "progress": None,
@@ -210,15 +217,17 @@ def _object(job: str, spec: JobSpec, receipt: Receipt | None, outbox: Path) -> d
     }
 
 
-def _with_queue(found: dict[str, Any], fields: dict[str, str], outbox: Path) -> dict[str, Any]:
+def _with_queue(found: dict[str, Any], fields: dict[str, str], paths: Paths) -> dict[str, Any]:
     """Return the job as the queue sees it: the ledger has no receipt of it."""
+    from safelight.collect import whereabouts
+
     if not fields:
         return found
     return {
         **found,
         "state": fields["state"],
         "attempts": int(fields.get("attempts", 0)),
-        "outputs": [str(outbox / path) for path in json.loads(fields.get("outputs", "[]"))],
+        "outputs": whereabouts(found["id"], json.loads(fields.get("outputs", "[]")), paths),
         "error": fields.get("error") or None,
         "progress": json.loads(fields["progress"]) if "progress" in fields else None,
     }
