@@ -51,6 +51,8 @@ class Row(NamedTuple):
     prompt: str
     error: str
     outputs: tuple[str, ...]
+    tags: tuple[str, ...]
+    """None of a job that an older version has queued."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ BRIEF_SHAPE_END = ',"batch":'
 def _brief(spec: JobSpec) -> str:
     shown = {"kind": spec.kind, "model": spec.model, "num_inference_steps": spec.num_inference_steps,
              "width": spec.width, "height": spec.height, "num_frames": spec.num_frames,
-             "batch": spec.batch, "prompt": spec.prompt[:120]}  # fmt: skip
+             "batch": spec.batch, "tags": spec.tags, "prompt": spec.prompt[:120]}  # fmt: skip
     return json.dumps(shown, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -196,7 +198,7 @@ class JobQueue:
         for job, state, attempts, brief, error, outputs in self._briefs(ids):
             shown = json.loads(brief)
             yield Row(job, state, int(attempts), shown["kind"], shown["model"], shown["batch"], shown["prompt"],
-                      error, tuple(json.loads(outputs)))  # fmt: skip
+                      error, tuple(json.loads(outputs)), tuple(shown.get("tags", ())))  # fmt: skip
 
     def objects(
         self, ids: Sequence[str], whereabouts: Callable[[str, Sequence[str]], list[str]], *, state: str | None = None

@@ -302,6 +302,17 @@ def test_list_filters_by_state_and_batch(safelight: Safelight, installation: Ins
     assert safelight("list", "--batch", "three").exit_code == 2
 
 
+def test_list_and_show_know_jobs_by_their_tags(safelight: Safelight) -> None:
+    (fox,) = ids_of(safelight("add", "a red fox", "--tags", "fox,snow"))
+    (cat,) = ids_of(safelight("add", "a blue cat", "--tags", "snow"))
+    ids_of(safelight("add", "a green door"))
+
+    assert [(job["id"], job["tags"]) for job in listed(safelight, "--tag", "fox")] == [(fox, ["fox", "snow"])]
+    assert [job["id"] for job in listed(safelight, "--tag", "snow")] == [fox, cat]
+    assert safelight("list", "--tag", "fo").stdout == "No jobs.\n"
+    assert "tags        fox, snow\n" in safelight("show", fox).stdout
+
+
 def test_list_shows_fifty_rows_and_says_how_many_more(safelight: Safelight) -> None:
     safelight("add", "a red fox", "-n", "60")
 

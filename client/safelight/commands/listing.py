@@ -37,6 +37,7 @@ PEAKS = (("device_peak_bytes", "on the GPU"), ("host_peak_bytes", "of RAM"))
 @click.command("list")
 @click.option("--state", type=click.Choice(STATES), help="Only jobs in this state.")
 @batch_option("Only jobs of this batch.")
+@click.option("--tag", metavar="WORD", help="Only jobs that have this among their --tags.")
 @click.option(
     "--limit",
     type=click.IntRange(min=1),
@@ -49,8 +50,9 @@ PEAKS = (("device_peak_bytes", "on the GPU"), ("host_peak_bytes", "of RAM"))
 @click.option("--json", "as_json", is_flag=True, help="All jobs as an array of objects, whatever --limit says.")
 @pass_client
 def list_jobs(
-    client: Client, state: str | None, batch: str | None, limit: int, *, everything: bool, as_json: bool
-) -> None:
+    client: Client, state: str | None, batch: str | None, tag: str | None, limit: int,
+    *, everything: bool, as_json: bool,
+) -> None:  # fmt: skip
     """Show all jobs, or some.
 
     \b
@@ -60,14 +62,16 @@ def list_jobs(
 
     First what runs, then what waits in order, then what ended, newest first.
 
-    The objects of --json have id, state, model, kind, batch, attempts, outputs (absolute paths, of what was moved by
-    `collect` the new ones), error, and the beginning of the prompt. Jobs that ended longer ago than [queue] keep_days are no longer listed; `show` still
-    knows them.
+    The objects of --json have id, state, model, kind, batch, tags, attempts, outputs (absolute paths, of what was
+    moved by `collect` the new ones), error, and the beginning of the prompt. Jobs that ended longer ago than [queue]
+    keep_days are no longer listed; `show` still knows them.
     """
     from safelight.commands.standing import hold_lines, later
 
     with client.queue() as queue:
         ids = _selected(queue, state, batch)
+        if tag is not None:
+            ids = [row.id for row in queue.rows(ids) if tag in row.tags]
         if as_json:
             _print_json(queue, ids, state, client.config.paths)
             return
@@ -242,6 +246,7 @@ def _print_job(found: dict[str, Any], receipts: Path) -> None:
         ("state", _state(found)),
         ("model", f"{found['model']}, {_size(spec)}, {spec['num_inference_steps']} steps, seed {spec['seed']}"),
         ("batch", f"{found['batch']}, job {spec['index']}, priority {spec['priority']}"),
+        ("tags", ", ".join(spec["tags"])),
         ("prompt", spec["prompt"]),
         ("template", spec["template"]),
         ("negative", spec["negative_prompt"]),

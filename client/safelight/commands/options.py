@@ -67,7 +67,7 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("--format", "--output-format"), "KIND", "png, jpg or webp; of clips mp4, gif, webp, or png: a folder of frames."),
     (("--priority",), "CLASS", "high, normal, low or night (only inside the window of [policy])."),
     (("--not-before",), "WHEN", "Such as 2026-11-23T06:00, your local time."),
-    (("--tags",), "A,B", "Words to find it by."),
+    (("--tags",), "A,B", "Words to find it by: safelight list --tag A."),
 )
 
 _ALIASES = {
