@@ -175,11 +175,12 @@ class JobQueue:
         pairs = cast("dict[bytes, bytes]", self.server.hgetall("safelight:running"))
         return {job.decode(): worker.decode() for job, worker in pairs.items()}
 
-    def ended_ids(self) -> list[str]:
-        """Return the ids of ended jobs that the queue still lists, oldest first."""
+    def ended_ids(self, since: float = 0) -> list[str]:
+        """Return the ids of ended jobs that the queue still lists, oldest first; of those that ended `since` then."""
         forgotten = time.time() - self.keep_s
         self.server.zremrangebyscore("safelight:ended", "-inf", forgotten)
-        return [item.decode() for item in cast("list[bytes]", self.server.zrange("safelight:ended", 0, -1))]
+        found = cast("list[bytes]", self.server.zrangebyscore("safelight:ended", since, "+inf"))
+        return [item.decode() for item in found]
 
     def batch_ids(self, batch: str) -> list[str]:
         return sorted(item.decode() for item in cast("set[bytes]", self.server.smembers(f"safelight:batch:{batch}")))

@@ -279,6 +279,18 @@ def test_status_shows_how_far_a_running_job_is(safelight: Safelight, queue: JobQ
     assert f"{job}  denoise 3/4, 12 s left" in safelight("status").stdout
 
 
+def test_status_counts_how_the_jobs_of_the_last_day_ended(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    long_ago, *jobs = ids_of(safelight("add", "a b", "c d", "e f", "g h"))
+    for job, state in zip((long_ago, *jobs), ("failed", "done", "done", "quarantined"), strict=True):
+        end(installation, queue, job, state, "because")
+    queue.server.zincrby("safelight:ended", -86_500, long_ago)
+
+    assert json.loads(safelight("status", "--json").stdout)["ended_last_day"] == {"done": 2, "quarantined": 1}
+    assert "Ended     2 done, 1 quarantined in the last 24 hours" in safelight("status").stdout.splitlines()
+
+
 def test_status_and_doctor_count_what_the_inbox_has_refused(
     safelight: Safelight, installation: Installation, queue: JobQueue
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from safelight.jobspec import JobSpec
     from safelight.machine import Machine
     from safelight.models import Models
+
+DAY_S = 86_400
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ def user_hold(queue: JobQueue | None, config: Config) -> str | None:
 @click.option("--json", "as_json", is_flag=True, help="One object.")
 @pass_client
 def status(client: Client, *, as_json: bool) -> None:
-    """Show what runs, what waits and what holds it up, and what the inbox has refused.
+    """Show what runs, what waits and what holds it up; how many ended, and what the inbox has refused.
 
     The estimate of when the waiting jobs will be done is what jobs of the same model took on this machine, one
     after the other. There is none while the queue is on hold, or while jobs wait for the window of [policy] or their
@@ -167,11 +170,18 @@ def _standing(queue: JobQueue, client: Client) -> dict[str, Any]:
         "later": len(due_later),
         "later_from": min(due.at for due in due_later.values()).isoformat(timespec="seconds") if due_later else None,
         "ended": queue.counts()["ended"],
+        "ended_last_day": _ended_lately(queue),
         "rejected": _rejected(client.config),
         "seconds": round(seconds, 1),
         "without_estimate": waiting.unknown,
         "done_at": done_at.isoformat(timespec="seconds") if foreseen else None,
     }
+
+
+def _ended_lately(queue: JobQueue) -> dict[str, int]:
+    """Return how many jobs of the last 24 hours ended how."""
+    ids = queue.ended_ids(since=time.time() - DAY_S)
+    return dict(sorted(Counter(row.state for row in queue.rows(ids)).items()))
 
 
 def _rejected(config: Config) -> dict[str, Any] | None:
@@ -230,6 +240,9 @@ def _print_standing(found: dict[str, Any]) -> None:
     for name, reason in found["holds"].items():
         click.echo(f"On hold   {name}: {display.line(reason)}")
     click.echo(f"Waiting   {_waiting_text(found)}")
+    if found["ended_last_day"]:
+        ended = ", ".join(f"{jobs} {state}" for state, jobs in found["ended_last_day"].items())
+        click.echo(f"Ended     {ended} in the last 24 hours")
     if found["rejected"] and found["rejected"]["files"]:
         click.echo(f"Rejected  {display.line(str(Rejections(**found['rejected'])))}")
 
