@@ -236,6 +236,9 @@ def _read_option(option: str, values: list[str], written: dict[str, Any], faults
     """Add one option's value to `written`."""
     name = option.removeprefix("--").replace("-", "_")
     name = ALIASES.get(name, name)
+    if not name:
+        faults.add(f"{option} alone is no option", "Leave it out, or write a name behind it.")
+        return
     if name not in _OPTIONS:
         options = [f"--{legal.replace('_', '-')}" for legal in (*_OPTIONS, *ALIASES)]
         faults.add(f"unknown option {shown(option)}", near(option.replace("_", "-"), options))

@@ -230,7 +230,8 @@ def check_images(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> N
     elif "strength" in fields and "image" not in fields:
         faults.of("strength").add("strength would be ignored without an image", "Add image: NAME, or leave it out.")
     elif not 0 < fields.get("strength", STRENGTH) <= 1:
-        faults.of("strength").add(f"strength {fields['strength']:g} is not above 0 and at most 1", f"Use {STRENGTH}.")
+        nearest = 1 if fields["strength"] > 1 else STRENGTH
+        faults.of("strength").add(f"strength {fields['strength']:g} is not above 0 and at most 1", f"Use {nearest}.")
     if "image" not in fields and facts.image == "required":
         faults.add(f"{facts.key} animates a picture and none was given", "Add image: NAME.")
     if "last_image" in fields and not facts.last_image:

@@ -301,7 +301,8 @@ def _read_fields(written: Mapping[str, object], faults: Faults) -> dict[str, Any
         except (ValueError, OverflowError) as error:
             # What reads these says what is wrong with them, in words for a person; Python's own words are for nobody.
             says_it = name in ("controlnet", "loras")
-            faults.of(name).add(f"{name}: {error}" if says_it else f"{name} {shown(value)} is not {expected}")
+            remedy = "Write it in digits." if expected in (_WHOLE, _NUMBER) else ""
+            faults.of(name).add(f"{name}: {error}" if says_it else f"{name} {shown(value)} is not {expected}", remedy)
             continue
         if name in _CHOICES and fields[name] not in _CHOICES[name]:
             faults.of(name).add(f"{name} {shown(value)} is not {expected}", near(str(value), _CHOICES[name]))

@@ -92,6 +92,13 @@ def test_add_names_every_fault_and_queues_nothing(
     assert not installation.paths.jobs.exists()
 
 
+def test_a_dash_without_a_name_is_no_option(safelight: Safelight, queue: JobQueue) -> None:
+    result = safelight("batch", "-", "--format", "txt", stdin="--prompt a red fox --\n")
+
+    assert result.exit_code == 2
+    assert result.stderr == "stdin.txt:1: -- alone is no option. Leave it out, or write a name behind it.\n"
+
+
 def test_add_asks_for_quotes_instead_of_making_three_jobs(safelight: Safelight, queue: JobQueue) -> None:
     result = safelight("add", "a", "red", "fox")
 
