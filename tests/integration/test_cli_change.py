@@ -90,6 +90,17 @@ def test_cancel_of_a_batch_leaves_others(safelight: Safelight, queue: JobQueue) 
     assert queue.waiting_ids() == [other]
 
 
+def test_cancel_and_retry_say_that_there_is_nothing_to_do(safelight: Safelight) -> None:
+    (job,) = ids_of(safelight("add", "a b", "--batch", "one"))
+    nothing_failed = safelight("retry", "--batch", "one")
+    safelight("cancel", job)
+    nothing_open = safelight("cancel", "--batch", "one")
+
+    assert (nothing_failed.stdout, nothing_open.stdout) == ("", "")
+    assert nothing_failed.stderr == "Nothing to retry: none of them is failed or quarantined or cancelled.\n"
+    assert nothing_open.stderr == "Nothing to cancel: all of them have ended.\n"
+
+
 @pytest.mark.parametrize("words", [["cancel"], ["retry"], ["cancel", "--all", "--batch", "x"], ["cancel", "nosuchjob"]])
 def test_cancel_and_retry_refuse_an_unclear_selection(safelight: Safelight, words: Sequence[str]) -> None:
     assert safelight(*words).exit_code == 2

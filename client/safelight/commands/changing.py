@@ -51,6 +51,8 @@ def cancel(client: Client, ids: tuple[str, ...], batch: str | None, *, everythin
     words = {"asked": "running: asked to stop", "finished": "finished: is not cancelled, but published"}
     if answers:
         click.echo("\n".join(f"{job} {words.get(answer, answer)}" for job, answer in answers.items()))
+    else:
+        click.echo("Nothing to cancel: all of them have ended.", err=True)
 
 
 def _open_jobs(client: Client, queue: JobQueue, ids: tuple[str, ...], batch: str | None) -> list[str]:
@@ -132,15 +134,18 @@ def retry(
             f"{client.ledger.paths.state} is not written from here, and the receipts there say that these jobs have "
             "ended. Retry them on the worker's machine, as its user; or submit them again."
         )
+    told = False
     with client.queue() as queue:
-        chosen = _ended_jobs(client, queue, ids, batch)
-        for job in chosen:
+        for job in _ended_jobs(client, queue, ids, batch):
             state = _state(job, queue, ledger)
             if state in (states or RETRIED):
                 _retry(job, queue, ledger)
                 state = "queued"
             if state in ("queued", "running") or ids:
                 click.echo(f"{job} {state}")
+                told = True
+    if not told:
+        click.echo(f"Nothing to retry: none of them is {' or '.join(states or RETRIED)}.", err=True)
 
 
 def _ended_jobs(client: Client, queue: JobQueue, ids: tuple[str, ...], batch: str | None) -> list[str]:
