@@ -31,7 +31,7 @@ from safelight.models import Models
 from safelight.plan import Plan
 from safelight.receipt import Receipt
 from safelight.rung import Circumstances
-from safelightd import fused, holds, probe, runjob
+from safelightd import fused, holds, probe, room, runjob
 from safelightd.embeddings import Cache
 from safelightd.loading import Loader
 from safelightd.modelfolder import model_folder
@@ -118,7 +118,7 @@ def on_a_card(
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has jobs planned as for a card: plans for the CPU quantise nothing."""
-    monkeypatch.setattr(runjob, "make_plan", on_a_card)
+    monkeypatch.setattr(room, "make_plan", on_a_card)
 
 
 def run_job(own: Installation, scale: float = 1.0, **around: Any) -> Receipt:
@@ -233,7 +233,7 @@ def test_a_result_that_goes_between_plan_and_load_is_done_without(
             assert kept.remove_set(at)
         return plan
 
-    monkeypatch.setattr(runjob, "make_plan", and_then_it_goes)
+    monkeypatch.setattr(room, "make_plan", and_then_it_goes)
     second = run_job(own)
 
     assert what(second) == ((), False)

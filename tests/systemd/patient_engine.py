@@ -19,11 +19,11 @@ if __name__ == "__main__":
     end_early, run = scripted_engine.end_early, scripted_engine.run
 
     def run_with_patience(link: Any, config: Any, ledger: Any, message: Any, cancelled: threading.Event) -> None:
-        def end_early_or_wait(word: str, cancelled: threading.Event) -> None:
+        def end_early_or_wait(word: str, config: Any, cancelled: threading.Event) -> None:
             if word == "long":
                 link.send("step", message["execution"], phase="denoise", i=1, n=2, seconds_left=seconds)
                 cancelled.wait(seconds)
-            end_early(word, cancelled)
+            end_early(word, config, cancelled)
 
         scripted_engine.end_early = end_early_or_wait
         run(link, config, ledger, message, cancelled)
