@@ -71,8 +71,11 @@ class Line:
         return new
 
     def stood_together(self, first: str, second: str) -> bool:
-        """Whether `second` was still waiting when `first` had been seen waiting: then `first`'s turn came before."""
-        return first in self._first and second in self._last and self._first[first] <= self._last[second]
+        """Whether `second` was still waiting at a look after that which first saw `first`: whose turn came before.
+
+        One look alone may fall between a worker's choice of `second` and its taking it, with `first` new in the line.
+        """
+        return first in self._first and second in self._last and self._first[first] < self._last[second]
 
 
 class Growth:

@@ -42,7 +42,11 @@ def write_down(queue: JobQueue, ledger: Ledger) -> None:
             queue.requeue(job)
             cancelled.remove(job)
         ledger.record_all(_receipts(cancelled, queue, ledger))
+        now = {row.id: row.state for row in queue.rows(cancelled)}
         for job in cancelled:
+            if now.get(job) != "cancelled":
+                ledger.reopen_cancelled(job)  # retried meanwhile; a retry from now on sees the receipt itself
+                continue
             ledger.forget_attempts(job)  # it may have run before it was put back
             leave_nothing(ledger.paths, job)
         queue.forget_unwritten(group)

@@ -235,6 +235,12 @@ class Ledger:
             self._refuse_forgotten(job)
             self._reopen(job)
 
+    def reopen_cancelled(self, job: str) -> None:
+        """Put the receipt of a job aside that was cancelled and is queued again; any other stays."""
+        with self._alone():
+            if (receipt := self.receipt(job)) and receipt.state == "cancelled":
+                self._reopen(job)
+
     def _reopen(self, job: str) -> None:
         for name in (f"{submission_of(job)}.jsonl", f"{job}.jsonl"):
             closed = self.paths.jobs / "closed" / name

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from safelight import cancelling
 from safelight.jobqueue import JobQueue
+from safelight.ledger import Ledger
 from safelight.plan import Plan
+from safelight.receipt import Receipt
 from tests.cli_steps import (
     Safelight,
     end,
@@ -79,6 +82,38 @@ def test_a_cancelled_job_that_was_put_back_leaves_nothing_of_its_run(
     safelight("cancel", job)
 
     assert not any(file.exists() for file in kept)
+
+
+@pytest.mark.parametrize("moment", ["before a worker writes", "after a worker wrote", "while a worker writes"])
+def test_a_retry_comes_through_whenever_a_worker_writes_down_the_cancellation(
+    moment: str, safelight: Safelight, installation: Installation, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A queued job with a receipt would be answered with it, and not run."""
+    (job,) = ids_of(safelight("add", "a red fox"))
+    queue.cancel([job])
+    record_all, requeue = Ledger.record_all, JobQueue.requeue
+
+    def recording(ledger: Ledger, receipts: Iterable[Receipt]) -> None:
+        written = list(receipts)
+        if moment == "before a worker writes":
+            assert safelight("retry", job).exit_code == 0
+        record_all(ledger, written)
+        if moment == "after a worker wrote":
+            assert safelight("retry", job).exit_code == 0
+
+    def requeueing(of: JobQueue, id_: str) -> bool:
+        cancelling.write_down(queue, installation.ledger)
+        return requeue(of, id_)
+
+    if moment == "while a worker writes":
+        monkeypatch.setattr(JobQueue, "requeue", requeueing)
+        assert safelight("retry", job).exit_code == 0
+    else:
+        monkeypatch.setattr(Ledger, "record_all", recording)
+        cancelling.write_down(queue, installation.ledger)
+
+    assert queue.state(job) == "queued"
+    assert installation.ledger.receipt(job) is None
 
 
 def test_cancel_of_a_batch_leaves_others(safelight: Safelight, queue: JobQueue) -> None:

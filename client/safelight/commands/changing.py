@@ -172,7 +172,10 @@ def _retry(job: str, queue: JobQueue, ledger: Ledger) -> None:
 
     if has_ended(job, ledger):
         ledger.reopen(job)
-    if queue.requeue(job) or queue.state(job):
+    if queue.requeue(job):
+        ledger.reopen_cancelled(job)  # a worker may have written in between that it was cancelled
+        return
+    if queue.state(job):
         return
     spec = ledger.spec(job)
     if spec is None:
