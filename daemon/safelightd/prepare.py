@@ -8,11 +8,13 @@ next run. Knows the format of the files; what is in them is `safelightd.precisio
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -35,6 +37,31 @@ PROGRESS_S = 2.0
 Say = Callable[[str], None]
 
 
+def _go_on() -> None: ...
+
+
+class Interrupt:
+    """Ctrl-C, heard between two weights: an exception that comes up inside of torch's C++ may end the process there."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def heard(self, _signum: int, _frame: FrameType | None) -> None:
+        """Remember the first; the second ends whatever runs.
+
+        Raises:
+            KeyboardInterrupt: it is the second.
+        """
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def ask(self) -> None:
+        """Raise KeyboardInterrupt where it was heard."""
+        if self._asked:
+            raise KeyboardInterrupt
+
+
 class Request(BaseModel):
     """What `safelightd prepare` asks of the process that has torch."""
 
@@ -48,8 +75,9 @@ class Request(BaseModel):
 
 
 def prepare(
-    config: Config, facts: ModelFacts, held: Precision, components: Sequence[str], *, force: bool, say: Say
-) -> list[str]:
+    config: Config, facts: ModelFacts, held: Precision, components: Sequence[str], *, force: bool, say: Say,
+    ask: Callable[[], None] = _go_on,
+) -> list[str]:  # fmt: skip
     """Prepare components of a model; return KEY/PRECISION/COMPONENT of each that is ready now.
 
     Args:
@@ -57,6 +85,7 @@ def prepare(
             blocks that is not published in it.
         force: make anew what is ready, or was made from other files.
         say: gets a line now and then.
+        ask: is called before each weight, and may raise.
 
     Raises:
         InvalidJob: a component has no repeated blocks, or its layers cannot be held so.
@@ -72,7 +101,7 @@ def prepare(
     needed = [work for work in works if _is_needed(work, force=force, say=say)]
     _check_disk(needed, config, say)
     for work in needed:
-        _make(work, device, say)
+        _make(work, device, say, ask)
     return [work.name for work in works if prepared.read(work.target)]
 
 
@@ -140,12 +169,12 @@ def _check_disk(works: Sequence[Work], config: Config, say: Say) -> None:
         )
 
 
-def _make(work: Work, device: torch.device, say: Say) -> None:
+def _make(work: Work, device: torch.device, say: Say, ask: Callable[[], None]) -> None:
     """Write one folder and give it its name."""
     unfinished = storedfolder.unfinished(work.target)
     try:
         with storedfolder.emptied(unfinished, "preparing"):
-            files = _write_shards(work, unfinished, device, say)
+            files = _write_shards(work, unfinished, device, say, ask)
             files.append(storedfolder.write_small(unfinished / work.config.name, work.config.read_bytes()))
             manifest = Manifest(
                 key=work.key,
@@ -169,7 +198,9 @@ def _make(work: Work, device: torch.device, say: Say) -> None:
     say(f"{work.name} is ready, {_size(manifest.size_bytes)}")
 
 
-def _write_shards(work: Work, folder: Path, device: torch.device, say: Say) -> list[StoredFile]:
+def _write_shards(
+    work: Work, folder: Path, device: torch.device, say: Say, ask: Callable[[], None]
+) -> list[StoredFile]:
     """Write the weights, and the index where they are several files."""
     shards = split((piece.entries for piece in work.pieces), storedfolder.SHARD_BYTES)
     names = storedfolder.names(work.stem, len(shards))
@@ -181,6 +212,7 @@ def _write_shards(work: Work, folder: Path, device: torch.device, say: Say) -> l
             with Shard(folder / name, entries) as shard:
                 left = len(entries)
                 while left:
+                    ask()
                     piece = next(pieces)
                     for entry, tensor in zip(piece.entries, _made(piece, work.precision, reader), strict=True):
                         shard.write(entry.name, tensor)
@@ -229,6 +261,8 @@ def _size(size_bytes: float) -> str:
 def main() -> int:
     """Prepare what the command line's JSON asks for; the exit code is the class of what went wrong."""
     logs.set_up()
+    interrupt = Interrupt()
+    signal.signal(signal.SIGINT, interrupt.heard)
     request = Request.model_validate_json(sys.argv[1])
     try:
         read = settings.load()
@@ -241,6 +275,7 @@ def main() -> int:
             request.components,
             force=request.force,
             say=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201 - progress, for a person
+            ask=interrupt.ask,
         )
     except SafelightError as error:
         print(error, file=sys.stderr)  # noqa: T201 - the answer to the person who asked

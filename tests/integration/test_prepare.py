@@ -438,7 +438,7 @@ def test_an_interrupted_run_removes_what_it_wrote(installation: Installation, la
         running.send_signal(signal.SIGINT)
         _, said = running.communicate(timeout=60)
 
-    assert running.returncode == 130
+    assert running.returncode == 130, said
     assert "Traceback" not in said
     assert list(prepared.folder(folder, LARGE, "fp8-weight-only", "").iterdir()) == []
 
