@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from safelight import jobspec, models
@@ -152,6 +152,7 @@ def test_pieces_of_any_size_end_in_the_same(cuts: list[int]) -> None:
 
 
 @given(st.lists(st.binary(max_size=200), max_size=20))
+@example([b"..."])
 def test_nothing_that_it_could_say_breaks_the_reader(pieces: list[bytes]) -> None:
     transcript = Transcript(50)
     for piece in pieces:

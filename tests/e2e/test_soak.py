@@ -52,12 +52,13 @@ def test_a_soak_without_faults_finds_nothing_and_restarts_nothing() -> None:
 
 
 def test_the_audit_sees_who_was_overtaken() -> None:
-    """Only a job that stood in the line while the other still did has been overtaken by it."""
+    """Only a job that stood in the line while the other still did has been overtaken by it, and for two looks."""
     line = Line()
+    line.look(["first", "second", "chosen"])
     line.look(["first", "second"])
-    line.look(["first"])
     line.look(["first", "third"])
 
     assert line.stood_together("first", "second")
     assert line.stood_together("first", "third")
     assert not line.stood_together("third", "second")
+    assert not line.stood_together("first", "chosen")

@@ -65,8 +65,8 @@ class Transcript:
         """What it said of its end: an error where it named one."""
         errors = [line for line in self.unlogged if _ERROR.match(line)]
         unsaved = [found[0] for line in self.said if (found := _UNSAVED.search(line))]
-        last = next((lines[-1] for lines in (errors, unsaved, self.unlogged) if lines), "it said nothing of it")
-        return last[:WORDS_CHARACTERS_MAX].rstrip(".")
+        lasts = [lines[-1][:WORDS_CHARACTERS_MAX].rstrip(".") for lines in (errors, unsaved, self.unlogged) if lines]
+        return next(filter(None, lasts), "it said nothing of it")
 
     def _take(self, line: str) -> None:
         rest = self._look_at_bars(line).strip()
