@@ -26,15 +26,18 @@ RECORD_CHUNK = 1_000
 """Receipts synced together."""
 
 
-def write_down(queue: JobQueue, ledger: Ledger) -> None:
+def write_down(queue: JobQueue, ledger: Ledger, most: int | None = None) -> None:
     """Give all jobs that were cancelled while they waited, and whose receipts may be missing, their receipts.
 
     One that is finished goes back into the line, to be published: a client that cannot see the ledger cannot know.
 
+    Args:
+        most: so many of them alone.
+
     Raises:
         OSError: the disk is full, say; the queue remembers the jobs.
     """
-    unwritten = iter(queue.unwritten())
+    unwritten = islice(queue.unwritten(), most)
     while group := list(islice(unwritten, RECORD_CHUNK)):
         states = {row.id: row.state for row in queue.rows(group)}
         cancelled = [job for job in group if states.get(job) == "cancelled"]  # nobody has retried it meanwhile

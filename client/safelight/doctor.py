@@ -161,6 +161,10 @@ def _rejected(config: Config) -> Iterator[Finding]:
         found = rejections.look(config.paths.rejected, datetime.now().astimezone())
     except PermissionError:
         return  # another user's; that the inbox is closed is said above
+    except OSError as error:
+        remedy = "Look at its disk; what the inbox refuses goes there."
+        yield fail("rejected", f"{config.paths.rejected}: {error.strerror}", remedy)
+        return
     if found.last_day:
         yield warn("rejected", str(found), "Correct them, and put them into the inbox again.")
     elif found.files:

@@ -11,6 +11,9 @@ FAULTS_MAX = 1_000
 LINES_SHOWN = 5
 """Of those that one fault is about."""
 
+LINE_DIGITS_MAX = 9
+"""Of a line's number. What has more is a file's name."""
+
 REMEDY_CHARACTERS_AGAIN = 100
 """Up to here a remedy is repeated; a list of words that are known is not."""
 
@@ -82,7 +85,7 @@ def _place(fault: Fault, names: dict[str, int]) -> tuple[int, int]:
 def _split(where: str) -> tuple[str, int]:
     """Return the file and the line of a place; 0 where it is no line."""
     name, _, line = where.rpartition(":")
-    return (name, int(line)) if line.isdecimal() else (where, 0)
+    return (name, int(line)) if line.isdecimal() and len(line) <= LINE_DIGITS_MAX else (where, 0)
 
 
 def _told_once(group: Sequence[Fault]) -> Fault:

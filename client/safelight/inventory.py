@@ -93,20 +93,27 @@ def lacking(specs: Iterable[JobSpec], table: Models, models_folder: Path, env: M
     wanted += [
         published.of_controlnet(table[key], net, models_folder) for key, net in nets_of if net in table[key].controlnets
     ]
-    found = (
-        (what, _of_controlnet(what) if what.controlnet else standing(what.facts, models_folder)) for what in wanted
-    )
-    return [
-        f"{what.name}: {at.state}. Its jobs fail as long as it is not whole. {_whole(what, at, env)}"
-        for what, at in found
-        if at.state not in WHOLE
-    ]
+    return [line for what in wanted if (line := _lacking(what, models_folder, env))]
+
+
+def _lacking(what: Published, models_folder: Path, env: Mapping[str, str]) -> str:
+    try:
+        at = _of_controlnet(what) if what.controlnet else standing(what.facts, models_folder)
+        if at.state in WHOLE:
+            return ""
+        return f"{what.name}: {at.state}. Its jobs fail as long as it is not whole. {_whole(what, at, env)}"
+    except OSError as error:  # a disk that is gone, or another person's folder: no reason to refuse a job
+        place = error.filename or what.folder
+        return f"{what.name}: {place}: {error.strerror}. Its jobs may fail. Let the worker's user read it."
 
 
 def _whole(what: Published, at: Standing, env: Mapping[str, str]) -> str:
     """Return what makes a model whole that is not."""
     if at.state in ("gone", "damaged"):
-        return f"Put it back, whole, or forget it: safelight models rm {what.facts.key}"
+        forget = f", or forget it: safelight models rm {what.facts.key}" if at.registered else "."
+        return f"Put it back, whole{forget}"
+    if at.state == "incomplete" and what.repository and not (what.folder / pulled.MANIFEST).is_file():
+        return f"Copy it again, whole; or move {what.folder} away, and fetch it: {what.command}"
     if at.state == "missing" and not what.controlnet and (cached := in_hub_cache(what.facts, env)):
         return f"It is in the hub's cache: safelight models add {cached}"
     if what.repository:

@@ -475,4 +475,5 @@ def leave_no_file(paths: Paths, job: str) -> None:
     """Remove what a job that ended without an output had begun to write; a killed engine could not. One that waits to
     be published is finished."""
     if (paths.unfinished / job).exists() and not (paths.publishing / f"{job}.json").exists():
-        shutil.rmtree(paths.unfinished / job)
+        # A read-only disk, or a folder of another user, must end nothing: the job has ended, and its files are hidden.
+        shutil.rmtree(paths.unfinished / job, ignore_errors=True)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
+from safelight.errors import FAULTS_MAX
 from safelight.faults import Faults, shown
 
 DEPTH_MAX = 10
@@ -146,8 +148,10 @@ def read_json(text: str, faults: Faults, *, first_line: int = 1) -> Any:
         bracket = next(brackets)
         mapping = Lined((key, bracket.listed(value)) for key, value in pairs)
         mapping.line = bracket.line
+        twice = set[str]()
         for (key, _), line in zip(pairs, bracket.lines, strict=True):
-            if key in mapping.lines:
+            if key in mapping.lines and key not in twice and len(twice) < FAULTS_MAX:
+                twice.add(key)
                 faults.at_line(line).add(f"{shown(key)} is written twice", "Keep one of them.")
             mapping.lines[key] = line
         return mapping
@@ -177,14 +181,14 @@ class _Bracket:
     opened_by: str
     lines: list[int] = field(default_factory=list)
     """Of the keys of an object, or of the items of a list."""
-    inner: list[list[int]] = field(default_factory=list)
+    inner: deque[list[int]] = field(default_factory=deque)
     """The lines of the lists right in it, in their order."""
 
     def listed(self, value: Any) -> Any:
         """Return the next list right in it with its lines, anything else as it is."""
         if isinstance(value, list):
             value = Listed(value)
-            value.lines = self.inner.pop(0)
+            value.lines = self.inner.popleft()
         return value
 
 

@@ -132,7 +132,7 @@ def _read_txt(text: str, faults: Faults) -> list[Draft]:
             continue
         job = read_options(split_words(written, place), place) if written.startswith("--") else {"prompt": written}
         drafts.append(make_draft(job, place, defaults))
-    if "prompt" not in defaults.fields and "prompt" not in defaults.matrix:
+    if not defaults.fields.get("prompt") and "prompt" not in defaults.matrix:
         return drafts
     if twice := next((draft.where for draft in drafts if "prompt" in draft.places.own), ""):
         problem = f"there is a prompt in the front matter, and another at {twice}"

@@ -18,7 +18,14 @@ def of_a_person(env: Mapping[str, str]) -> Path:
 
 def installed(env: Mapping[str, str], system: Path = OF_THE_SYSTEM) -> list[Path]:
     """Return the folders that have our units, the person's first."""
-    return [folder for folder in (of_a_person(env), system) if (folder / TARGET).is_file()]
+    return [folder for folder in (of_a_person(env), system) if _is_there(folder / TARGET)]
+
+
+def _is_there(unit: Path) -> bool:
+    try:
+        return unit.is_file()
+    except OSError:  # a folder that is closed to this user has no units of theirs
+        return False
 
 
 def remedy(env: Mapping[str, str] | None = None, system: Path = OF_THE_SYSTEM) -> str:

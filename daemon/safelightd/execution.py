@@ -265,10 +265,11 @@ class Execution:
             raise Unsettled("stop", attempts, "the worker was stopped")
         if kind in ("machine", "spent"):
             raise Unsettled("return", attempts, text)
-        if kind == "no-room" and self._asked != "cancel":
-            self._shared.set_setback(text)
+        is_patient = self._asked != "cancel" and attempts.attempts < settle.NO_ROOM_TRIES_MAX
+        if kind == "no-room" and is_patient:
+            self._shared.set_setback(text, of_all=False)
             raise Unsettled("no-room", attempts, text)
-        if kind == "too-large" and self._asked != "cancel" and self._fits_another(spec, attempts):
+        if kind == "too-large" and is_patient and self._fits_another(spec, attempts):
             raise Unsettled("no-room", attempts, f"another card may have room for it: {text}")
         if kind == "oom":
             self._overrun = Overrun.model_validate(message["overrun"])

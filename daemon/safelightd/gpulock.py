@@ -22,9 +22,9 @@ SHARED = Path("/dev/shm")  # noqa: S108 - the one world-writable folder that is 
 # that PrivateTmp does not replace; the file carries no content, only the lock
 
 
-DYING_S = 3.0
-"""A worker that was killed leaves its lock when its last child has died, and is_taken() holds it for a moment: neither
-must end a new worker for good."""
+DYING_S = 10.0
+"""A worker that was killed leaves its lock when its last child has died, is_taken() holds it for a moment, and who
+takes up its jobs until they are written down: none of them must end a new worker for good."""
 
 
 _NAME = re.compile(r"(?P<host>.+)-(?P<device>cpu|(?:GPU|MIG)-.+)")

@@ -56,10 +56,15 @@ class Setback:
         self._failures = 0
         self._until = 0.0
 
-    def failed(self, reason: str) -> None:
-        wait_s = START_AGAIN_S[min(self._failures, len(START_AGAIN_S) - 1)]
+    def failed(self, reason: str, *, of_all: bool = True) -> None:
+        """Note why a job came back.
+
+        Args:
+            of_all: the next job may well meet the same. One that had no room says nothing of those after it.
+        """
+        wait_s = START_AGAIN_S[min(self._failures if of_all else 0, len(START_AGAIN_S) - 1)]
         self._reason = f"{reason}; the next job starts {wait_s:g} s after that"
-        self._failures += 1
+        self._failures += of_all
         self._until = time.monotonic() + wait_s
 
     def lifted(self) -> None:

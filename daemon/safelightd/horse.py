@@ -20,7 +20,7 @@ class Shared:
     which worker and horse read alike), why the machine took the job back, if it did, and how far it is, for people."""
 
     LAYOUT = struct.Struct("=?d")
-    REASON = struct.Struct("=H1000s")
+    REASON = struct.Struct("=H?1000s")
     PROGRESS = struct.Struct("=60s")
     _reason_at = LAYOUT.size
     _progress_at = _reason_at + REASON.size
@@ -31,15 +31,16 @@ class Shared:
     def set(self, *, busy: bool, deadline: float = 0.0) -> None:
         self._memory[: self.LAYOUT.size] = self.LAYOUT.pack(busy, deadline)
 
-    def set_setback(self, reason: str) -> None:
+    def set_setback(self, reason: str, *, of_all: bool = True) -> None:
+        """Say why the machine took the job back, and whether it would take back any other."""
         said = reason.encode(errors="backslashreplace")[:1000]
-        self.REASON.pack_into(self._memory, self._reason_at, len(said), said)
+        self.REASON.pack_into(self._memory, self._reason_at, len(said), of_all, said)
 
-    def take_setback(self) -> str:
-        """Return why the machine took the job back, "" when it did not, and forget it."""
-        length, said = self.REASON.unpack_from(self._memory, self._reason_at)
-        self.REASON.pack_into(self._memory, self._reason_at, 0, b"")
-        return bytes(said[:length]).decode(errors="replace")
+    def take_setback(self) -> tuple[str, bool]:
+        """Return why the machine took the job back, "" when it did not, and whether that is of all; forget it."""
+        length, of_all, said = self.REASON.unpack_from(self._memory, self._reason_at)
+        self.REASON.pack_into(self._memory, self._reason_at, 0, 0, b"")
+        return bytes(said[:length]).decode(errors="replace"), bool(of_all)
 
     @property
     def busy(self) -> bool:

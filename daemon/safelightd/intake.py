@@ -256,8 +256,7 @@ class Intake:
                 if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
                     raise
                 self._speak(f".safelight/claimed/{name}", f"cannot be finished: {error}")
-                left.append(claim.path)
-                continue
+                continue  # it may stay for ever, and holds no pictures
             if taken is None:
                 left.append(claim.path)
                 next_at = min(next_at, max(entry.since + self._patience.settle_s, scan.started_at + WRITER_S))

@@ -102,9 +102,9 @@ def _is_dead(place: Place, silence: Silence, holder: Holder) -> bool:
         return True
     if holder.lock and gpulock.is_taken(holder.lock):
         return False
-    if holder.lock and gpulock.is_of_this_host(holder.worker):
-        return True
     heard = place.queue.heard_of(holder.worker)
+    if holder.lock and gpulock.is_of_this_host(holder.worker) and (holder.lock.exists() or not heard):
+        return True  # a lock's file that is gone says nothing: logind may remove what a person had in /dev/shm
     return silence.of(holder.worker, heard=heard) >= SILENT_S
 
 

@@ -21,6 +21,9 @@ ends what a plan that predicts nothing would repeat."""
 NO_ROOM_AGAIN_S = (5.0, 60.0, 300.0)
 """Waits of a job for which there was no room, by how often it was tried; the last repeats. Others go before it."""
 
+NO_ROOM_TRIES_MAX = 150
+"""Half a day of those; then the job fails with the reason, since what has the memory may never leave: a desktop."""
+
 Cause = Literal["crash", "return", "stop", "no-start", "no-room", "oom", "refused"]
 """crash: it broke the engine and a probe found the device well. return: the machine took it back. stop: a person
 stopped the worker. no-start: no engine came up to run it. no-room: it was not begun, since others have the memory. None

@@ -106,6 +106,7 @@ class GpuWorker(LoneWorker):
         self.stopping = threading.Event()
         self._waiting = False
         self._unsure = False
+        self._unwritten = ""
         self._late = recovery.Late()
         self._silence = orphans.Silence()
         self._elsewhere: list[str] = []
@@ -207,14 +208,14 @@ class GpuWorker(LoneWorker):
 
     def _take(self) -> tuple[SafeJob, SafeQueue] | None:
         self._mind_sleep()
-        cancelling.write_down(self.line, self.place.ledger)
+        in_force = self._look_at_holds()
+        self._say(in_force)
+        self._write_cancellations()
         if self._unsure or not self.line.filled():
             self.recover()
             self._unsure = False
         else:
             self._take_up(self._elsewhere)
-        in_force = self._look_at_holds()
-        self._say(in_force)
         self.notices.look(self.line.counts(), in_force)
         due_in: float | None = None
         if not in_force:
@@ -227,6 +228,16 @@ class GpuWorker(LoneWorker):
         wait_s = HOLD_POLL_S if due_in is None else min(due_in, HOLD_POLL_S)
         self._wait(lambda: self.line.wait_for_wake(self.name, wait_s))
         return None
+
+    def _write_cancellations(self) -> None:
+        """Write receipts of what clients have cancelled, some at a time; a full disk of them stops no other job."""
+        try:
+            cancelling.write_down(self.line, self.place.ledger, most=cancelling.RECORD_CHUNK)
+            self._unwritten = ""
+        except OSError as error:
+            if self._unwritten != str(error):
+                log.warning("cancellation.unwritten", error=error, remedy="it is tried again; the queue remembers it")
+            self._unwritten = str(error)
 
     def _dispatch(self, where: str) -> tuple[SafeJob, SafeQueue] | None:
         """Move one job from the line into our own queue, as an RQ job of this one execution, and take it from there."""
@@ -350,9 +361,10 @@ class GpuWorker(LoneWorker):
         except (*AWAY, QueueUnreachable, OSError, LedgerDamaged) as error:
             self._unsure = True
             log.warning("job.unsettled", id=job, error=error)
-        if reason := self.shared.take_setback():
+        reason, of_all = self.shared.take_setback()
+        if reason:
             log.error("machine.setback", reason=reason)
-            self.setback.failed(reason)
+            self.setback.failed(reason, of_all=of_all)
         else:
             self.setback.lifted()
         if self.trouble.reason is None and not self.engine.running() and not self.awake.must_stop:

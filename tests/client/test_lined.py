@@ -73,3 +73,10 @@ def test_yaml_notes_the_lines_that_json_notes(tree: Any) -> None:
 
     assert _lines(read_json(text, faults), {}) == _lines(read_yaml(text, faults), {})
     assert not faults.found
+
+
+def test_a_key_that_is_there_very_often_is_one_fault() -> None:
+    faults = Faults("here")
+    read_json("{" + '"a":1,' * 5_000 + '"b":2,"b":3}', faults)
+
+    assert [fault.problem for fault in faults.found] == ["'a' is written twice", "'b' is written twice"]

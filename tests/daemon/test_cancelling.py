@@ -51,6 +51,36 @@ def small_receipts(installation: Installation) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+def test_a_cancellation_that_cannot_be_written_down_keeps_no_worker_from_being_heard(
+    small_receipts: Path, worker: Running
+) -> None:
+    worker.queue.set_user_hold("for the test")
+    (job,) = worker.submit("ok")
+    (small_receipts / ".filler").write_bytes(b"x" * 65536)
+    worker.queue.cancel([job.id])
+    seen = worker.queue.workers()[0].seen_at
+    eventually(lambda: worker.queue.workers()[0].seen_at > seen + 4)
+
+    assert worker.queue.unwritten() == [job.id]
+
+
+def test_what_cannot_be_removed_of_a_job_that_ended_stops_no_worker(worker: Running) -> None:
+    """A folder of another user, or a file system below it."""
+    worker.queue.set_user_hold("for the test")
+    gone, other = worker.submit("ok", "ok")
+    stuck = worker.installation.paths.unfinished / gone.id
+    stuck.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(stuck)], capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        worker.queue.cancel([gone.id])
+        worker.queue.lift_user_hold()
+        worker.all_in([other], "done")
+        eventually(lambda: has_ended(worker, gone) == "cancelled")
+    finally:
+        subprocess.run(["umount", "--lazy", str(stuck)], check=True)
+
+
 def test_jobs_cancelled_while_the_disk_is_full_stay_cancelled_when_the_queue_is_lost(
     small_receipts: Path, worker: Running
 ) -> None:

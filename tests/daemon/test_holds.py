@@ -267,6 +267,14 @@ def test_gpu_trouble_stands_until_a_probe_lifts_it_and_is_not_probed_at_once() -
     assert (trouble.reason, trouble.due()) == (None, False)
 
 
+def test_jobs_without_room_hold_those_after_them_for_a_moment_however_many_they_are() -> None:
+    setback = Setback()
+    for _ in range(9):
+        setback.failed("no room", of_all=False)
+
+    assert setback.reason == "no room; the next job starts 1 s after that"
+
+
 def test_a_setback_holds_for_a_while_and_longer_each_time_until_a_job_ends() -> None:
     setback = Setback()
 

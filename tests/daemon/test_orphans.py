@@ -227,3 +227,20 @@ def test_a_job_that_another_live_worker_runs_is_left_to_it_and_the_queue_hears_w
         other.kill()
 
     assert worker.times_done(spec) == 1
+
+
+def test_a_live_worker_keeps_its_job_though_the_file_of_its_lock_was_removed(
+    installation: Installation, queue: JobQueue, card: str
+) -> None:
+    """logind does that to what a person had in /dev/shm, at their last logout."""
+    worker = f"{HERE}-{card}"
+    alive = holder(Path(lock_of(card)))
+    spec = run_by(worker, lock_of(card), queue, installation)
+    Path(lock_of(card)).unlink()
+    queue.publish_worker(worker, 90, device="cuda")
+
+    assert orphans.take_up(place_of(installation, queue), orphans.Silence(), []) == [spec.id]
+    assert queue.running() == {spec.id: worker}
+
+    alive.kill()
+    alive.wait()

@@ -266,7 +266,7 @@ def test_jobs_that_may_not_start_yet_are_given_no_end_and_the_reason(
     assert re.search(
         rf"^Waiting   2 jobs, .*; 1 of them not before .*{start}$", safelight("status").stdout, re.MULTILINE
     )
-    assert re.search(rf"^{job} .*\(from .*{start}\) a blue cat$", safelight("list").stdout, re.MULTILINE)
+    assert re.search(rf"^{job} .* single +a blue cat$", safelight("list").stdout, re.MULTILINE)
     assert re.search(rf"^1 job does not start before .*{start} \({re.escape(why)}\)\.$", waiting.stderr, re.MULTILINE)
     assert "not start before" not in safelight("wait", now, "--timeout", "0").stderr
 
@@ -310,3 +310,18 @@ def test_status_and_doctor_count_what_the_inbox_has_refused(
     says = f"2 files became no jobs, 1 in the last 24 hours: {rejected}/*.error.txt say why"
     assert f"Rejected  {says}" in safelight("status").stdout.splitlines()
     assert [(one["look"], one["says"]) for one in warnings] == [("warn", says)]
+
+
+def test_a_folder_of_the_refused_that_cannot_be_read_is_told_by_doctor_and_stops_no_status(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    installation.paths.rejected.parent.mkdir(parents=True, exist_ok=True)
+    installation.paths.rejected.write_text("in its place")
+
+    status = safelight("status", "--json")
+    found = [one for one in json.loads(safelight("doctor", "--json").stdout) if one["name"] == "rejected"]
+
+    assert (status.exit_code, json.loads(status.stdout)["rejected"]) == (0, None)
+    assert [(one["look"], one["says"]) for one in found] == [
+        ("fail", f"{installation.paths.rejected}: Not a directory")
+    ]

@@ -209,6 +209,20 @@ def test_jobs_of_a_half_copied_model_and_of_a_missing_controlnet_are_noted(
     ]  # fmt: skip
 
 
+def test_a_model_that_cannot_be_looked_at_is_noted_and_refuses_no_job(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    """On a disk that has gone, or below a folder of somebody else."""
+    own = f'\n[models.flux-dev]\npath = "{installation.root}/{"x" * 300}"\n'
+    installation.config.source.write_text(installation.config.source.read_text() + own)
+
+    result = safelight("add", "a red fox", "--model", "flux-dev")
+
+    assert len(ids_of(result)) == 1
+    assert result.stderr.startswith("flux-dev: ")
+    assert "File name too long. Its jobs may fail. Let the worker's user read it." in result.stderr
+
+
 def test_batch_makes_a_batch_of_each_file(safelight: Safelight, installation: Installation, queue: JobQueue) -> None:
     (installation.root / "night.txt").write_text("a red fox\n# no\n--prompt a blue cat --steps 3 --seed 5\n")
     (installation.root / "cats.yaml").write_text("jobs:\n- prompt: a cat\n  count: 2\n")

@@ -60,6 +60,12 @@ def test_list_has_every_column_with_ids_and_states_whole(
     assert " ".join(row[last:].strip() for row in rows if done not in row) == REASON
 
 
+def test_list_says_on_a_terminal_from_when_a_job_may_start(installation: Installation, queue: JobQueue) -> None:
+    ids_of(runner(installation)("add", "a blue cat", "--not-before", "2099-01-01T06:00"))
+
+    assert "(from 01 Jan 2099 06:00) a blue cat" in shown(installation, 140, "list")
+
+
 def test_list_is_in_paragraphs_where_no_table_fits(installation: Installation, queue: JobQueue) -> None:
     (job,) = ids_of(runner(installation)("add", "a red fox in the snow"))
     end(installation, queue, job, "failed", REASON)

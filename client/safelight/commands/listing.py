@@ -123,7 +123,9 @@ def _said_of(row: Row, due: Due | None) -> str:
 
     if row.state in BROKEN:
         return row.error
-    return f"(from {display.clock(due.at, datetime.now().astimezone())}) {row.prompt}" if due else row.prompt
+    if due is None or not display.on_terminal():  # what a script reads stays as it was
+        return row.prompt
+    return f"(from {display.clock(due.at, datetime.now().astimezone())}) {row.prompt}"
 
 
 def _print_json(queue: JobQueue, ids: list[str], state: str | None, paths: Paths) -> None:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import date, datetime
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -88,15 +89,16 @@ def _refuse_unknown(client: Client, batch: str) -> None:
         InvalidJob: as said.
     """
     from safelight.commands.selecting import no_such_batch
-    from safelight.errors import QueueUnreachable
+    from safelight.errors import LedgerDamaged, QueueUnreachable
 
     with suppress(QueueUnreachable), client.queue(retries=0) as queue:
         if queue.batch_ids(batch):
             return
     open_ones = (spec for one in client.ledger.open_submissions() for spec in client.ledger.submission(one))
     ended = (receipt.spec for job in client.ledger.ended() if (receipt := client.ledger.receipt(job)))
-    if not any(spec.batch == batch for spec in (*open_ones, *ended)):
-        raise no_such_batch(batch)
+    with suppress(LedgerDamaged):  # of a file that nobody can read, nobody knows the batch
+        if not any(spec.batch == batch for spec in chain(open_ones, ended)):
+            raise no_such_batch(batch)
 
 
 def _taken_before(client: Client, copied: list[Copied]) -> dict[Path, str]:

@@ -192,7 +192,7 @@ def _rejected(config: Config) -> dict[str, Any] | None:
 
     try:
         return asdict(rejections.look(config.paths.rejected, datetime.now().astimezone()))
-    except PermissionError:
+    except OSError:  # `doctor` says what is wrong with the inbox
         return None
 
 
