@@ -62,13 +62,10 @@ STRIP_ROWS = 64
 """Of the strips that FLUX's may work in, which have no seams (`safelightd.pipelines.flux_vae`): lower ones save little
 of what lies between two layers."""
 
-STRIPS_BYTES_PER_PIXEL = 1_100
-"""What FLUX's decode in bf16 holds between two layers: 256 and twice 128 channels, 1,024, and a little."""
-
-STRIP_BYTES_PER_PIXEL = 3_180
-"""What it takes of a strip besides: 1,310 are alive at once (counted on meta tensors at four sizes: 1.08 GiB in all at
-1024x1024, where the whole has 1.50), and convolutions want as much of a strip as they do of the whole, whose reserved
-2.95 GiB are twice what is alive. Not measured on a card."""
+STRIPS_BYTES_PER_PIXEL, STRIP_BYTES_PER_PIXEL = 1_080, 2_100
+"""What FLUX's decode in bf16 takes of all pixels, and of those of a strip besides. Layers hold 1,024 between them, of
+256 and twice 128 channels. Reserved were 1,026 to 1,040, and 1,925 at most, at six sizes and strips of 32, 64 and 128
+rows, 512x512 to 1536x1536 (`bench.gpu_decode`, H100, torch 2.11.0+cu130, 2026-11-27)."""
 
 TINY_TILES = {"flux": (32,), "wan": (64,)}
 TINY_STRIP_ROWS = 16

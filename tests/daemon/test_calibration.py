@@ -244,3 +244,15 @@ def test_a_first_job_from_a_cold_disk_is_forgotten_though_each_job_pins() -> Non
     assert streaming(learned).predicted["denoise"].seconds == pytest.approx(first.predicted["denoise"].seconds, rel=0.1)
     assert learned.load[load_key(first, "denoise")] < 1.2
     assert learned.pin[PIN] < 1.2
+
+
+def test_a_text_encoder_that_is_streamed_is_read_at_a_pace_of_its_own() -> None:
+    """It is read for each prompt and never held: what one on a full card takes says nothing of one on an empty card."""
+    streamed = plan()
+    held = streamed.model_copy(update={"streamed": {}})
+    known = calibration.learned(NOTHING_LEARNED, receipt(held, slower=3.0))
+    known = calibration.learned(known, receipt(streamed, slower=0.8))
+
+    assert any(name.startswith("text_encoder") for name in streamed.streamed)
+    assert known.load[load_key(held, "encode")] == pytest.approx(3.0)
+    assert known.load[load_key(streamed, "encode")] == pytest.approx(0.8)
