@@ -49,6 +49,9 @@ def make_plan(
 ) -> Plan:  # fmt: skip
     """Return the plan for `spec` on `machine`: the fastest that fits, what is compiled once shared by all that wait.
 
+    A job of which a part is done goes on in the way it was begun in, wherever its weights have room now, unless it
+    would end sooner if it began anew.
+
     Raises:
         DoesNotFit: it needs more than the machine has; the message says what would fit.
         InvalidJob: the job insists on something no rung offers, or its model is no longer in the table.
@@ -60,9 +63,13 @@ def make_plan(
     if spec.backend == "wan-cli":
         return _plan_of_own_program(spec, facts, machine)
     _refuse_unoffered(spec, facts, machine, circumstances.refused)
+    begun, going_on = circumstances.begun, _as_begun(spec, facts, machine, calibration, circumstances)
     try:
-        return _with_what_is_kept(spec, facts, machine, calibration, circumstances)
+        plan = _with_what_is_kept(spec, facts, machine, calibration, circumstances)
+        return going_on if begun and going_on and begun.is_sooner(going_on, plan) else plan
     except _Lacking as lacking:
+        if going_on:
+            return going_on
         advice = _what_would_fit(spec, facts, machine, calibration, circumstances)
         problem = (
             f"{lacking.least.phase} of {spec.model} at {_size(spec)} needs about {lacking.need_bytes / GIB:.1f} GiB of "
@@ -70,6 +77,24 @@ def make_plan(
         )
         remedy = f"{max(lacking.there_bytes, 0) / GIB:.1f} GiB is free. {advice}"
         raise DoesNotFit([Fault(spec.id or spec.model, problem, remedy)]) from None
+
+
+def _as_begun(
+    spec: JobSpec, facts: ModelFacts, machine: Machine, calibration: Calibration, circumstances: Circumstances
+) -> Plan | None:
+    """Return the plan that goes on with what an earlier attempt has done; None where there is none, or it has no room.
+
+    On the CPU there is one way only.
+    """
+    begun = circumstances.begun
+    if begun is None or machine.device == "cpu" or begun.precision in circumstances.refused:
+        return None
+    same = begun.asked(spec)
+    try:
+        _refuse_unoffered(same, facts, machine, circumstances.refused)
+        return _with_what_is_kept(same, facts, machine, calibration, circumstances)
+    except (InvalidJob, _Lacking):
+        return None
 
 
 def _with_what_is_kept(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from safelight import pace
+from safelight.begun import Begun
 from safelight.footprint import Decoding
 from safelight.plan import Dtype, Overrun, PhaseName, Precision, Shipped
 
@@ -42,6 +43,8 @@ class Circumstances:
     """Names of sets, as `safelight.fused` has them: LoRAs that earlier jobs have used, in a precision."""
     without_fused: bool = False
     """Nothing that is kept is used, and nothing is kept: it could not be read."""
+    begun: Begun | None = None
+    """The way that an earlier attempt has begun the job in, and left a checkpoint of."""
 
 
 @dataclass(frozen=True)

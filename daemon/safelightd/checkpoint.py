@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from safelight import durable
+from safelight.begun import Begun
 from safelight.jobspec import JobSpec
 from safelight.machine import GIB
 from safelight.plan import Plan
@@ -38,7 +39,9 @@ DECIDES_THE_BITS = (
     "text_encoder_precision",
     "text_encoder_device",
 )
-"""Of a plan. Where its weights lie changes no bit: another plan of these goes on with what this one computed."""
+"""Of a plan. Where its weights lie changes no bit: another plan of these goes on with what this one computed. The
+planner is told which they were (`begun`): a night later fewer jobs may wait, or a game may run, and it would choose
+otherwise."""
 
 SCHEDULER_KEEPS = frozenset({"_internal_dict"})
 """What a scheduler was made from. It is made from the same again."""
@@ -89,6 +92,8 @@ class Checkpoint:
     every_s: float = math.inf
     leave_bytes: int = 0
     """Of the disk, that stay free of it."""
+    plan: Plan | None = None
+    """Of the job that saves, for `begun` to tell."""
 
     def load(self, tell: Callable[[str], None] = _untold) -> Saved | None:
         """Return what an earlier attempt left; None where there is nothing, or nothing of use, which the log says.
@@ -169,6 +174,7 @@ class Keeper:
                 ),
                 "cache": json.dumps(packed.pack(cache, "cache.of", held)),
                 **self._began_anew,
+                **_way(self._checkpoint.plan),
             }
         except TypeError as error:
             log.warning("checkpoint.impossible", error=error)
@@ -195,6 +201,22 @@ def pause_s(every_s: float, took_s: float) -> float:
 
 
 NOWHERE = Checkpoint(None)
+
+
+def _way(plan: Plan | None) -> dict[str, str]:
+    return {"plan": plan.model_dump_json(include=set(DECIDES_THE_BITS))} if plan else {}
+
+
+def begun(file: Path) -> Begun | None:
+    """Return the way that a job's checkpoint was made in; None where there is none, or it does not say.
+
+    What is wrong with a file is found, and told, by `Checkpoint.load`.
+    """
+    try:
+        told = packed.peek(file)
+        return Begun.model_validate({**json.loads(told["plan"]), "step": int(told["step"])})
+    except (OSError, packed.Damaged, KeyError, ValueError):  # a ValidationError is a ValueError
+        return None
 
 
 def digest(spec: JobSpec, plan: Plan, weights: object, versions: Mapping[str, str]) -> str:

@@ -144,12 +144,28 @@ def read(file: Path) -> tuple[dict[str, str], Mapping[str, torch.Tensor]]:
         found.update(opened.read(begin, min(PIECE_BYTES, opened.size - begin)))
     if digest != found.hexdigest().encode() + b"\n":
         raise Damaged(f"{file}: its digest is another")
+    told, rows, start = _header(opened, file)
+    return told, _Tensors(opened, start, rows)
+
+
+def peek(file: Path) -> dict[str, str]:
+    """Return what a file tells, at once and unchecked: `read` says whether it is what was written.
+
+    Raises:
+        Damaged: its beginning is no such file's.
+        OSError: it cannot be read.
+    """
+    return _header(_Opened(file), file)[0]
+
+
+def _header(opened: _Opened, file: Path) -> tuple[dict[str, str], dict[str, Any], int]:
+    """Return what a file tells, where its tensors lie, and where the first of them begins."""
     try:
         start = DIGEST_BYTES + 8
         length = int.from_bytes(opened.read(DIGEST_BYTES, 8), "little")
         header = json.loads(opened.read(start, length))
         told = header.pop("__metadata__")
-        return told, _Tensors(opened, start + length, header)
+        return told, header, start + length
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{file}: {error}") from error
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from safelight.begun import Begun
 from safelight.config import Config
 from safelight.errors import SafelightError
 from safelight.fused import seen
@@ -93,7 +94,7 @@ def _run_job(spec: JobSpec, attempt: int, setting: Setting, watch: Watch, circum
 
     with watch.phase("plan"):
         machine = probe.read_machine(setting.config, device.own())
-        around = now(circumstances, setting, spec.model)
+        around = now(circumstances, setting, spec.model, checkpoint.begun(paths.checkpoints / spec.id))
         spec = lora.resolved(spec, paths)
         learned = calibration.load(paths.state)
         plan = watch.plan = room.plan_here(spec, machine, setting.config, setting.models, learned, around)
@@ -129,6 +130,7 @@ def _run_job(spec: JobSpec, attempt: int, setting: Setting, watch: Watch, circum
             made_by,
             settings.worker.checkpoint_s,
             leave_bytes=int(settings.policy.min_free_disk_gib * GIB),
+            plan=plan,
         )
         control = spec.controlnet.image if spec.controlnet else None
         image, last_image, control_image = (
@@ -156,10 +158,11 @@ def _run_job(spec: JobSpec, attempt: int, setting: Setting, watch: Watch, circum
         return outputs.publish(receipt_of, file, spec, ledger, paths)
 
 
-def now(circumstances: Circumstances, setting: Setting, model: str) -> Circumstances:
+def now(circumstances: Circumstances, setting: Setting, model: str, begun: Begun | None = None) -> Circumstances:
     """Return what the worker told, and what this process knows besides."""
     return dataclasses.replace(
         circumstances,
+        begun=begun,
         compiled_here=compiling.compiled_here(),
         compiled_before=compiling.compiled_before(),
         pinned=setting.pinned.held,

@@ -142,6 +142,35 @@ def test_why_a_job_began_anew_is_known_to_the_attempts_after(tiny_models_folder:
     assert (last.watch.began_anew, last.watch.resumed_after_step) == ("its checkpoint is damaged", 4)
 
 
+def test_a_checkpoint_tells_the_way_that_the_job_was_begun_in(tiny_models_folder: Path, tmp_path: Path) -> None:
+    fields = {**JOBS["5B from text"], "num_inference_steps": STEPS}
+    plan = run_of(fields, tiny_models_folder).plan
+    interrupted(fields, tiny_models_folder, replace(kept(tmp_path), plan=plan), 3)
+    begun = checkpoint.begun(tmp_path / "job")
+
+    assert begun is not None
+    assert begun.step in (2, 3)  # the kill came beside the third
+    assert (begun.dtype, begun.precision, begun.compiled) == (plan.dtype, plan.precision, plan.compiled)
+    assert (begun.text_encoder_precision, begun.text_encoder_device) == (None, "cpu")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"what a disk made of it" * 9], ids=["none", "empty", "damaged"])
+def test_a_checkpoint_that_cannot_say_how_the_job_was_begun_binds_no_plan(
+    content: bytes | None, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "job").write_bytes(content)
+
+    assert checkpoint.begun(tmp_path / "job") is None
+
+
+def test_one_of_before_that_was_told_binds_no_plan(tmp_path: Path) -> None:
+    kept(tmp_path).keeper().save(1, {"latents": torch.zeros(1)}, FlowMatchEulerDiscreteScheduler())
+
+    assert kept(tmp_path).load() is not None
+    assert checkpoint.begun(tmp_path / "job") is None
+
+
 @pytest.mark.parametrize("damage", ["damaged", "another plan"])
 def test_the_receipt_says_that_a_job_began_anew_and_why_and_show_shows_it(
     damage: str, installation: Installation

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from safelight.jobspec import JobSpec
+from safelightd import checkpoint
 from safelightd.engine import Engine
 from safelightd.link import Link
 from tests.conftest import Installation
@@ -82,4 +83,7 @@ def test_a_clip_is_kept_when_the_worker_stops_and_not_when_it_is_cancelled(
     theirs.close()
 
     assert told[-1]["kind"] == "cancelled"
-    assert (installation.paths.checkpoints / spec.id).exists() == (reason == "stop")
+    file = installation.paths.checkpoints / spec.id
+    assert file.exists() == (reason == "stop")
+    begun = checkpoint.begun(file)
+    assert (begun and begun.precision) == ("fp32" if reason == "stop" else None)
