@@ -7,7 +7,7 @@ returns: the device never holds two phases at once.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -76,6 +76,10 @@ class Family(Protocol):
 
     def first_frame(self, spec: JobSpec, latents: torch.Tensor) -> torch.Tensor:
         """Return of the family's latents those of the picture or first frame, (channels, height, width)."""
+        ...
+
+    def encoded_pictures(self, pictures: Sequence[Frame], plan: Plan, loader: Loader, watch: Watch) -> list[Values]:
+        """Return what the VAE makes of small pictures, as `first_frame` has it."""
         ...
 
     def decode(self, spec: JobSpec, plan: Plan, loader: Loader, latents: torch.Tensor, watch: Watch) -> Iterator[Frame]:
@@ -175,6 +179,12 @@ def refuse_broken(numbers: torch.Tensor, what: str) -> None:
     """Raise BrokenResult where `numbers` hold NaN or infinity."""
     if not bool(torch.isfinite(numbers).all()):
         raise BrokenResult(f"{what} hold NaN or infinity. Another precision may help; the weights may be damaged.")
+
+
+def pixels_of(frame: Frame, vae: Any) -> torch.Tensor:
+    """Return a frame as a VAE takes it: (1, 3, H, W), -1 to 1, where the VAE is."""
+    pixels = torch.from_numpy(frame.copy()).permute(2, 0, 1)[None].float()
+    return (pixels / 127.5 - 1).to(vae.device, vae.dtype)
 
 
 def frames_of(pictures: torch.Tensor) -> Iterator[Frame]:

@@ -8,7 +8,7 @@ no queue, and nothing of where a picture goes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from safelightd.pipelines import (
     flux_controlnet,
     frames_of,
     noise_source,
+    pixels_of,
     refuse_broken,
     refuse_other_images,
     stop_between_blocks,
@@ -166,6 +167,15 @@ def decode(spec: JobSpec, plan: Plan, loader: Loader, latents: torch.Tensor, wat
         pictures = vae.decode(scaled.to(plan.device), return_dict=False)[0]
         watch.step(1, 1)
         yield from frames_of(pictures)
+
+
+@torch.no_grad()
+def encoded_pictures(pictures: Sequence[Frame], plan: Plan, loader: Loader, watch: Watch) -> list[Values]:
+    """Return latents (16, H/8, W/8) of each picture (H, W, 3)."""
+    with loader.component("vae", plan.device) as vae:
+        stop_inside(vae, watch)
+        latents = [vae.encode(pixels_of(picture, vae)).latent_dist.mode() for picture in pictures]
+        return [values((of[0] - vae.config.shift_factor) * vae.config.scaling_factor) for of in latents]
 
 
 def _pipeline(**components: Any) -> FluxPipeline:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from safelightd.pipelines import (
     dtype_of,
     frames_of,
     noise_source,
+    pixels_of,
     refuse_broken,
     refuse_other_images,
     stop_between_blocks,
@@ -221,6 +222,15 @@ def first_frame(_spec: JobSpec, latents: torch.Tensor) -> torch.Tensor:
     return latents[0, :, 0]
 
 
+@torch.no_grad()
+def encoded_pictures(pictures: Sequence[Frame], plan: Plan, loader: Loader, watch: Watch) -> list[Values]:
+    """Return a latent frame (C, h, w) of each picture (H, W, 3)."""
+    with loader.component("vae", plan.device) as vae:
+        stop_inside(vae, watch)
+        latents = [vae.encode(pixels_of(picture, vae)[:, :, None]).latent_dist.mode() for picture in pictures]
+        return [values(_scaled(of, vae)[0, :, 0]) for of in latents]
+
+
 def is_guided(spec: JobSpec) -> bool:
     """Whether each step runs twice; the first expert's scale decides for both, as in WanPipeline."""
     return _guidance_scale(spec, "transformer") > 1
@@ -337,12 +347,22 @@ def _timestep(t: torch.Tensor, start: Start) -> torch.Tensor:
     return by_frame[:, : 1 if start.condition is None else 2]
 
 
+def _scaled(latents: torch.Tensor, vae: Any) -> torch.Tensor:
+    """Scale what the VAE wrote, (1, C, T, h, w), to mean 0 and deviation 1."""
+    mean, inverse_deviation = _scale(latents, vae)
+    return (latents - mean) * inverse_deviation
+
+
 def _as_the_vae_wrote_them(latents: torch.Tensor, vae: Any) -> torch.Tensor:
     """Undo the scaling to mean 0 and deviation 1, with the roundings of WanPipeline."""
+    mean, inverse_deviation = _scale(latents, vae)
+    return latents / inverse_deviation + mean
+
+
+def _scale(latents: torch.Tensor, vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (1, vae.config.z_dim, 1, 1, 1)
     mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents)
-    inverse_deviation = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents)
-    return latents / inverse_deviation + mean
+    return mean, 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents)
 
 
 def _decoded_parts(vae: Any, latents: torch.Tensor) -> Iterator[torch.Tensor]:
