@@ -65,7 +65,10 @@ TECHNIQUES: dict[str, dict[str, str]] = {
 
 
 def learn(place: Place, model: str, cap: int, shrink: int, budget: Budget) -> Iterator[dict[str, Any]]:
-    """Run jobs of other shapes until each way that they run in has run once; yield a line for each."""
+    """Run a job of each other shape, and more until each way that they run in has run; yield a line for each.
+
+    Of each shape one at least, on whichever card: a first job of a process starts more than itself.
+    """
     place.become(cap)
     for size in _of(LEARNED_AT, model):
         spec = _spec(place, model, size, shrink)
@@ -76,8 +79,9 @@ def learn(place: Place, model: str, cap: int, shrink: int, budget: Budget) -> It
                 known = _is_learned(place, spec, NIGHT)
             except InvalidJob:
                 break  # too large for this card: there is nothing to learn of it
-            if known:
+            if known and (model, size) in place.learned_at:
                 break
+            place.learned_at.add((model, size))
             line = _run(place, f"{model} {size} on {cap} GB", spec, learn=True)
             yield {"part": "learned", **line}
             if "seconds" not in line:

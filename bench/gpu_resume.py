@@ -152,9 +152,8 @@ def _watch(killed_after: int) -> Watch:
 def _plan(facts: ModelFacts, changes: dict[str, Any], cache: str | None, *, tiny: bool) -> Plan:
     of_gpu = {"device": "cuda", "dtype": "bfloat16", "precision": "bf16", "text_encoder_device": "cuda"}
     of_cpu = {"device": "cpu", "dtype": "float32", "precision": "fp32", "text_encoder_device": "cpu"}
-    plan = Plan(
-        model=facts.key, offload="model", vae_tiling=False, cache=cache, **((of_cpu if tiny else of_gpu) | changes)
-    )  # fmt: skip
+    fields = {"offload": "model", "vae_tiling": False, "cache": cache, **(of_cpu if tiny else of_gpu), **changes}
+    plan = Plan.model_validate({"model": facts.key, **fields})
     if plan.offload == "partial":
         streamed = tuple(range(1, FEW["num_layers"], 2))
         plan = plan.model_copy(update={"streamed": {name: streamed for name in facts.blocks if "transf" in name}})

@@ -148,6 +148,8 @@ class Place:
     fused_gib: float = 0
     """[worker] fused_gib: what each job makes is made anew for each, unless this is what is measured."""
     jobs: int = 0
+    learned_at: set[tuple[str, str]] = dataclasses.field(default_factory=set)
+    """Models, and the sizes at which jobs of theirs have run that calibrated."""
 
     def become(self, cap_gib: int) -> None:
         """Be a card of that size from here on."""
