@@ -53,6 +53,7 @@ from safelightd.modelfolder import model_folder
 from safelightd.pinnedset import PinnedSet
 from safelightd.pipelines import wan
 from safelightd.pipelines.flux_vae import lessen
+from safelightd.pipelines.wan_strips import in_strips
 
 SEED = 20_000
 AT_ONCE = {"flux": 100, "wan": 20}
@@ -60,7 +61,8 @@ READ_AT_ONCE = 16
 IN_PARTS = {
     "flux": {"VAE in strips of 64": {"vae_strip_rows": 64}, "VAE in strips of 32": {"vae_strip_rows": 32},
              "VAE in tiles of 256": {"vae_tiling": True, "vae_tile_pixels": 256}},
-    "wan": {"VAE in tiles of 256": {"vae_tiling": True, "vae_tile_pixels": 256}},
+    "wan": {"VAE in strips of 32": {"vae_strip_rows": 32},
+            "VAE in tiles of 256": {"vae_tiling": True, "vae_tile_pixels": 256}},
 }  # fmt: skip
 """The smallest that the planner takes; of strips half of it, too. A tile of 256 holds a whole picture."""
 EXACT = {"dtype": "float32", "precision": "fp32"}
@@ -189,6 +191,8 @@ def _pipeline(
         if facts.family == "flux":
             lessen(parts["vae"], plan)
             parts["vae"].use_slicing = plan.vae_strip_rows > 0  # strips are of one picture
+        elif plan.vae_strip_rows:
+            in_strips(parts["vae"], plan.vae_strip_rows)
         elif plan.vae_tiling:
             wan.tile(parts["vae"], plan.vae_tile_pixels)
         parts |= {name: loader.tokenizer(name) for name in ("tokenizer", "tokenizer_2") if (folder / name).is_dir()}

@@ -54,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             for line in _decoded(facts, vae, size, arguments):
                 print(json.dumps(line), flush=True)
                 lines.append(line)
-    bars = _bars(lines, judge_memory=not arguments.tiny)
-    for bar in bars:
+    judged = bars(lines, judge_memory=not arguments.tiny)
+    for bar in judged:
         print(json.dumps(bar))
-    return 0 if all(bar["ok"] for bar in bars) else 1
+    return 0 if all(bar["ok"] for bar in judged) else 1
 
 
 def _vae(facts: ModelFacts, device: torch.device, *, tiny: bool) -> Any:
@@ -84,7 +84,7 @@ def _decoded(facts: ModelFacts, exact: Any, size: str, arguments: argparse.Names
             in_strips(vae, how.strip_rows)
         if how.tile_pixels:
             in_tiles(vae, how.tile_pixels)
-        _emptied()
+        emptied()
         before = torch.cuda.memory_reserved() if device.type == "cuda" else 0
         shown, seconds = torch.empty(0), []
         for _ in range(RUNS):
@@ -96,7 +96,7 @@ def _decoded(facts: ModelFacts, exact: Any, size: str, arguments: argparse.Names
         reserved = torch.cuda.max_memory_reserved() - before if device.type == "cuda" else 0
         off = (shown.cpu().float() - right).abs() * GREY_LEVELS
         yield {
-            "size": size, "way": _name(how), "seconds_first": round(seconds[0], 4), "seconds": round(min(seconds), 4),
+            "size": size, "way": name_of(how), "seconds_first": round(seconds[0], 4), "seconds": round(min(seconds), 4),
             "reserved_gib": round(reserved / GIB, 3), "bytes_a_pixel": round(reserved / (width * height)),
             "counted_gib": round(_counted(facts, width, height, how) / GIB, 3),
             "mean_grey_levels_off": round(float(off.mean()), 4), "largest": round(float(off.max()), 2),
@@ -104,7 +104,7 @@ def _decoded(facts: ModelFacts, exact: Any, size: str, arguments: argparse.Names
         del vae, shown
 
 
-def _name(how: Decoding) -> str:
+def name_of(how: Decoding) -> str:
     if how.tile_pixels:
         return f"tiles of {how.tile_pixels}"
     return f"strips of {how.strip_rows}" if how.strip_rows else "whole"
@@ -115,24 +115,26 @@ def _counted(facts: ModelFacts, width: int, height: int, how: Decoding) -> int:
     return footprint.decode_bytes(spec, facts, how, 2) + footprint.SLACK_BYTES
 
 
-def _emptied() -> None:
+def emptied() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
-def _bars(lines: list[dict[str, Any]], *, judge_memory: bool) -> list[dict[str, Any]]:
+def bars(lines: list[dict[str, Any]], *, judge_memory: bool) -> list[dict[str, Any]]:
     found = []
     for whole in (line for line in lines if line["way"] == "whole"):
-        for line in (line for line in lines if line["size"] == whole["size"] and "strips" in line["way"]):
+        strips = [line for line in lines if line["size"] == whole["size"] and "strips" in line["way"]]
+        for line in strips:
             name = f"{line['size']}, {line['way']}"
             bound = max(ERROR_TIMES * whole["mean_grey_levels_off"], 0.01)
             found.append(_bar(f"{name}: mean grey levels from float32", line["mean_grey_levels_off"], bound))
             if judge_memory:
                 found.append(_bar(f"{name}: reserved, GiB", line["reserved_gib"], line["counted_gib"]))
-                if whole["reserved_gib"] > 2:
-                    bound = MEMORY_SHARE * whole["reserved_gib"]
-                    found.append(_bar(f"{name}: of the whole's memory, GiB", line["reserved_gib"], bound))
+        if judge_memory and strips and whole["reserved_gib"] > 2:
+            least = min(line["reserved_gib"] for line in strips)
+            name = f"{whole['size']}, the lowest strips: of the whole's memory, GiB"
+            found.append(_bar(name, least, MEMORY_SHARE * whole["reserved_gib"]))
     return found
 
 
@@ -143,7 +145,7 @@ def _bar(name: str, measured: float, bound: float) -> dict[str, Any]:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", metavar="WIDTHxHEIGHT")
-    parser.add_argument("--rows", type=int, nargs="+", default=[footprint.STRIP_ROWS])
+    parser.add_argument("--rows", type=int, nargs="+", default=list(footprint.STRIP_ROWS["flux"]))
     parser.add_argument("--tiny", action="store_true", help="on the CPU")
     return parser.parse_args(argv)
 

@@ -221,7 +221,7 @@ def denoise(
 def decode(family: Any, spec: JobSpec, base: Plan, facts: ModelFacts, folder: Path, latents: torch.Tensor) -> None:
     ways: dict[str, dict[str, Any]] = {
         "whole": {},
-        "in strips": {"vae_strip_rows": footprint.STRIP_ROWS},
+        "in strips": {"vae_strip_rows": footprint.STRIP_ROWS["flux"][0]},
         "tiled": {"vae_tiling": True, "vae_tile_pixels": footprint.TILES[0]},
     }
     for way, changes in ways.items():

@@ -58,14 +58,23 @@ TILED_BYTES_PER_PIXEL_AND_FRAME = 7
 TILES = (512, 256)
 """Sides of the tiles that a VAE may work in, in pixels; smaller ones show more seams."""
 
-STRIP_ROWS = 64
-"""Of the strips that FLUX's may work in, which have no seams (`safelightd.pipelines.flux_vae`): lower ones save little
-of what lies between two layers."""
+STRIP_ROWS = {"flux": (64,), "wan": (128, 64)}
+"""Of the strips that a VAE may work in, which have no seams (`safelightd.pipelines.flux_vae`, `.wan_strips`), by
+family. Lower ones save little of what is there for the whole picture; of Wan lower ones are slower, too."""
 
-STRIPS_BYTES_PER_PIXEL, STRIP_BYTES_PER_PIXEL = 1_080, 2_100
-"""What FLUX's decode in bf16 takes of all pixels, and of those of a strip besides. Layers hold 1,024 between them, of
-256 and twice 128 channels. Reserved were 1,026 to 1,040, and 1,925 at most, at six sizes and strips of 32, 64 and 128
-rows, 512x512 to 1536x1536 (`bench.gpu_decode`, H100, torch 2.11.0+cu130, 2026-11-27)."""
+STRIPS_BYTES_PER_PIXEL = {("flux", 8): 1_080, ("wan", 16): 3_700, ("wan", 8): 4_600}
+"""What a decode in bf16 takes of all pixels, by family and `vae_scale`. FLUX's layers hold 1,024 between them, of 256
+and twice 128 channels: reserved were 1,026 to 1,040 at six sizes and strips of 32, 64 and 128 rows, 512x512 to
+1536x1536. Wan's convolutions hold two frames each of what they were shown, beside the part of a clip that comes out:
+3,650 to 3,670 of the 5B at 1280x704 and 704x1280 and 4,410 of A14B at 832x480, strips of 32 to 256 rows
+(`bench.gpu_decode`, `bench.gpu_decode_wan`, H100, torch 2.11.0+cu130, 2026-11-27)."""
+
+STRIP_BYTES_PER_PIXEL = {"flux": 2_100, "wan": 8_000}
+"""Of those of a strip besides: 1,925 and 7,900 at most, in the same runs."""
+
+STRIP_MORE_ROWS = {"flux": 0, "wan": 34}
+"""What Wan's convolutions keep between two strips, in rows of a strip (counted on meta tensors: 34 in the 5B, 11 in
+A14B)."""
 
 TINY_TILES = {"flux": (32,), "wan": (64,)}
 TINY_STRIP_ROWS = 16
@@ -168,8 +177,8 @@ class Decoding:
 
 def decodings(spec: JobSpec, facts: ModelFacts) -> tuple[Decoding, ...]:
     """Return how the VAE may work, the largest first; who names a way gets that and no other."""
-    rows = TINY_STRIP_ROWS if facts.tiny else STRIP_ROWS
-    strips = (Decoding(strip_rows=rows),) if facts.family == "flux" else ()
+    rows = (TINY_STRIP_ROWS,) if facts.tiny else STRIP_ROWS[facts.family]
+    strips = tuple(Decoding(strip_rows=high) for high in rows) if facts.decodes_in_strips else ()
     tiles = tuple(Decoding(tile_pixels=side) for side in (TINY_TILES[facts.family] if facts.tiny else TILES))
     ways = {"off": (Decoding(),), "strips": strips, "on": tiles}
     return ways[spec.vae_tiling] if spec.vae_tiling != "auto" else (Decoding(), *strips, *tiles)
@@ -179,8 +188,9 @@ def decode_bytes(spec: JobSpec, facts: ModelFacts, how: Decoding, width: int) ->
     """Return what a decode takes above the VAE, in floats of `width` bytes."""
     pixels = spec.width * spec.height
     if how.strip_rows:
-        working = pixels * STRIPS_BYTES_PER_PIXEL
-        working += min(how.strip_rows, spec.height) * spec.width * STRIP_BYTES_PER_PIXEL
+        rows = min(how.strip_rows + STRIP_MORE_ROWS[facts.family], spec.height)
+        working = pixels * STRIPS_BYTES_PER_PIXEL[facts.family, facts.vae_scale]
+        working += rows * spec.width * STRIP_BYTES_PER_PIXEL[facts.family]
     else:
         at_once = min(pixels, how.tile_pixels**2) if how.tile_pixels else pixels
         working = at_once * DECODE_BYTES_PER_PIXEL[facts.family]

@@ -351,7 +351,7 @@ def _check_rest(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> No
             f"output_format {shown(fields['output_format'])} is none for {facts.kind}s: {', '.join(legal)} are",
             f"Use {legal[0]}.",
         )
-    if fields.get("vae_tiling") == "strips" and facts.family != "flux":
+    if fields.get("vae_tiling") == "strips" and not facts.decodes_in_strips:
         faults.of("vae_tiling", "model").add(
             f"vae_tiling strips is not offered for {facts.key}", "Use auto, off or on."
         )

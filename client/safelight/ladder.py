@@ -334,7 +334,8 @@ def decode_rungs(spec: JobSpec, facts: ModelFacts, machine: Machine, dtype: Dtyp
     base = footprint.outside_bytes(facts) + weights + footprint.SLACK_BYTES
     for how in footprint.decodings(spec, facts):
         device = base + footprint.decode_bytes(spec, facts, how, width)
-        yield decode_rung(how, device, host, seconds)
+        times = pace.STRIPS_TIMES.get((facts.family, how.strip_rows), 1.0)
+        yield decode_rung(how, device, host, seconds * times)
 
 
 def of_phase(

@@ -94,7 +94,11 @@ DECODE_PIXELS_PER_FLOP = {"flux": 1.0e-7, "wan": 1.6e-8}
 """Output pixels per flop of the card's rate: FLUX decodes 1024x1024 in 0.1 s, Wan 1280x704x121 in 6.3 s (H100)."""
 
 TILED_TIMES = 1.6
-"""What a decode in tiles takes longer: they overlap, where strips compute two rows more than they have."""
+"""What a decode in tiles takes longer, since they overlap."""
+
+STRIPS_TIMES = {("wan", 128): 1.25, ("wan", 64): 1.5}
+"""What a decode in strips takes longer, by family and rows: 1.20 to 1.26 and 1.36 to 1.74 times the whole's seconds
+(`bench.gpu_decode_wan`, H100, torch 2.11.0+cu130, 2026-11-27). FLUX's takes no longer from 1024x1024 on."""
 
 CPU_FLOPS = 50e9
 """Of a few cores in float32."""

@@ -125,8 +125,8 @@ class Plan(BaseModel):
     vae_tile_pixels: int = 512
     """Side of a tile, where there are tiles."""
     vae_strip_rows: int = 0
-    """Above 0 a picture goes through the VAE strip by strip, from edge to edge and so many rows high: no tiles, and the
-    numbers of the whole within rounding. FLUX only."""
+    """Above 0 a picture or clip goes through the VAE strip by strip, from edge to edge and so many of its rows high: no
+    tiles, and the numbers of the whole within rounding. Of Wan it is decoded so, and encoded whole."""
     predicted: dict[str, PhasePrediction] = Field(default_factory=dict)
     seconds: float | None = None
     """Expected run time; None in plans that could not tell."""

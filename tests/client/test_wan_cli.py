@@ -92,6 +92,7 @@ def test_the_models_own_defaults_are_the_programs(key: str) -> None:
         ({"precision": "fp8"}, "precision fp8 is not offered by Wan's own program. Use auto or bf16."),
         ({"offload": "partial"}, "offload partial is not offered by Wan's own program. Use auto or model."),
         ({"vae_tiling": "on"}, "vae_tiling on is not offered by Wan's own program. Use auto or off."),
+        ({"vae_tiling": "strips"}, "vae_tiling strips is not offered by Wan's own program. Use auto or off."),
         ({"compile": "on"}, "compile on is not offered by Wan's own program. Use auto or off."),
         ({"last_image": DIGEST}, "last_image would be ignored by wan-ti2v-5b. Leave it out."),
         (

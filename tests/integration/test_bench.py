@@ -10,7 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from bench import cases, demo, fullsize, gpu_cache, gpu_decode, gpu_files, gpu_video, gpu_video_a14b, shapes
+from bench import (
+    cases,
+    demo,
+    fullsize,
+    gpu_cache,
+    gpu_decode,
+    gpu_decode_wan,
+    gpu_files,
+    gpu_video,
+    gpu_video_a14b,
+    shapes,
+)
 
 from safelight import caches, models
 from safelight.receipt import Receipt
@@ -109,6 +120,16 @@ def test_strips_are_tried_in_little(capsys: pytest.CaptureFixture[str]) -> None:
 
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["way"] for line in lines if "way" in line] == ["whole", "strips of 32", "tiles of 512"]
+    assert [bar["ok"] for bar in lines if "bar" in bar] == [True]
+
+
+def test_strips_of_clips_are_tried_in_little(capsys: pytest.CaptureFixture[str]) -> None:
+    case = ("--cases", "wan-ti2v-5b:256x256")
+
+    assert gpu_decode_wan.main(["--tiny", *case, "--rows", "48", "--latent-frames", "2"]) == 0
+
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["way"] for line in lines if "way" in line] == ["whole", "strips of 48", "tiles of 512"]
     assert [bar["ok"] for bar in lines if "bar" in bar] == [True]
 
 

@@ -283,15 +283,33 @@ def test_numbers_that_are_no_picture_are_refused(number: float, text_run: Run) -
         text_run.decode(latents)
 
 
-@pytest.mark.parametrize("tiled", [False, True])
-def test_pixels_that_overflow_in_the_vae_are_refused(tiled: bool, text_run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("job", ["5B from text", "A14B from text"])
+def test_a_clip_in_strips_is_that_of_the_whole_and_asks_before_each_whether_to_stop(
+    job: str, tiny_models_folder: Path
+) -> None:
+    fields = JOBS[job] | {"num_inference_steps": 1, "num_frames": 5}
+    runs = [run_of(fields, tiny_models_folder, plan_changes={"vae_strip_rows": rows}) for rows in (0, 2048, 16)]
+    latents = runs[0].latents()
+    shown, asked = [], []
+    for run in runs:
+        before = run.stop.asked
+        shown.append(np.stack(run.decode(latents)).astype(int))
+        asked.append(run.stop.asked - before)
+
+    assert shown[0].std() > 10
+    assert all(np.abs(other - shown[0]).max() <= 1 for other in shown[1:])
+    assert asked[2] > asked[1] + 10
+
+
+@pytest.mark.parametrize("how", [{}, {"vae_tiling": True}, {"vae_strip_rows": 16}], ids=["whole", "tiles", "strips"])
+def test_pixels_that_overflow_in_the_vae_are_refused(how: dict[str, Any], text_run: Run, tmp_path: Path) -> None:
     """The VAE would clamp infinity to a white picture that looks like a result."""
     vae = Path(shutil.copytree(text_run.models_folder / "tiny-wan-ti2v" / "vae", tmp_path / "vae"))
     file = vae / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     weights["decoder.conv_out.bias"].fill_(float("inf"))
     save_file(weights, file, metadata={"format": "pt"})
-    broken = Run(text_run.spec, text_run.models_folder, {"vae_tiling": tiled}, component_paths={"vae": str(vae)})
+    broken = Run(text_run.spec, text_run.models_folder, how, component_paths={"vae": str(vae)})
 
     with pytest.raises(BrokenResult, match="pixels hold NaN or infinity"):
         broken.decode(text_run.latents())

@@ -60,7 +60,7 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("--offload",), "HOW", "auto, model, partial, block, leaf or sequential."),
     (("--low-cpu-mem-usage",), "HOW", "auto, on or off: of offload leaf, pin on the way. Slower, and less RAM."),
     (("--compile",), "HOW", "auto, on or off: run the transformer's blocks compiled."),
-    (("--vae-tiling",), "HOW", "auto; off: whole; strips, of FLUX alone; on: in tiles."),
+    (("--vae-tiling",), "HOW", "auto; off: whole; strips, without seams; on: in tiles."),
     (("--text-encoder-precision",), "HOW", "As --precision, of the large text encoder."),
     (("--text-encoder-device",), "HOW", "auto, gpu or cpu."),
     (("--cache",), "HOW", "first-block:threshold=0.08 or taylorseer:cache_interval=3: faster, and another result."),

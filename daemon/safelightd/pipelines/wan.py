@@ -37,6 +37,7 @@ from safelightd.pipelines import (
     stop_inside,
     values,
     wan_modulation,
+    wan_strips,
     wan_vae,
 )
 from safelightd.preview import Values
@@ -188,6 +189,8 @@ def decode(
     with loader.component("vae", plan.device) as vae:
         stop_inside(vae, watch)
         _refuse_broken_parts(vae)
+        if plan.vae_strip_rows:
+            wan_strips.in_strips(vae, plan.vae_strip_rows, watch.check)
         wan_vae.lighten(vae)
         watch.loaded()
         scaled = _as_the_vae_wrote_them(latents.to(plan.device, vae.dtype), vae)

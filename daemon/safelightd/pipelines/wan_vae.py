@@ -18,7 +18,7 @@ SMALLEST = 1e-12
 """What torch's normalize takes a shorter length for."""
 
 
-class _Norm(WanRMS_norm):  # type: ignore[misc] # diffusers has no types
+class Norm(WanRMS_norm):  # type: ignore[misc] # diffusers has no types
     """One pass to measure, one to divide, one for gamma. Lengths and quotients are float32; the result is rounded
     twice, where diffusers rounds it three times."""
 
@@ -31,7 +31,7 @@ class _Norm(WanRMS_norm):  # type: ignore[misc] # diffusers has no types
         return normalised if isinstance(self.bias, float) else normalised.add_(self.bias)
 
 
-class _Convolution(WanCausalConv3d):  # type: ignore[misc] # as above
+class Convolution(WanCausalConv3d):  # type: ignore[misc] # as above
     """Leaves the border of zeros in space to the kernel; only in time, where it lies on one side, it is joined on."""
 
     def forward(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
@@ -50,8 +50,8 @@ def lighten(vae: Any) -> None:
         return
     for part in vae.decoder.modules():
         if type(part) is WanRMS_norm:
-            part.__class__ = _Norm
+            part.__class__ = Norm
         elif type(part) is WanCausalConv3d:
-            part.__class__ = _Convolution
+            part.__class__ = Convolution
         elif isinstance(part, nn.SiLU):
             part.inplace = True  # each follows a norm, whose result nobody else needs
