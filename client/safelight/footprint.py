@@ -46,11 +46,11 @@ ENCODE_BYTES = 48 * MIB
 ENCODE_BYTES_PER_TOKEN = 420_000
 """Peak of a text encoder's forward above its weights: T5's took 0.19 GiB at 512 tokens."""
 
-DECODE_BYTES_PER_PIXEL = {"flux": 3_180, "wan": 14_400}
-"""Of a whole bf16 decode above the VAE: FLUX reserves 2.95 GiB at 1024x1024, 4.33 GiB at 1536x1024 and once in six
-4.80; Wan 2.2 11.5 GiB at 1280x704x121 and 11.8 in an engine's second job, where convolutions make their own borders
+DECODE_BYTES_PER_PIXEL = {"flux": 3_260, "wan": 14_400}
+"""Of a whole bf16 decode above the VAE: FLUX reserves 2.95 GiB at 1024x1024, 4.33 GiB at 1536x1024, and once in six
+times 4.80, at 1472x1088 4.83; Wan 2.2 11.5 GiB at 1280x704x121 and 11.8 in an engine's second job, where convolutions make their own borders
 (`safelightd.pipelines.wan_vae`; 9.6 as diffusers does it): it gives its frames away as they come, and takes the same
-for fewer. H100, torch 2.11.0+cu130, 2026-11-26."""
+for fewer. H100, torch 2.11.0+cu130, 2026-11-26 and 27."""
 
 TILED_BYTES_PER_PIXEL_AND_FRAME = 7
 """The clip that the VAE joins of tiles before it gives any: 4.2 GiB in all at 1280x704x121."""
@@ -81,10 +81,10 @@ TINY_STRIP_ROWS = 16
 TINY_DECODE = 16
 """The tiny VAEs are so many times narrower than the real ones."""
 
-QUANTISING_BYTES_PER_WEIGHT = 14
+QUANTISING_BYTES_PER_WEIGHT = 15
 """Of the largest Linear, while it is quantised on its way: itself, its parts, and what torchao computes in float32 of
-16 million weights at a time. 12 fell short by 0.03 GiB in two cases of thirty (FLUX at 8 GB, fp8-weight-only and
-fp8-dynamic; H100, torch 2.11.0+cu130, 2026-11-26)."""
+16 million weights at a time. 12 fell short by 0.03 GiB in two cases of thirty, and 14 by 0.003 in one (FLUX at 8 GB,
+fp8-weight-only and fp8-dynamic; H100, torch 2.11.0+cu130, 2026-11-26 and 27)."""
 
 LEAF_BYTES = 340 * MIB
 """diffusers' leaf offload and accelerate's sequential one, above the activations: 0.81 GiB in all."""

@@ -1,7 +1,8 @@
 """A small picture of what a job has denoised so far: each colour is a sum of the latent's channels. Knows no torch.
 
-The weights of these sums are learned here, one set a VAE: at first from what it makes of two charts of colours, then
-from each finished job, its last latents and what the VAE made of them. Models that share one learn for each other.
+The weights of these sums are learned here, one set a VAE: before a first job that takes long from what it makes of two
+charts of colours, and from each finished job, its last latents and what the VAE made of them. Models that share one
+learn for each other.
 
     state/previews/<id>.jpg      what `safelight watch` shows, while the job runs
     state/previews/<VAE>.json    what was learned
@@ -25,6 +26,9 @@ from safelightd.logs import Log
 
 EVERY_S = 2.0
 """Between two pictures of a job: each makes the GPU wait for a copy of a few hundred kilobytes."""
+
+WORTH_S = 10.0
+"""A job that takes less is over before a person looks: it is not worth the half second that charts take on a CPU."""
 
 SIDE_PIXELS_MAX = 256
 WEIGHT_OF_LAST = 0.5
@@ -109,13 +113,14 @@ class Preview:
         self._factors = _load(self._file)
         self._shown_at = time.monotonic()
 
-    def begin(self, encoded: Callable[[Sequence[NDArray[np.uint8]]], Sequence[Values]]) -> None:
+    def begin(self, seconds: float | None, encoded: Callable[[Sequence[NDArray[np.uint8]]], Sequence[Values]]) -> None:
         """Learn from charts, where no job has taught anything yet: a first clip may take an hour.
 
         Args:
+            seconds: that the job is expected to take; None: nobody knows.
             encoded: returns what the VAE makes of pictures.
         """
-        if self._factors is None:
+        if self._factors is None and (seconds is None or seconds >= WORTH_S):
             pictures = charts()
             for latents, picture_of in zip(encoded(pictures), pictures, strict=True):
                 self._learn(latents, picture_of)

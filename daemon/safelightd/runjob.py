@@ -124,7 +124,7 @@ def _run_job(spec: JobSpec, attempt: int, setting: Setting, watch: Watch, circum
         stored = loader.stored_precisions()
         made_by = checkpoint.digest(spec, plan, loader.weights(), metadata.versions())
         watch.preview = preview.Preview(paths, spec.id, loader.vae_key())
-        watch.preview.begin(lambda pictures: family.encoded_pictures(pictures, plan, loader, watch))
+        watch.preview.begin(plan.seconds, lambda pictures: family.encoded_pictures(pictures, plan, loader, watch))
         settings = setting.config.settings
         kept = checkpoint.Checkpoint(
             paths.checkpoints / spec.id,

@@ -66,7 +66,7 @@ def test_a_vaes_charts_teach_what_its_first_job_looks_like_and_are_asked_for_onc
         return [np.tensordot(np.linalg.pinv(MIXED), of_one, axes=(0, 2)).astype(np.float32) for of_one in small]
 
     for _ in range(2):
-        of(installation).begin(encoded)
+        of(installation).begin(None, encoded)
     of(installation).show(lambda: latents_and_frame()[0])
     with Image.open(preview.picture(installation.paths, "job")) as opened:
         shown = np.asarray(opened, dtype=float)
@@ -75,8 +75,18 @@ def test_a_vaes_charts_teach_what_its_first_job_looks_like_and_are_asked_for_onc
     assert shown.shape == (HEIGHT, WIDTH, 3)
 
 
+def test_a_job_that_is_over_soon_has_no_charts_made_for_it(installation: Installation) -> None:
+    def never(_pictures: Sequence[pipelines.Frame]) -> list[preview.Values]:
+        raise AssertionError("nobody would look")
+
+    of(installation).begin(preview.WORTH_S / 2, never)
+
+    assert not (installation.paths.previews / "vae.json").exists()
+
+
 def test_a_vae_that_makes_no_numbers_of_charts_teaches_nothing(installation: Installation) -> None:
-    of(installation).begin(lambda pictures: [np.full((CHANNELS, HEIGHT, WIDTH), np.nan, np.float32) for _ in pictures])
+    broken = np.full((CHANNELS, HEIGHT, WIDTH), np.nan, np.float32)
+    of(installation).begin(None, lambda pictures: [broken for _ in pictures])
 
     assert not (installation.paths.previews / "vae.json").exists()
 
@@ -88,7 +98,7 @@ def test_what_charts_teach_shows_the_colours_of_other_pictures(
     """With VAEs that were trained: a picture shown by its latents has the colours it has."""
     run = Run(spec_for(key, prompt=prompt), installation.paths.models)
     shower = of(installation)
-    shower.begin(lambda pictures: run.family.encoded_pictures(pictures, run.plan, run.loader, run.watch))
+    shower.begin(60.0, lambda pictures: run.family.encoded_pictures(pictures, run.plan, run.loader, run.watch))
     drawn = Image.linear_gradient("L").convert("RGB")
     drawn.paste((200, 40, 30), (40, 60, 140, 200))
     drawn.paste((30, 60, 190), (150, 20, 230, 120))
@@ -218,9 +228,10 @@ def test_a_clip_shows_a_frame_that_is_denoised_and_not_what_lies_under_the_pictu
 
 
 @pytest.mark.parametrize("same_vae", [True, False])
-def test_a_models_first_job_is_shown_and_one_vae_is_learned_once(
-    same_vae: bool, tiny_models_folder: Path, installation: Installation
+def test_a_models_first_job_is_shown_where_it_takes_long_and_one_vae_is_learned_once(
+    same_vae: bool, tiny_models_folder: Path, installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(preview, "WORTH_S", 0.0)
     own = with_own_models(installation, tiny_models_folder, "tiny-flux-schnell", "tiny-flux-dev")
     schnell, dev = own.paths.models / "tiny-flux-schnell", own.paths.models / "tiny-flux-dev"
     if same_vae:
