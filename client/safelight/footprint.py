@@ -47,10 +47,10 @@ ENCODE_BYTES_PER_TOKEN = 420_000
 """Peak of a text encoder's forward above its weights: T5's took 0.19 GiB at 512 tokens."""
 
 DECODE_BYTES_PER_PIXEL = {"flux": 3_260, "wan": 14_400}
-"""Of a whole bf16 decode above the VAE: FLUX reserves 2.95 GiB at 1024x1024, 4.33 GiB at 1536x1024, and once in six
-times 4.80, at 1472x1088 4.83; Wan 2.2 11.5 GiB at 1280x704x121 and 11.8 in an engine's second job, where convolutions make their own borders
-(`safelightd.pipelines.wan_vae`; 9.6 as diffusers does it): it gives its frames away as they come, and takes the same
-for fewer. H100, torch 2.11.0+cu130, 2026-11-26 and 27."""
+"""Of a whole bf16 decode above the VAE: FLUX reserves 2.95 GiB at 1024x1024, 4.33 GiB at 1536x1024, once in six times
+4.80, and at 1472x1088 4.83; Wan 2.2 11.5 GiB at 1280x704x121 and 11.8 in an engine's second job, where convolutions
+make their own borders (`safelightd.pipelines.wan_vae`; 9.6 as diffusers does it): it gives its frames away as they
+come, and takes the same for fewer. H100, torch 2.11.0+cu130, 2026-11-26 and 27."""
 
 TILED_BYTES_PER_PIXEL_AND_FRAME = 7
 """The clip that the VAE joins of tiles before it gives any: 4.2 GiB in all at 1280x704x121."""
