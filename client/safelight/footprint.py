@@ -39,8 +39,10 @@ thirty cases (FLUX 512x512 at 8 GB, fp8-weight-only; H100, torch 2.11.0+cu130, 2
 DEQUANTISED: tuple[Precision, ...] = (
     "fp8-dynamic", "fp8-weight-only", "fp8-quanto", "int8-dynamic", "int8-weight-only",
 )  # fmt: skip
-DEQUANTISED_BYTES_PER_WEIGHT = 10
-"""Of the largest Linear, while eager torchao makes it 16 bit again by way of float32: 0.7 to 1.4 GiB in all."""
+DEQUANTISED_BYTES_PER_WEIGHT = 14
+"""Of the largest Linear, while eager torchao makes it 16 bit again by way of float32: 0.7 to 1.4 GiB in all. How soon
+that is given back depends on how the streams come: one plan took 6.59 GiB, 6.73 and 6.82, where 10 had 6.72 predicted
+(FLUX, fp8-weight-only, 41 of 57 blocks streamed; H100, torch 2.11.0+cu130, 2026-11-27)."""
 
 ENCODE_BYTES = 48 * MIB
 ENCODE_BYTES_PER_TOKEN = 420_000
@@ -81,10 +83,10 @@ TINY_STRIP_ROWS = 16
 TINY_DECODE = 16
 """The tiny VAEs are so many times narrower than the real ones."""
 
-QUANTISING_BYTES_PER_WEIGHT = 15
+QUANTISING_BYTES_PER_WEIGHT = 14
 """Of the largest Linear, while it is quantised on its way: itself, its parts, and what torchao computes in float32 of
-16 million weights at a time. 12 fell short by 0.03 GiB in two cases of thirty, and 14 by 0.003 in one (FLUX at 8 GB,
-fp8-weight-only and fp8-dynamic; H100, torch 2.11.0+cu130, 2026-11-26 and 27)."""
+16 million weights at a time. 12 fell short by 0.03 GiB in two cases of thirty (FLUX at 8 GB, fp8-weight-only and
+fp8-dynamic; H100, torch 2.11.0+cu130, 2026-11-26)."""
 
 LEAF_BYTES = 340 * MIB
 """diffusers' leaf offload and accelerate's sequential one, above the activations: 0.81 GiB in all."""
