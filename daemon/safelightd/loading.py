@@ -60,6 +60,9 @@ CLASSES = {
 TOLD_BY_BYTES = 2**20
 """Of a file: its names and shapes, and of FLUX's and Wan's VAEs some weights, which two trainings make differ."""
 
+ALIGNMENT_BYTES = 64
+"""Where torch's own allocations on the CPU begin (c10/core/alignment.h)."""
+
 WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 """How each library names a component's weights; sharded ones are listed in the same name plus .index.json."""
 
@@ -371,6 +374,8 @@ class Loader:
                 f"{folder}: {len(missing)} weights are missing, {missing[0]} the first. Fetch the model anew."
             )
         assert isinstance(module, nn.Module)
+        if (computes or device).type == "cpu":
+            _align(module)
         self._change(name, module, computes or device)
         return module
 
@@ -384,6 +389,14 @@ class Loader:
 
 def _told(files: Sequence[Path]) -> list[tuple[str, int, int]]:
     return [(file.name, (at := file.stat()).st_size, at.st_mtime_ns) for file in files]
+
+
+def _align(module: nn.Module) -> None:
+    """Put tensors where torch's own allocations begin: in a mapped file they lie anywhere, and the BLAS of some CPUs
+    rounds by that (AMD EPYC, torch 2.13.0, 2026-11-27)."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.data_ptr() % ALIGNMENT_BYTES:
+            tensor.data = tensor.data.clone()
 
 
 def _from_pretrained(wanted: Any, folder: Path, **arguments: Any) -> Any:
