@@ -112,8 +112,12 @@ def test_an_outbox_whose_disk_is_not_mounted_holds_the_queue_until_it_is_back(
         running.all_in([first], "done")
         eventually(installation.paths.outbox_seen.exists)
         outbox = installation.paths.outbox
+        # A worker between its look at the disks and the next job would run that, as it would a moment before.
+        queue.set_user_hold("the disk is about to go")
+        eventually(lambda: any("user" in row.holds for row in queue.workers()))
         unmount(installation)
         (second,) = running.submit("ok")
+        queue.lift_user_hold()
         eventually(lambda: any("is its disk mounted?" in row.holds.get("disk", "") for row in queue.workers()))
 
         assert running.state(second) == "queued"
