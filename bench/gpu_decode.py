@@ -54,10 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for line in _decoded(facts, vae, size, arguments):
                 print(json.dumps(line), flush=True)
                 lines.append(line)
-    judged = bars(lines, judge_memory=not arguments.tiny)
-    for bar in judged:
-        print(json.dumps(bar))
-    return 0 if all(bar["ok"] for bar in judged) else 1
+    return judged(lines, judge_memory=not arguments.tiny)
 
 
 def _vae(facts: ModelFacts, device: torch.device, *, tiny: bool) -> Any:
@@ -73,12 +70,7 @@ def _decoded(facts: ModelFacts, exact: Any, size: str, arguments: argparse.Names
     stream = torch.Generator(device).manual_seed(2)
     latents = torch.randn(1, exact.config.latent_channels, height // 8, width // 8, generator=stream, device=device)
     right = exact.decode(latents).sample.cpu()
-    ways = [
-        Decoding(),
-        *(Decoding(strip_rows=rows) for rows in arguments.rows),
-        Decoding(tile_pixels=footprint.TILES[0]),
-    ]
-    for how in ways:
+    for how in ways(arguments.rows):
         vae = copy.deepcopy(exact).to(dtype)
         if how.strip_rows:
             in_strips(vae, how.strip_rows)
@@ -104,6 +96,11 @@ def _decoded(facts: ModelFacts, exact: Any, size: str, arguments: argparse.Names
         del vae, shown
 
 
+def ways(strip_rows: Sequence[int]) -> list[Decoding]:
+    strips = [Decoding(strip_rows=rows) for rows in strip_rows]
+    return [Decoding(), *strips, Decoding(tile_pixels=footprint.TILES[0])]
+
+
 def name_of(how: Decoding) -> str:
     if how.tile_pixels:
         return f"tiles of {how.tile_pixels}"
@@ -121,7 +118,15 @@ def emptied() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def bars(lines: list[dict[str, Any]], *, judge_memory: bool) -> list[dict[str, Any]]:
+def judged(lines: list[dict[str, Any]], *, judge_memory: bool) -> int:
+    """Print the bars, and return the exit code."""
+    bars = _bars(lines, judge_memory=judge_memory)
+    for bar in bars:
+        print(json.dumps(bar))
+    return 0 if all(bar["ok"] for bar in bars) else 1
+
+
+def _bars(lines: list[dict[str, Any]], *, judge_memory: bool) -> list[dict[str, Any]]:
     found = []
     for whole in (line for line in lines if line["way"] == "whole"):
         strips = [line for line in lines if line["size"] == whole["size"] and "strips" in line["way"]]

@@ -28,7 +28,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 from bench import shapes
 from bench.fullsize import FULL, spec_of, synchronise
-from bench.gpu_decode import GREY_LEVELS, bars, emptied, name_of
+from bench.gpu_decode import GREY_LEVELS, emptied, judged, name_of, ways
 from safelight import footprint, models
 from safelight.footprint import Decoding
 from safelight.machine import GIB
@@ -52,10 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for line in _decoded(table[key], size, arguments):
                 print(json.dumps(line), flush=True)
                 lines.append(line)
-    judged = bars(lines, judge_memory=not arguments.tiny)
-    for bar in judged:
-        print(json.dumps(bar))
-    return 0 if all(bar["ok"] for bar in judged) else 1
+    return judged(lines, judge_memory=not arguments.tiny)
 
 
 def _decoded(facts: ModelFacts, size: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -67,13 +64,8 @@ def _decoded(facts: ModelFacts, size: str, arguments: argparse.Namespace) -> Ite
     latents = torch.randn(shape, generator=torch.Generator(exact.device).manual_seed(2), device=exact.device)
     with torch.backends.cudnn.flags(allow_tf32=False):
         right = _shown(exact, latents)
-    ways = [
-        Decoding(),
-        *(Decoding(strip_rows=rows) for rows in arguments.rows),
-        Decoding(tile_pixels=footprint.TILES[0]),
-    ]
     exact.cpu()
-    for how in ways:
+    for how in ways(arguments.rows):
         vae = copy.deepcopy(exact).to(latents.device, dtype)
         if how.strip_rows:
             in_strips(vae, how.strip_rows)
