@@ -241,15 +241,17 @@ def closed_window() -> str:
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["--priority", "night"], f'priority night, [policy] window = "{closed_window()}"'),
+        (["--priority", "night"], 'priority night, [policy] window = "{window}"'),
         (["--not-before", "2099-01-01T06:00"], "not_before"),
     ],
 )
 def test_jobs_that_may_not_start_yet_are_given_no_end_and_the_reason(
     safelight: Safelight, installation: Installation, queue: JobQueue, words: list[str], why: str
 ) -> None:
+    window = closed_window()  # once: the hour may change while this test runs
+    why = why.format(window=window)
     with installation.config.source.open("a") as settings:
-        settings.write(f'window = "{closed_window()}"\n')  # below [policy], which is the last section
+        settings.write(f'window = "{window}"\n')  # below [policy], which is the last section
     queue.set_calibration(Calibration(load={"tiny-flux-schnell/encode/float32 on cpu": 1.0}))
     queue.publish_worker(WORKER, 60, device="cpu", machine=CPU.model_dump_json(), engine="")
     (now,) = ids_of(safelight("add", "a red fox"))
@@ -262,7 +264,7 @@ def test_jobs_that_may_not_start_yet_are_given_no_end_and_the_reason(
     opens = datetime.fromisoformat(found["later_from"])
     start = f"{opens:%d %b %Y %H:%M}" if why == "not_before" else f"{opens:%H:%M}"
     assert (found["waiting"], found["later"], found["done_at"]) == (2, 1, None)
-    assert opens.strftime("%H:%M") == ("06:00" if why == "not_before" else closed_window()[:5])
+    assert opens.strftime("%H:%M") == ("06:00" if why == "not_before" else window[:5])
     assert re.search(
         rf"^Waiting   2 jobs, .*; 1 of them not before .*{start}$", safelight("status").stdout, re.MULTILINE
     )
