@@ -15,7 +15,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,8 @@ class Checkpoint:
     """Of the disk, that stay free of it."""
     plan: Plan | None = None
     """Of the job that saves, for `begun` to tell."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of what computes it: with others there is nothing to go on with, and `begun` tells nothing."""
 
     def load(self, tell: Callable[[str], None] = _untold) -> Saved | None:
         """Return what an earlier attempt left; None where there is nothing, or nothing of use, which the log says.
@@ -174,7 +176,7 @@ class Keeper:
                 ),
                 "cache": json.dumps(packed.pack(cache, "cache.of", held)),
                 **self._began_anew,
-                **_way(self._checkpoint.plan),
+                **_way(self._checkpoint),
             }
         except TypeError as error:
             log.warning("checkpoint.impossible", error=error)
@@ -203,17 +205,25 @@ def pause_s(every_s: float, took_s: float) -> float:
 NOWHERE = Checkpoint(None)
 
 
-def _way(plan: Plan | None) -> dict[str, str]:
-    return {"plan": plan.model_dump_json(include=set(DECIDES_THE_BITS))} if plan else {}
+def _way(checkpoint: Checkpoint) -> dict[str, str]:
+    if checkpoint.plan is None:
+        return {}
+    plan = checkpoint.plan.model_dump_json(include=set(DECIDES_THE_BITS))
+    return {"plan": plan, "versions": json.dumps(dict(checkpoint.versions))}
 
 
-def begun(file: Path) -> Begun | None:
-    """Return the way that a job's checkpoint was made in; None where there is none, or it does not say.
+def begun(file: Path, versions: Mapping[str, str]) -> Begun | None:
+    """Return the way that a job's checkpoint was made in; None where there is none, or nothing goes on with it.
 
     What is wrong with a file is found, and told, by `Checkpoint.load`.
+
+    Args:
+        versions: of what would compute the rest. A checkpoint of others is of no use, and binds no plan.
     """
     try:
         told = packed.peek(file)
+        if json.loads(told["versions"]) != dict(versions):
+            return None
         return Begun.model_validate({**json.loads(told["plan"]), "step": int(told["step"])})
     except (OSError, packed.Damaged, KeyError, ValueError):  # a ValidationError is a ValueError
         return None

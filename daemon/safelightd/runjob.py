@@ -90,11 +90,11 @@ def _run_job(spec: JobSpec, attempt: int, setting: Setting, watch: Watch, circum
     if receipt := outputs.finish(spec.id, ledger, paths):
         return receipt  # rendered by an attempt that died before it could say so
     outputs.discard(spec.id, paths)
-    started_at = moment()
+    started_at, versions = moment(), metadata.versions()
 
     with watch.phase("plan"):
         machine = probe.read_machine(setting.config, device.own())
-        around = now(circumstances, setting, spec.model, checkpoint.begun(paths.checkpoints / spec.id))
+        around = now(circumstances, setting, spec.model, checkpoint.begun(paths.checkpoints / spec.id, versions))
         spec = lora.resolved(spec, paths)
         learned = calibration.load(paths.state)
         plan = watch.plan = room.plan_here(spec, machine, setting.config, setting.models, learned, around)
@@ -122,7 +122,7 @@ def _run_job(spec: JobSpec, attempt: int, setting: Setting, watch: Watch, circum
         if keys.are_all_in(known):
             plan = watch.plan = with_known_embeddings(plan, facts)
         stored = loader.stored_precisions()
-        made_by = checkpoint.digest(spec, plan, loader.weights(), metadata.versions())
+        made_by = checkpoint.digest(spec, plan, loader.weights(), versions)
         watch.preview = preview.Preview(paths, spec.id, loader.vae_key())
         watch.preview.begin(plan.seconds, lambda pictures: family.encoded_pictures(pictures, plan, loader, watch))
         settings = setting.config.settings
@@ -132,6 +132,7 @@ def _run_job(spec: JobSpec, attempt: int, setting: Setting, watch: Watch, circum
             settings.worker.checkpoint_s,
             leave_bytes=int(settings.policy.min_free_disk_gib * GIB),
             plan=plan,
+            versions=versions,
         )
         control = spec.controlnet.image if spec.controlnet else None
         image, last_image, control_image = (
@@ -153,9 +154,7 @@ def _run_job(spec: JobSpec, attempt: int, setting: Setting, watch: Watch, circum
     with watch.phase("publish"):
         device.release()
         results.note_use()
-        receipt_of = receipt_of_done(
-            spec, plan, machine, attempt, started_at, watch, metadata.versions(), around.overruns, stored
-        )
+        receipt_of = receipt_of_done(spec, plan, machine, attempt, started_at, watch, versions, around.overruns, stored)
         return outputs.publish(receipt_of, file, spec, ledger, paths)
 
 

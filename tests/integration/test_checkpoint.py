@@ -145,13 +145,14 @@ def test_why_a_job_began_anew_is_known_to_the_attempts_after(tiny_models_folder:
 def test_a_checkpoint_tells_the_way_that_the_job_was_begun_in(tiny_models_folder: Path, tmp_path: Path) -> None:
     fields = {**JOBS["5B from text"], "num_inference_steps": STEPS}
     plan = run_of(fields, tiny_models_folder).plan
-    interrupted(fields, tiny_models_folder, replace(kept(tmp_path), plan=plan), 3)
-    begun = checkpoint.begun(tmp_path / "job")
+    interrupted(fields, tiny_models_folder, replace(kept(tmp_path), plan=plan, versions={"torch": "2"}), 3)
+    begun = checkpoint.begun(tmp_path / "job", {"torch": "2"})
 
     assert begun is not None
     assert begun.step in (2, 3)  # the kill came beside the third
     assert (begun.dtype, begun.precision, begun.compiled) == (plan.dtype, plan.precision, plan.compiled)
     assert (begun.text_encoder_precision, begun.text_encoder_device) == (None, "cpu")
+    assert checkpoint.begun(tmp_path / "job", {"torch": "3"}) is None, "nothing goes on with what it holds"
 
 
 @pytest.mark.parametrize("content", [None, b"", b"what a disk made of it" * 9], ids=["none", "empty", "damaged"])
@@ -161,14 +162,14 @@ def test_a_checkpoint_that_cannot_say_how_the_job_was_begun_binds_no_plan(
     if content is not None:
         (tmp_path / "job").write_bytes(content)
 
-    assert checkpoint.begun(tmp_path / "job") is None
+    assert checkpoint.begun(tmp_path / "job", {}) is None
 
 
 def test_one_of_before_that_was_told_binds_no_plan(tmp_path: Path) -> None:
     kept(tmp_path).keeper().save(1, {"latents": torch.zeros(1)}, FlowMatchEulerDiscreteScheduler())
 
     assert kept(tmp_path).load() is not None
-    assert checkpoint.begun(tmp_path / "job") is None
+    assert checkpoint.begun(tmp_path / "job", {}) is None
 
 
 @pytest.mark.parametrize("damage", ["damaged", "another plan"])

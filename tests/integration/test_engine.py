@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from safelight.jobspec import JobSpec
-from safelightd import checkpoint
+from safelightd import checkpoint, metadata
 from safelightd.engine import Engine
 from safelightd.link import Link
 from tests.conftest import Installation
@@ -85,5 +85,5 @@ def test_a_clip_is_kept_when_the_worker_stops_and_not_when_it_is_cancelled(
     assert told[-1]["kind"] == "cancelled"
     file = installation.paths.checkpoints / spec.id
     assert file.exists() == (reason == "stop")
-    begun = checkpoint.begun(file)
+    begun = checkpoint.begun(file, metadata.versions())
     assert (begun and begun.precision) == ("fp32" if reason == "stop" else None)
