@@ -144,7 +144,7 @@ class RetentionSection(_Section):
 
 
 class NotifySection(_Section):
-    """How a person is told that the line is empty, that a hold lasts, or that a job was set aside."""
+    """How a person is told that the line is empty, a hold lasts, no job gets through, or one was set aside."""
 
     command: Annotated[str, AfterValidator(_command)] = ""
     desktop: bool = False

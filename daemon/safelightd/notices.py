@@ -1,4 +1,5 @@
-"""What a person is told in the morning, or in the night: the line is empty, a hold lasts, a job was set aside.
+"""What a person is told in the morning, or in the night: the line is empty, a hold lasts, no job gets through, a job
+was set aside.
 
 By a command of theirs, which gets the event as JSON on its stdin, and by the desktop. Both run in processes of their
 own that nobody waits for: neither can hurt a job, nor outlive the worker.
@@ -54,15 +55,21 @@ class Notices:
         self._ended: dict[str, int] = {}
         self._held: dict[str, float] = {}
         self._said: set[str] = set()
+        self._taken_back = ""
         self._under_way: list[_Told] = []
 
     def ended(self, receipt: Receipt | None) -> None:
         """Count a job that has ended, and tell of one that was set aside; None is a job that waits again."""
         if receipt is None:
             return
+        self._taken_back = ""
         self._ended[receipt.state] = self._ended.get(receipt.state, 0) + 1
         if receipt.state == "quarantined":
             self._tell("job.quarantined", f"{receipt.id} was set aside: {receipt.error}", id=receipt.id)
+
+    def taken_back(self, reason: str) -> None:
+        """Remember why the machine took a job back: it is told as a hold is, where no job ends for so long."""
+        self._taken_back = reason
 
     def look(self, counts: Mapping[str, int], holds: Mapping[str, str]) -> None:
         """See whether the line became empty and which holds last; ends what takes too long.
@@ -76,15 +83,16 @@ class Notices:
             what = ", ".join(f"{count} {state}" for state, count in sorted(ended.items()))
             self._tell("queue.empty", f"All jobs have ended: {what}.", **ended)
         now = self._clock()
-        self._held = {name: self._held.get(name, now) for name in holds}
-        self._said &= set(holds)
-        for name, reason in holds.items():
+        lasting = {name: (reason, "Nothing starts") for name, reason in holds.items()}
+        if self._taken_back and counts["queued"]:  # under the name of the hold between its tries: one wait, told once
+            lasting["machine"] = (self._taken_back, "No job gets through")
+        self._held = {name: self._held.get(name, now) for name in lasting}
+        self._said &= set(lasting)
+        for name, (reason, what) in lasting.items():
             minutes = (now - self._held[name]) / 60
             if name not in self._said and minutes >= self._settings.hold_minutes:
                 self._said.add(name)
-                self._tell(
-                    "hold.lasts", f"Nothing starts: {name}: {reason}", hold=name, reason=reason[:MESSAGE_CHARACTERS_MAX]
-                )
+                self._tell("hold.lasts", f"{what}: {name}: {reason}", hold=name, reason=reason[:MESSAGE_CHARACTERS_MAX])
 
     def close(self) -> None:
         """End what is still under way."""

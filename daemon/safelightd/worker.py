@@ -364,6 +364,7 @@ class GpuWorker(LoneWorker):
         reason, of_all = self.shared.take_setback()
         if reason:
             log.error("machine.setback", reason=reason)
+            self.notices.taken_back(reason)
             self.setback.failed(reason, of_all=of_all)
         else:
             self.setback.lifted()

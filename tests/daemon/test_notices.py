@@ -137,6 +137,32 @@ def test_a_hold_is_told_when_it_lasts_and_again_only_after_it_was_lifted(told: P
     ]  # fmt: skip
 
 
+def test_a_night_in_which_every_job_comes_back_is_told_once_until_one_ends(told: Path, notices: Make) -> None:
+    clock = Clock()
+    night = notices(writes(told), clock, hold_minutes=10)
+    for minute, holds in enumerate([{"machine": "no room; the next job starts 5 s after that"}, {}] * 10):
+        clock.now = 60.0 * minute
+        night.ended(None)
+        night.taken_back("no room: a game has 12.0 GiB")
+        night.look(counts(5), holds)
+        if minute == 10:
+            eventually(lambda: events(told))
+    night.ended(receipt("done"))
+    night.look(counts(4), holds={})
+    for minute in (30, 39):
+        clock.now = 60.0 * minute
+        night.taken_back("no room: a game has 12.0 GiB")
+        night.look(counts(4), holds={})
+    clock.now = 60.0 * 41
+    night.look(counts(0), holds={})  # all were cancelled meanwhile
+    eventually(lambda: len(events(told)) == 2)
+
+    event, empty = sorted(events(told), key=lambda each: str(each["event"]))
+    assert (event["event"], event["hold"], event["reason"]) == ("hold.lasts", "machine", "no room: a game has 12.0 GiB")
+    assert event["message"] == "No job gets through: machine: no room: a game has 12.0 GiB"
+    assert empty["event"] == "queue.empty"
+
+
 @pytest.mark.parametrize("command", ["/no/such/program", "sh -c 'exit 3'", "true", "sh -c 'exec 0<&-; sleep 30'"])
 def test_a_command_that_fails_reads_nothing_or_does_not_end_hurts_nothing(command: str, notices: Make) -> None:
     night = notices(command)
