@@ -14,12 +14,12 @@ from pathlib import Path
 import psutil
 
 from bench.soak_jobs import Sheet, Wish
-from safelight import jobqueue
 from safelight.config import Config
 from safelight.errors import LedgerDamaged
 from safelight.jobqueue import JobQueue
 from safelight.jobspec import JobSpec
 from safelight.ledger import Ledger
+from safelight.place import Place
 from safelight.receipt import Receipt
 from safelightd import verify
 
@@ -260,7 +260,7 @@ def order(config: Config, receipts: Sequence[Receipt], line: Line, found: Findin
     is that of the rename which made it the receipt.
     """
     ended = sorted(receipts, key=lambda r: (config.paths.receipts / f"{r.id}.json").stat().st_ctime_ns)
-    places = {receipt.id: jobqueue.place(receipt.spec) for receipt in ended}
+    places = {receipt.id: Place.of(receipt.spec) for receipt in ended}
     ran: list[Receipt] = []
     for late in ended:
         if late.state == "cancelled":

@@ -17,6 +17,7 @@ from safelight.cli import main
 from safelight.jobqueue import JobQueue
 from safelight.jobspec import JobSpec
 from safelight.machine import GIB, Machine
+from safelight.place import Place
 from safelight.receipt import Output, Receipt
 from tests.conftest import Installation
 
@@ -43,8 +44,9 @@ def ids_of(result: Result) -> list[str]:
 
 def start(queue: JobQueue, job: str) -> None:
     """Give a waiting job to the worker, as a worker does."""
-    place = str(queue.fields(job)["place"])
-    assert queue.dispatch(WORKER, place, f"rq:queue:{WORKER}", WORKER, f"rq-{job}", f"rq:job:{job}", ["origin", WORKER])
+    place = Place.parse(queue.fields(job)["place"])
+    assert place is not None
+    assert queue.dispatch(WORKER, place, f"rq:queue:{WORKER}", f"rq-{job}", f"rq:job:{job}", {"origin": WORKER})
     queue.server.delete(f"rq:queue:{WORKER}")
 
 

@@ -269,13 +269,13 @@ def _read_size(text: str, faults: Faults) -> list[tuple[str, str]]:
 # Sweeps
 
 
-def sweep(text: str, where: str = "--sweep") -> tuple[str, tuple[object, ...]]:
+def sweep(text: str) -> tuple[str, tuple[object, ...]]:
     """Return an axis and its values: `steps=20,30,40`, or `guidance=2, 3, .., 6` for 2, 3, 4, 5 and 6.
 
     Raises:
         InvalidJob: the axis is unknown, or its values cannot be read.
     """
-    faults = Faults(where)
+    faults = Faults("--sweep")
     matrix: dict[str, tuple[object, ...]] = {}
     _read_sweep(text, matrix, faults)
     if faults.found:

@@ -6,25 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from datetime import time as wall_time
-from typing import NamedTuple
 
 from safelight.jobspec import PRIORITIES
+from safelight.place import Place
 
 NIGHT = PRIORITIES.index("night")
 
 
 LATEST = datetime(9998, 1, 1, tzinfo=UTC).timestamp()
 """Later than any night; what somebody else has written into the queue may lie beyond what a date can say."""
-
-
-class Place(NamedTuple):
-    """What a job's place in the line says."""
-
-    id: str
-    priority: int
-    """Its class, an index of PRIORITIES."""
-    not_before: int
-    """Seconds since 1970; 0 for at once."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +43,7 @@ def later(line: Iterable[Place], window: str, now: datetime) -> dict[str, Due]:
     """
     found = {}
     seconds = now.timestamp()
-    for job, priority, not_before in line:
+    for priority, not_before, job in line:
         at = min(max(not_before, seconds), LATEST)
         wall = datetime.fromtimestamp(at)  # noqa: DTZ006 - a window is local wall clock
         if priority == NIGHT and window and not in_window(window, wall.time()):

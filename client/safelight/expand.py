@@ -22,8 +22,8 @@ from safelight.config import Config
 from safelight.draft import Draft
 from safelight.errors import Fault, InvalidJob
 from safelight.faults import Faults
+from safelight.ids import job_id
 from safelight.jobspec import FIELDS, PROMPT_CHARACTERS_MAX, SEED_MAX, JobSpec, check
-from safelight.ledger import job_id
 from safelight.lora import Lora
 from safelight.models import Models
 from safelight.wildcards import Template, Wildcards

@@ -99,9 +99,9 @@ def seen(models_folder: Path, key: str) -> frozenset[str]:
     return frozenset(map(_name, sets(models_folder, key)))
 
 
-def folders(models_folder: Path, key: str = "*") -> Iterator[Path]:
+def folders(models_folder: Path) -> Iterator[Path]:
     """Yield every finished folder, in order."""
-    for found in sorted(_below(models_folder, f"{key}/*/*/*/{MANIFEST}")):
+    for found in sorted(_below(models_folder, f"*/*/*/*/{MANIFEST}")):
         if not found.parent.name.endswith(UNFINISHED):
             yield found.parent
 

@@ -28,11 +28,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from safelight import durable
+from safelight import durable, ids
 from safelight.drops import Entry, Kind, mark_of, place_of, stem_of, suffix_of
 from safelight.errors import BadConfig, Fault, SafelightError
+from safelight.ids import submission_id
 from safelight.jobspec import JobSpec, is_folder_name
-from safelight.ledger import submission_id
 from safelight.lora import SUFFIX as LORA_SUFFIX
 from safelight.paths import Paths
 from safelight.promptfile import SUFFIXES, TABLE_BYTES_MAX
@@ -185,7 +185,7 @@ def _writers(file: int) -> Literal["none", "some", "unknown"]:
 # -- claiming ----------------------------------------------------------------------------------------------------
 
 _CLAIMED = re.compile(
-    r"(?P<submission>\d{8}-\d{6}-\d{3}[0-9a-f]{4})(?P<pictures>(?:\+\w+)*)~(?P<path>[^/]+)", re.DOTALL | re.ASCII
+    rf"(?P<submission>{ids.SUBMISSION})(?P<pictures>(?:\+\w+)*)~(?P<path>[^/]+)", re.DOTALL | re.ASCII
 )
 
 
@@ -209,8 +209,7 @@ class Claim:
     @property
     def claimed_at(self) -> datetime:
         """The moment in its submission's id, in local time with its zone."""
-        moment, _, tail = self.submission.rpartition("-")
-        return datetime.strptime(f"{moment}{tail[:3]}", "%Y%m%d-%H%M%S%f").replace(tzinfo=UTC).astimezone()
+        return ids.made_at(self.submission).astimezone()
 
     @classmethod
     def of(cls, name: str) -> Claim | None:

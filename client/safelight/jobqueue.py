@@ -4,14 +4,13 @@ Keys (all below `safelight:`): `job:<id>` a hash with the spec, state and verdic
 ordered by place ("<priority>:<not_before>:<id>"); `running` id -> worker; `ended` id by time; `batch:<name>` ids;
 `workers`, `worker:<name>`, `wake:<name>`, `holds:<name>`; `cancel:<id>`; `unwritten` ids that were cancelled while
 they waited and may have no receipt yet; `ledger` set once a worker has filled the line from the ledger, absent after a
-wipe. Every change of state is one Lua script (safelight/lua).
+wipe; `paused` why a person has paused; `calibration` what workers have learned. Every change of state is one Lua script
+(safelight/lua).
 """
 
 from __future__ import annotations
 
 import json
-import math
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,10 +24,10 @@ from pydantic import ValidationError
 
 from safelight import lora
 from safelight.calibration import NOTHING_LEARNED, Calibration
-from safelight.dues import Place
 from safelight.errors import Fault, InvalidJob
-from safelight.jobspec import PRIORITIES, JobSpec
+from safelight.jobspec import JobSpec
 from safelight.machine import Machine
+from safelight.place import Place
 from safelight.receipt import Receipt
 
 SUBMIT_CHUNK = 500
@@ -73,25 +72,6 @@ def _script(name: str) -> str:
     return (Path(__file__).parent / "lua" / f"{name}.lua").read_text(encoding="utf-8")
 
 
-def place(spec: JobSpec, earliest: float = 0.0) -> str:
-    """Return where a job stands in the line: priority, then not_before, then order of submission (its id).
-
-    Args:
-        earliest: when it may start at all (epoch seconds), whatever it says itself.
-    """
-    asked = int(datetime.fromisoformat(spec.not_before).timestamp()) if spec.not_before else 0
-    not_before = max(asked, math.ceil(earliest))
-    return f"{PRIORITIES.index(spec.priority)}:{max(not_before, 0):012d}:{spec.id}"
-
-
-_PLACE = re.compile(r"[0-3]:\d{12}:[A-Za-z0-9-]+")
-
-
-def is_place(written: str) -> bool:
-    """Whether this can stand in the line: an id becomes the name of files, and others may write to the server."""
-    return bool(_PLACE.fullmatch(written))
-
-
 BRIEF_SHAPE_END = ',"batch":'
 """What stands before it in a brief decides how long the job takes."""
 
@@ -103,7 +83,7 @@ def _brief(spec: JobSpec) -> str:
     return json.dumps(shown, ensure_ascii=False, separators=(",", ":"))
 
 
-def _flat(fields: Mapping[str, str]) -> list[str]:
+def _flat(fields: Mapping[str, Any]) -> list[Any]:
     """Return names and values in turn, as HSET takes them."""
     return [part for pair in fields.items() for part in pair]
 
@@ -134,7 +114,7 @@ class JobQueue:
         chunk: list[str] = []
         for spec in specs:
             text = spec.model_dump_json(exclude_none=True)
-            chunk += [spec.id, place(spec), _brief(spec), text, spec.batch]
+            chunk += [spec.id, str(Place.of(spec)), _brief(spec), text, spec.batch]
             if len(chunk) >= SUBMIT_CHUNK * 5:
                 new += self._submit(chunk)
                 chunk = []
@@ -166,9 +146,8 @@ class JobQueue:
     def waiting_places(self) -> Iterator[Place]:
         """Yield what the places of the line say, in order; what is none of a job is left out."""
         for item in cast("list[bytes]", self.server.zrange("safelight:waiting", 0, -1)):
-            if is_place(written := item.decode(errors="replace")):
-                priority, not_before, job = written.split(":")
-                yield Place(job, int(priority), int(not_before))
+            if place := Place.parse(item.decode(errors="replace")):
+                yield place
 
     def running(self) -> dict[str, str]:
         """Return what runs: id -> worker."""
@@ -275,12 +254,9 @@ class JobQueue:
         raw = cast("dict[bytes, bytes]", self.server.hgetall(f"safelight:job:{job}"))
         return {name.decode(): value.decode(errors="replace") for name, value in raw.items()}
 
-    def matching(self, written: str) -> list[str]:
-        """Return the ids that a person may mean by `written`: exactly it, else those that contain it."""
-        if self.server.exists(f"safelight:job:{written}"):
-            return [written]
-        everything = [*self.running(), *self.waiting_ids(), *self.ended_ids()]
-        return [job for job in everything if written in job] if len(written) >= 4 else []
+    def containing(self, part: str) -> list[str]:
+        """Return the ids of the queue that have `part` in them: what runs, then the line, then what has ended."""
+        return [job for job in (*self.running(), *self.waiting_ids(), *self.ended_ids()) if part in job]
 
     # -- changing ---------------------------------------------------------------------------------------------
 
@@ -325,13 +301,11 @@ class JobQueue:
         self.server.zrem("safelight:waiting", where.encode(errors="surrogateescape"))
 
     def dispatch(
-        self, worker: str, where: str, rq_queue_key: str, rq_queue_name: str, rq_job_id: str, rq_job_key: str,
-        rq_fields: Sequence[Any],
-    ) -> bool:  # fmt: skip
-        """Move the job at `where` into the worker's own RQ queue; False when it is gone or the worker may not."""
-        job = where.split(":", 2)[2]
-        arguments = (worker, where, job, rq_queue_key, rq_job_key, rq_queue_name, rq_job_id)
-        return bool(self._run("dispatch", *arguments, *rq_fields))
+        self, worker: str, place: Place, queue_key: str, rq_job_id: str, rq_job_key: str, rq_fields: Mapping[str, Any]
+    ) -> bool:
+        """Move the job at `place` into the worker's own RQ queue; False when it is gone or the worker may not."""
+        arguments = (worker, str(place), place.id, queue_key, rq_job_key, rq_job_id)
+        return bool(self._run("dispatch", *arguments, *_flat(rq_fields)))
 
     def conclude(self, receipt: Receipt, worker: str) -> bool:
         """Tell the queue how a running job ended; False when it was not this worker's."""
@@ -349,7 +323,7 @@ class JobQueue:
         self._run(
             "restore",
             receipt.id,
-            place(spec),
+            str(Place.of(spec)),
             _brief(spec),
             spec.model_dump_json(exclude_none=True),
             spec.batch,
@@ -361,9 +335,9 @@ class JobQueue:
             self.keep_s,
         )
 
-    def give_back(self, job: str, worker: str, attempts: int, later: str = "") -> bool:
+    def give_back(self, job: str, worker: str, attempts: int, later: Place | None = None) -> bool:
         """Put a running job back to its own place in the line, or from now on to a later one."""
-        fields = ["attempts", attempts, *(("place", later) if later else ())]
+        fields = ["attempts", attempts, *(("place", str(later)) if later else ())]
         return bool(self._run("conclude", job, worker, "queued", 0, self.keep_s, *fields))
 
     def hand_over(self, job: str, taker: str, runner: str) -> bool:

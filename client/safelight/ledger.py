@@ -16,17 +16,16 @@ import errno
 import fcntl
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from safelight import durable
 from safelight.errors import Forgotten, LedgerDamaged
+from safelight.ids import submission_of
 from safelight.jobspec import JobSpec
 from safelight.paths import Paths
 from safelight.plan import Overrun
@@ -35,28 +34,6 @@ from safelight.receipt import Receipt
 UNREADABLE = (errno.EIO, errno.EACCES, errno.EISDIR)
 """What reading one file may meet while the others are well: a bad sector, another user's umask, a folder in its
 place."""
-
-_last_submission_ms = 0
-
-
-def submission_id(now: datetime) -> str:
-    """Return a new submission's id: it sorts by time, also within one millisecond of this process.
-
-    The random part keeps two processes apart that submit in the same millisecond.
-    """
-    global _last_submission_ms  # one process never hands out an id that sorts before an earlier one
-    _last_submission_ms = max(int(now.timestamp() * 1000), _last_submission_ms + 1)
-    moment = datetime.fromtimestamp(_last_submission_ms / 1000, UTC)
-    return f"{moment:%Y%m%d-%H%M%S}-{_last_submission_ms % 1000:03d}{secrets.token_hex(2)}"
-
-
-def job_id(submission: str, index: int) -> str:
-    """Return the id of one job of a submission; ids sort in the order of submission."""
-    return f"{submission}-{index:05d}"
-
-
-def submission_of(job: str) -> str:
-    return job.rsplit("-", 1)[0]
 
 
 class Attempts(BaseModel):

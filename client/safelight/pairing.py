@@ -13,10 +13,10 @@ from contextlib import suppress
 from dataclasses import replace
 
 from safelight import controlnet, inputs
+from safelight.draft import Draft
 from safelight.drops import place_of, stem_of
 from safelight.errors import Fault, InvalidJob
 from safelight.paths import Paths
-from safelight.promptfile import Draft
 
 
 def pictures_named(drafts: Iterable[Draft]) -> set[str]:

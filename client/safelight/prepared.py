@@ -102,11 +102,6 @@ def folder(models_folder: Path, key: str, precision: Precision, component: str) 
     return models_folder / "prepared" / key / precision / component
 
 
-def prepared(models_folder: Path) -> tuple[str, ...]:
-    """Return KEY/PRECISION/COMPONENT for each finished folder, in order."""
-    return tuple(map(_name, folders(models_folder)))
-
-
 def _name(found: Path) -> str:
     return "/".join(found.parts[-3:])
 

@@ -10,22 +10,17 @@ from pathlib import Path, PurePath
 from typing import TypeVar
 
 from safelight.draft import (
-    ALIASES,
     BLANK,
     CELLS,
     Draft,
     known,
     make_draft,
-    parse_options,
     read_options,
     split_words,
-    sweep,
 )
 from safelight.errors import FAULTS_MAX, Fault, InvalidJob
 from safelight.faults import Faults, shown
 from safelight.lined import Lined, Listed, read_json, read_yaml
-
-__all__ = ["ALIASES", "SUFFIXES", "Draft", "parse", "parse_file", "parse_options", "sweep"]
 
 TEXT_BYTES_MAX = 1 << 20
 """1 MiB of .txt or .md: 10,000 prompts of a hundred characters."""

@@ -21,11 +21,12 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from safelight import content, durable
+from safelight import content, durable, ids
 from safelight.config import Config, Settings
 from safelight.errors import LedgerDamaged
+from safelight.ids import submission_of
 from safelight.inbox import Claim
-from safelight.ledger import Ledger, submission_of
+from safelight.ledger import Ledger
 from safelight.paths import Paths
 from safelight.receipt import EndState, Output, Poster, Receipt
 
@@ -212,7 +213,7 @@ def _remove_inputs(
 
 def _submitted_before(names: Iterable[str], days: float, now: datetime) -> list[str]:
     """Return those that begin with a time before the last `days`: their files are worth reading."""
-    horizon = f"{now.astimezone(UTC) - timedelta(days=days):%Y%m%d-%H%M%S}~"
+    horizon = ids.before(now.astimezone(UTC) - timedelta(days=days))
     return sorted(name for name in names if name < horizon)
 
 

@@ -12,9 +12,10 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
+from safelight import ids
 from safelight.finding import Finding, ok, warn
 from safelight.machine import GIB
 
@@ -268,7 +269,7 @@ def clock(now: datetime, submissions: Iterable[str], root: Path = ROOT) -> Findi
 
 def _made_at(submission: str) -> datetime | None:
     try:
-        return datetime.strptime(submission[:15], "%Y%m%d-%H%M%S").replace(tzinfo=UTC)
+        return ids.made_at(submission)
     except ValueError:
         return None
 

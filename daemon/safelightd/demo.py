@@ -21,8 +21,9 @@ from safelight import config as settings
 from safelight import durable, queueserver
 from safelight.config import Config
 from safelight.errors import BadArgument, QueueUnreachable, SafelightError
+from safelight.ids import submission_id
 from safelight.jobqueue import JobQueue, Row
-from safelight.ledger import Ledger, submission_id
+from safelight.ledger import Ledger
 from safelightd import contact_sheet
 from safelightd.contact_sheet import Entry
 from safelightd.supervisor import Supervisor

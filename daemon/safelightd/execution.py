@@ -9,25 +9,26 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-from safelight import jobqueue
-from safelight.calibration import Calibration
-from safelight.config import Config
-from safelight.errors import InvalidJob, LedgerDamaged, QueueUnreachable
-from safelight.jobqueue import JobQueue
+from safelight.errors import LedgerDamaged, QueueUnreachable
 from safelight.jobspec import JobSpec
-from safelight.ledger import Attempts, Ledger, leave_no_file, leave_nothing
-from safelight.models import Models
+from safelight.ledger import Attempts, leave_no_file
 from safelight.plan import Overrun, Plan
 from safelight.queueserver import AWAY
 from safelight.receipt import EndState, Phase, Receipt
 from safelight.rung import Circumstances
-from safelightd import calibration, gpulock, holds, room, settle, shortage
+from safelightd import calibration, holds, room, settle, shortage
+from safelightd.conclusion import (
+    Site,
+    conclude,
+    ended,
+    keep,
+    left_to_other,
+    rejected,
+    settle_job,
+    spec_of,
+)
 from safelightd.horse import Request, Requests, Shared
 from safelightd.link import EngineGone, Link
 from safelightd.logs import Log
@@ -56,24 +57,6 @@ on a laptop, but the engine looks between the blocks of a step."""
 log = Log("safelight.execution")
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where an execution happens: what the worker gives every job."""
-
-    config: Config
-    models: Models
-    ledger: Ledger
-    queue: JobQueue
-    worker: str
-    lock: str
-    kill_engine: Callable[[], bool]
-    """Ends the engine for good; afterwards it holds nothing on the GPU. Returns whether somebody else's SIGKILL had."""
-    device_is_well: Callable[[], str | None]
-    """Asks a fresh process; None, or what is wrong with the device."""
-    wait: Callable[[float], bool]
-    """Waits so many seconds for an absent server; True when nobody may wait any longer."""
-
-
 class Unsettled(Exception):
     """The job came back without a verdict of its own."""
 
@@ -86,8 +69,8 @@ class Unsettled(Exception):
 class Execution:
     """Runs one job; `run` returns what RQ keeps as the result."""
 
-    def __init__(self, place: Place, link: Link, requests: Requests, shared: Shared, job: str, execution: str) -> None:
-        self._place = place
+    def __init__(self, site: Site, link: Link, requests: Requests, shared: Shared, job: str, execution: str) -> None:
+        self._site = site
         self._link = link
         self._job = job
         self._execution = execution
@@ -114,44 +97,44 @@ class Execution:
         try:
             return self._run()
         except LedgerDamaged as damaged:
-            return rejected(self._place, self._job, str(damaged))
+            return rejected(self._site, self._job, str(damaged))
         except OSError as error:
             self._shared.set_setback(f"{error}")
             raise
 
     def _run(self) -> dict[str, Any]:
-        place, job = self._place, self._job
-        if receipt := place.ledger.receipt(job):
+        site, job = self._site, self._job
+        if receipt := site.ledger.receipt(job):
             return self._concluded(receipt)
-        spec = patiently(lambda: spec_of(place, job), place.wait)
+        spec = patiently(lambda: spec_of(site, job), site.wait)
         if spec is None:
-            return rejected(place, job, "neither the queue nor the ledger knows what was asked for")
+            return rejected(site, job, "neither the queue nor the ledger knows what was asked for")
         self._write_down(spec)
-        before = place.ledger.attempts(job)
-        if left_to_other(place, before):
+        before = site.ledger.attempts(job)
+        if left_to_other(site, before):
             return {"state": "running", "worker": before.worker}
-        attempts = settle.begin(before, place.worker, place.lock)
-        place.ledger.note(attempts)
+        attempts = settle.begin(before, site.worker, site.lock)
+        site.ledger.note(attempts)
         log.info("job.started", id=job, model=spec.model, attempt=attempts.attempts)
         try:
             receipt = self._verdict(spec, attempts)
         except Unsettled as unsettled:
             if unsettled.cause == "return":
                 self._shared.set_setback(str(unsettled))
-            return settle_job(place, spec, unsettled.attempts, unsettled.cause, str(unsettled))
+            return settle_job(site, spec, unsettled.attempts, unsettled.cause, str(unsettled))
         except EngineGone as gone:
-            killed = place.kill_engine()
+            killed = site.kill_engine()
             return self._after_engine(spec, attempts, self._oom_kill(killed=killed) or str(gone))
         return self._concluded(receipt)
 
     def _write_down(self, spec: JobSpec) -> None:
         """A client on another host could not write the ledger: its job gets its entry when it is first seen here."""
-        ledger = self._place.ledger
+        ledger = self._site.ledger
         if not ledger.knows(spec.id):
             ledger.accept({spec.id: [spec]})
 
     def _concluded(self, receipt: Receipt) -> dict[str, Any]:
-        conclude(self._place, receipt)
+        conclude(self._site, receipt)
         return {"state": receipt.state}
 
     def _oom_kill(self, *, killed: bool) -> str:
@@ -165,28 +148,28 @@ class Execution:
         """The engine is gone. After the job was done: no matter. While it published: the next attempt goes on there.
         Asked for: nobody's fault. Before it said a word of this job: the installation's. Else, if the disks are there
         and a fresh process finds the device well, its plan's where memory ran out, and the job's otherwise."""
-        if receipt := self._place.ledger.receipt(spec.id):
+        if receipt := self._site.ledger.receipt(spec.id):
             return self._concluded(receipt)
-        if self._place.ledger.intended(spec.id):
+        if self._site.ledger.intended(spec.id):
             self._shared.set_setback(f"the engine died while publishing: {reason}")
-            return settle_job(self._place, spec, attempts, "return", reason)
+            return settle_job(self._site, spec, attempts, "return", reason)
         if self._asked == "cancel":
             return self._concluded(self._end(spec, attempts, "cancelled", "cancelled", None))
         if self._asked == "stop":
-            return settle_job(self._place, spec, self._with_overrun(attempts), "stop", "the worker was stopped")
-        if trouble := holds.of_disks(self._place.config) or self._place.device_is_well():
-            return settle_job(self._place, spec, attempts, "return", trouble)
+            return settle_job(self._site, spec, self._with_overrun(attempts), "stop", "the worker was stopped")
+        if trouble := holds.of_disks(self._site.config) or self._site.device_is_well():
+            return settle_job(self._site, spec, attempts, "return", trouble)
         if not self._started:
             reason = f"the engine did not start: {reason}; its log says why"
             self._shared.set_setback(reason)
-            return settle_job(self._place, spec, attempts, "no-start", reason)
+            return settle_job(self._site, spec, attempts, "no-start", reason)
         if self._overrun is None:
-            return settle_job(self._place, spec, attempts, "crash", reason)
+            return settle_job(self._site, spec, attempts, "crash", reason)
         attempts = self._with_overrun(attempts)
-        self._place.ledger.note(attempts)  # first: whatever dies from here on, the next plan is a smaller one
-        before = calibration.load(self._place.config.paths.state)
-        _keep(self._place, before, calibration.overran(before, self._overrun, self._plan))
-        return settle_job(self._place, spec, attempts, "oom", reason)
+        self._site.ledger.note(attempts)  # first: whatever dies from here on, the next plan is a smaller one
+        before = calibration.load(self._site.config.paths.state)
+        keep(self._site, before, calibration.overran(before, self._overrun, self._plan))
+        return settle_job(self._site, spec, attempts, "oom", reason)
 
     def _with_overrun(self, attempts: Attempts) -> Attempts:
         return settle.overran(attempts, self._overrun) if self._overrun else attempts
@@ -223,21 +206,21 @@ class Execution:
     def _alike_in_line(self, spec: JobSpec) -> int:
         """Return how many of the next jobs are of this one's shape; a rung that is slow to prepare pays for many."""
         try:
-            return self._place.queue.alike(spec, NEXT_IN_LINE)
+            return self._site.queue.alike(spec, NEXT_IN_LINE)
         except AWAY:
             return 0
 
     def _has_loras_of_another(self, spec: JobSpec) -> bool:
         """Whether one of the next jobs has the same LoRAs; what is made of them is worth keeping then."""
         try:
-            return bool(spec.loras) and self._place.queue.share_loras(spec, NEXT_IN_LINE)
+            return bool(spec.loras) and self._site.queue.share_loras(spec, NEXT_IN_LINE)
         except AWAY:
             return False
 
     def _next(self) -> dict[str, Any]:
         """Wait for the next message of this execution that shows progress; kill an engine that shows none."""
         phase = self._phase
-        deadline_s = getattr(self._place.config.settings.worker.deadline_s, _deadline_of(phase))
+        deadline_s = getattr(self._site.config.settings.worker.deadline_s, _deadline_of(phase))
         last = time.monotonic()
         self._shared.set(busy=True, deadline=last + deadline_s)
         while True:
@@ -278,25 +261,25 @@ class Execution:
         if kind == "refused" and not attempts.refused and self._asked != "cancel":
             raise Unsettled("refused", settle.refused(attempts, message["precision"]), text)
         state: EndState = "cancelled" if kind == "cancelled" else "failed"
-        if state == "failed" and self._asked != "cancel" and (trouble := holds.of_disks(self._place.config)):
+        if state == "failed" and self._asked != "cancel" and (trouble := holds.of_disks(self._site.config)):
             raise Unsettled("return", attempts, f"{trouble} ({text})")
         log.warning("job.failed" if state == "failed" else "job.cancelled", id=spec.id, error=text)
         return self._end(spec, attempts, state, text, message.get("phase"))
 
     def _fits_another(self, spec: JobSpec, attempts: Attempts) -> bool:
         """Whether it fits the card of another worker, which takes it when it comes to it."""
-        place = self._place
+        site = self._site
         around = Circumstances(overruns=attempts.overruns, refused=attempts.refused)
-        learned = calibration.load(place.config.paths.state)
-        workers = patiently(place.queue.workers, place.wait)
-        others = [row.machine for row in workers if row.machine and row.name != place.worker]
-        models = place.models.current()
-        return any(room.fits(spec, room.idle(each, place.config), models, learned, around) for each in others)
+        learned = calibration.load(site.config.paths.state)
+        workers = patiently(site.queue.workers, site.wait)
+        others = [row.machine for row in workers if row.machine and row.name != site.worker]
+        models = site.models.current()
+        return any(room.fits(spec, room.idle(each, site.config), models, learned, around) for each in others)
 
     def _end(self, spec: JobSpec, attempts: Attempts, state: EndState, error: str, phase: str | None) -> Receipt:
         receipt = ended(spec, attempts, state, error, phase)
-        leave_no_file(self._place.config.paths, spec.id)
-        self._place.ledger.record(receipt)
+        leave_no_file(self._site.config.paths, spec.id)
+        self._site.ledger.record(receipt)
         return receipt
 
     # -- being asked to stop ----------------------------------------------------------------------------------
@@ -304,7 +287,7 @@ class Execution:
     def _await_cancel(self) -> None:
         """Wait for the person's word in a thread of its own: the queue may be away meanwhile."""
         try:
-            while not patiently(lambda: self._place.queue.wait_for_cancel(self._job, CANCEL_READ_S), self._place.wait):
+            while not patiently(lambda: self._site.queue.wait_for_cancel(self._job, CANCEL_READ_S), self._site.wait):
                 pass
         except QueueUnreachable:
             return  # the worker stops: the job's field tells the next attempt
@@ -328,7 +311,7 @@ class Execution:
         self._progress_again_at = now + PROGRESS_EVERY_S
         shown = {key: value for key, value in message.items() if key in SHOWN}
         try:
-            self._place.queue.progress(self._job, shown)
+            self._site.queue.progress(self._job, shown)
         except AWAY as error:
             self._progress_again_at = time.monotonic() + PROGRESS_AWAY_S
             log.debug("progress.unseen", error=error)
@@ -336,108 +319,3 @@ class Execution:
 
 def _deadline_of(phase: str) -> str:
     return {"plan": "load", "verify": "publish"}.get(phase, phase)
-
-
-def ended(spec: JobSpec, attempts: Attempts, state: EndState, error: str, phase: str | None = None) -> Receipt:
-    """Return the receipt of a job that ended without an output."""
-    return Receipt.model_validate(
-        {
-            "id": spec.id,
-            "state": state,
-            "spec": spec,
-            "error": error,
-            "phase": phase,
-            "attempts": attempts.attempts,
-            "overruns": attempts.overruns,
-            "finished_at": datetime.now().astimezone().isoformat(timespec="milliseconds"),
-        }
-    )
-
-
-def spec_of(place: Place, job: str) -> JobSpec | None:
-    """Return what was asked for: the queue's copy, or the ledger's where the queue holds none that is a job."""
-    try:
-        spec = place.queue.spec(job)
-    except InvalidJob as error:
-        log.error("job.malformed", error=error)
-        spec = None
-    return spec or place.ledger.spec(job)
-
-
-def rejected(place: Place, job: str, error: str) -> dict[str, Any]:
-    """End a job that nothing can be done with; the others go on."""
-    log.error("job.rejected", id=job, error=error)
-    patiently(lambda: place.queue.reject(job, place.worker, error), place.wait)
-    return {"state": "failed"}
-
-
-def conclude(place: Place, receipt: Receipt) -> None:
-    """Tell the queue how a job ended; the ledger has its receipt already."""
-    if not patiently(lambda: place.queue.conclude(receipt, place.worker), place.wait):
-        patiently(lambda: place.queue.restore(receipt), place.wait)  # the server has lost what it knew of the job
-    place.ledger.forget_attempts(receipt.id)
-    leave_nothing(place.config.paths, receipt.id)
-    if receipt.state == "done":
-        _learn(place, receipt)
-        seconds = sum(phase.seconds for phase in receipt.phases.values())
-        log.info("job.done", id=receipt.id, seconds=seconds, outputs=len(receipt.outputs))
-
-
-def _learn(place: Place, receipt: Receipt) -> None:
-    """Keep what a job showed, for plans and for `status`."""
-    before = calibration.load(place.config.paths.state)
-    _keep(place, before, calibration.learned(before, receipt))
-
-
-def _keep(place: Place, before: Calibration, after: Calibration) -> None:
-    if after != before:
-        calibration.save(place.config.paths.state, after)
-        patiently(lambda: place.queue.set_calibration(after), place.wait)
-
-
-def settle_job(place: Place, spec: JobSpec, attempts: Attempts, cause: Cause, reason: str) -> dict[str, Any]:
-    """Give a job that came back without a verdict to the line again, or set it aside; never one that is finished but
-    for its publishing."""
-    finished = place.ledger.intended(spec.id) is not None
-    decision = settle.decide(attempts, "stop" if finished else cause, reason)
-    if not decision.requeue:
-        receipt = ended(spec, decision.attempts, "quarantined", decision.reason)
-        leave_no_file(place.config.paths, spec.id)
-        place.ledger.record(receipt)
-        conclude(place, receipt)
-        log.error("job.quarantined", id=spec.id, reason=decision.reason)
-        return {"state": "quarantined"}
-    place.ledger.note(decision.attempts)
-    give_back(place, spec, decision.attempts, not_before=_again_at(cause, decision.attempts))
-    log.warning("job.requeued", id=spec.id, cause=cause, reason=reason, crashes=decision.attempts.crashes)
-    return {"state": "queued", "reason": reason}
-
-
-def left_to_other(place: Place, attempts: Attempts) -> bool:
-    """Whether another worker that lives has begun this job, for all that the queue gave it to us: it goes on with it,
-    and the queue hears whose it is. Both would write the same unfinished files."""
-    if not attempts.running or attempts.worker == place.worker or attempts.lock in ("", place.lock):
-        return False
-    if not gpulock.is_taken(Path(attempts.lock)):
-        return False
-    log.warning("job.elsewhere", id=attempts.id, worker=attempts.worker)
-    patiently(lambda: place.queue.hand_over(attempts.id, place.worker, attempts.worker), place.wait)
-    return True
-
-
-def _again_at(cause: Cause, attempts: Attempts) -> float:
-    """Return when the job may be tried again; one without room lets those go before it that may fit."""
-    if cause != "no-room":
-        return 0.0
-    return time.time() + settle.NO_ROOM_AGAIN_S[min(attempts.attempts, len(settle.NO_ROOM_AGAIN_S)) - 1]
-
-
-def give_back(place: Place, spec: JobSpec, attempts: Attempts, *, not_before: float = 0.0) -> None:
-    """Put a job that ran back to its own place in the line, also into one that has forgotten it.
-
-    Args:
-        not_before: until then (epoch seconds) it lets others go first; 0 for one that does not.
-    """
-    later = jobqueue.place(spec, not_before) if not_before else ""
-    if not patiently(lambda: place.queue.give_back(spec.id, place.worker, attempts.attempts, later), place.wait):
-        patiently(lambda: place.queue.submit([spec]), place.wait)

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from safelight import drops, inbox, pairing
+from safelight.draft import Draft
 from safelight.drops import Entry, Patience, Scan
 from safelight.models import Models
 from safelight.paths import Paths
-from safelight.promptfile import Draft
 from safelightd.writers import Writers
 
 

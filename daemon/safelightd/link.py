@@ -1,10 +1,10 @@
 """Worker and engine talk in JSON lines over a socketpair. Knows no job; both ends use it.
 
-To the engine: `run {spec, attempt, waiting, overruns, refused}`, `cancel {reason}`. From it: `phase {phase, plan}` (the
-plan once, when it is new), `step {phase, i, n, seconds_left}`, `alive` each second of a job (proves the process, not
-progress), and one verdict: `done {receipt}` or `failed {kind, message, phase}`, of kind `oom` with {memory, overrun}
-and of kind `refused` with {precision}. Every message carries `v`, `execution` and `seq`; one of another execution is
-dropped. End of file tells the engine to exit and the worker that the engine is gone.
+To the engine: `run {spec, attempt, waiting, again, overruns, refused}`, `cancel {reason}`. From it: `phase {phase,
+plan}` (the plan once, when it is new), `step {phase, i, n, seconds_left}`, `alive` each second of a job (proves the
+process, not progress), and one verdict: `done {receipt}` or `failed {kind, message, phase}`, of kind `oom` with
+{memory, overrun} and of kind `refused` with {precision}. Every message carries `v`, `execution` and `seq`; one of
+another execution is dropped. End of file tells the engine to exit and the worker that the engine is gone.
 """
 
 from __future__ import annotations
@@ -19,19 +19,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
 
 from safelight.config import Config
 from safelight.machine import Machine
-from safelightd import linux
+from safelightd import linux, torchversion
 
 VERSION = 1
 ENGINE = (sys.executable, "-m", "safelightd.engine")
 """The program on the other end."""
-
-PINNED_EXACT_SINCE = (2, 13)
-"""The torch whose pinned memory need not take the next power of two."""
 
 READ_BYTES = 65_536
 MESSAGE_BYTES_MAX = 4 * 2**20
@@ -173,7 +169,7 @@ class EngineProcess:
 
 def engine_env(config: Config, machine: Machine) -> dict[str, str]:
     """Return the engine's environment: this GPU only, nothing from the network, memory given back when freed."""
-    torch = _torch_version()
+    torch = torchversion.installed()
     compiled = config.paths.state / "compiled" / f"{torch or 'no-torch'}-{_slug(machine.gpu) or 'cpu'}"
     env = {
         **os.environ,
@@ -205,19 +201,7 @@ def alloc_conf(torch: str) -> str:
     """Return what torch's allocators are told. A key that this torch does not know ends CUDA for the process: 2.11
     refuses pinned_max_round_threshold_mb, which 2.13 has (H100, 2026-11-22)."""
     keys = "expandable_segments:True"
-    return f"{keys},pinned_max_round_threshold_mb:1" if _major_minor(torch) >= PINNED_EXACT_SINCE else keys
-
-
-def _torch_version() -> str:
-    """Return the installed torch's version without importing it, "" where there is none: the engine will say so."""
-    try:
-        return metadata.version("torch")
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def _major_minor(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    return f"{keys},pinned_max_round_threshold_mb:1" if torchversion.pins_exactly(torch) else keys
 
 
 def _slug(name: str) -> str:

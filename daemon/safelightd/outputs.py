@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from safelight import content, durable
 from safelight.config import Config
 from safelight.errors import SafelightError
+from safelight.ids import is_id
 from safelight.jobspec import JobSpec, is_folder_name
 from safelight.ledger import Ledger
 from safelight.paths import Paths
@@ -41,7 +42,6 @@ from safelightd import formats, places, verify
 
 SLUG_CHARACTERS_MAX = 40
 
-_ID = re.compile(r"[A-Za-z0-9-]+")
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")
 
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
@@ -138,13 +138,13 @@ def finish(job: str, ledger: Ledger, paths: Paths) -> Receipt | None:
 
 def discard(job: str, paths: Paths) -> None:
     """Remove the unfinished files of a job. One that waits to be published is finished: it is left for `finish`."""
-    if _ID.fullmatch(job) and not _is_intended(job, paths):
+    if is_id(job) and not _is_intended(job, paths):
         _remove(paths.unfinished / job)
 
 
 def _refuse_unsafe(spec: JobSpec) -> None:
     """Both become folders, and a spec may have come through the queue, past the checks of submission."""
-    if not _ID.fullmatch(spec.id):
+    if not is_id(spec.id):
         raise SafelightError(f"{spec.id!r} is not the id of a job: only letters, digits and - are.")
     if not is_folder_name(spec.batch):
         raise SafelightError(f"{spec.id}: batch {spec.batch!r} cannot be a folder name.")

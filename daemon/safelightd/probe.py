@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,7 +23,8 @@ from safelight import fused, models, prepared
 from safelight.config import Config
 from safelight.errors import NoUsableGpu, SafelightError
 from safelight.machine import GIB, Machine
-from safelightd.link import PINNED_EXACT_SINCE, engine_env
+from safelightd import torchversion
+from safelightd.link import engine_env
 
 PROBE_BYTES = 64 * 2**20
 PROBE_TIMEOUT_S = 50
@@ -91,7 +90,7 @@ def read_machine(config: Config, own: Own = NOTHING) -> Machine:
     return machine.model_copy(
         update={
             "compiler": has_compiler(os.environ.get("CC")),
-            "pinned_rounds_up": pinned_rounds_up(_torch_version()),
+            "pinned_rounds_up": not torchversion.pins_exactly(torchversion.installed()),
             "prepared": tuple(manifest.name for manifest in usable),
             "fused": tuple(kept),
             "fused_room_bytes": fused.room_bytes(config, table, kept),
@@ -190,19 +189,6 @@ def has_compiler(cc: str | None, headers: Path | None = None) -> bool:
     compilers = [cc] if cc else ["gcc", "clang"]
     folder = headers or Path(sysconfig.get_path("include"))
     return any(map(shutil.which, compilers)) and (folder / "Python.h").is_file()
-
-
-def pinned_rounds_up(torch: str) -> bool:
-    """Whether pinned blocks of this version of torch take the next power of two; those of an unknown one may."""
-    return tuple(int(part) for part in re.findall(r"\d+", torch)[:2]) < PINNED_EXACT_SINCE
-
-
-def _torch_version() -> str:
-    """Return the installed torch's version without importing it, "" where there is none."""
-    try:
-        return metadata.version("torch")
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def beside_a_gpu(ram_total: int, ram_available: int) -> int:

@@ -10,7 +10,7 @@ from safelight.errors import LedgerDamaged
 from safelight.jobspec import JobSpec
 from safelight.ledger import Ledger, leave_nothing
 from safelight.paths import Paths
-from safelightd.execution import Place
+from safelightd.conclusion import Site
 from safelightd.logs import Log
 
 LATE_S = 5.0
@@ -20,35 +20,35 @@ Sending them twice does no harm: each is queued at most once."""
 log = Log("safelight.recovery")
 
 
-def fill(place: Place, elsewhere: Collection[str]) -> None:
+def fill(site: Site, elsewhere: Collection[str]) -> None:
     """Have every accepted job without a receipt in the line, in its order: also after the server lost everything.
 
     Args:
         elsewhere: jobs that other workers run.
     """
-    over = queue_submissions(place, place.ledger.open_submissions(), elsewhere)
-    _restore_ended(place, over)
-    _requeue_retried(place, elsewhere)
-    place.queue.mark_filled()
-    place.ledger.close_ended()
+    over = queue_submissions(site, site.ledger.open_submissions(), elsewhere)
+    _restore_ended(site, over)
+    _requeue_retried(site, elsewhere)
+    site.queue.mark_filled()
+    site.ledger.close_ended()
 
 
-def _requeue_retried(place: Place, elsewhere: Collection[str]) -> None:
+def _requeue_retried(site: Site, elsewhere: Collection[str]) -> None:
     """`retry` puts the receipt aside before it tells the queue, which may not have heard of it, or have forgotten with
     the last second of its file. What it says besides that is news: cancelled by a client without a ledger, say."""
-    unwritten = set(place.queue.unwritten())
-    for job, state in place.ledger.reopened().items():
-        is_news = (state and place.queue.state(job) != state) or job in unwritten
-        if job not in elsewhere and not is_news and place.queue.requeue(job):
+    unwritten = set(site.queue.unwritten())
+    for job, state in site.ledger.reopened().items():
+        is_news = (state and site.queue.state(job) != state) or job in unwritten
+        if job not in elsewhere and not is_news and site.queue.requeue(job):
             log.info("retry.requeued", id=job)
 
 
-def queue_submissions(place: Place, submissions: Sequence[str], elsewhere: Collection[str]) -> list[str]:
+def queue_submissions(site: Site, submissions: Sequence[str], elsewhere: Collection[str]) -> list[str]:
     """Have the jobs of these submissions in the line unless they have ended or run elsewhere; each at most once.
 
     Returns those that have ended.
     """
-    ledger, queue = place.ledger, place.queue
+    ledger, queue = site.ledger, site.queue
     ended = ledger.ended()
     over: list[str] = []
 
@@ -74,21 +74,21 @@ def _accepted(ledger: Ledger, submissions: Sequence[str]) -> Iterator[JobSpec]:
             log.error("submission.damaged", error=damaged)
 
 
-def _restore_ended(place: Place, ids: list[str]) -> None:
+def _restore_ended(site: Site, ids: list[str]) -> None:
     """A job with a receipt has ended, whatever the queue remembered: it may have died between the two."""
-    remembered = {row.id: row.state for row in place.queue.rows(ids)}
+    remembered = {row.id: row.state for row in site.queue.rows(ids)}
     for job in ids:
         try:
-            receipt = place.ledger.receipt(job)
+            receipt = site.ledger.receipt(job)
         except LedgerDamaged as damaged:
             log.error("receipt.damaged", error=damaged)
             continue
         if receipt and remembered.get(job) != receipt.state:
-            place.queue.restore(receipt)
+            site.queue.restore(receipt)
         if receipt:
             # whoever wrote the receipt may have died before
-            place.ledger.forget_attempts(job)
-            leave_nothing(place.config.paths, job)
+            site.ledger.forget_attempts(job)
+            leave_nothing(site.config.paths, job)
 
 
 def sweep(paths: Paths) -> None:

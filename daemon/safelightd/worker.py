@@ -24,12 +24,13 @@ from rq.exceptions import StopRequested
 from rq.serializers import JSONSerializer
 from rq.timeouts import HorseMonitorTimeoutException
 
-from safelight import cancelling, jobqueue, models, queueserver
+from safelight import cancelling, models, queueserver
 from safelight.config import Config
 from safelight.errors import LedgerDamaged, NoUsableGpu, QueueUnreachable
 from safelight.jobqueue import JobQueue
 from safelight.ledger import Ledger
 from safelight.machine import Machine
+from safelight.place import Place
 from safelight.queueserver import AWAY
 from safelightd import (
     calibration,
@@ -45,7 +46,8 @@ from safelightd import (
     systemd,
 )
 from safelightd.awake import Awake
-from safelightd.execution import Execution, Place
+from safelightd.conclusion import Site
+from safelightd.execution import Execution
 from safelightd.horse import Requests, Shared
 from safelightd.link import ENGINE, EngineProcess
 from safelightd.logs import Log
@@ -111,7 +113,7 @@ class GpuWorker(LoneWorker):
         self._silence = orphans.Silence()
         self._elsewhere: list[str] = []
         self._idle_since = time.monotonic()
-        self.place = Place(
+        self.site = Site(
             config=config,
             models=models.load(config),
             ledger=Ledger(config.paths),
@@ -158,15 +160,15 @@ class GpuWorker(LoneWorker):
     def recover(self) -> None:
         """Take up what dead workers left, an earlier life of this one first of all: from the ledger, whatever RQ's
         registries say."""
-        self._late = recovery.Late(self.place.ledger.open_submissions())
+        self._late = recovery.Late(self.site.ledger.open_submissions())
         self._clear_rq()
-        self._take_up([found.id for found in self.place.ledger.interrupted()])
-        recovery.fill(self.place, self._elsewhere)
+        self._take_up([found.id for found in self.site.ledger.interrupted()])
+        recovery.fill(self.site, self._elsewhere)
         self.line.set_calibration(calibration.load(self.config.paths.state))
 
     def _take_up(self, started: list[str]) -> None:
         """Put back what workers left that have died since the last look; those of them that live keep theirs."""
-        self._elsewhere = orphans.take_up(self.place, self._silence, started)
+        self._elsewhere = orphans.take_up(self.site, self._silence, started)
 
     def _clear_rq(self) -> None:
         """Empty this worker's own RQ queue and registries: the lock says that nobody else uses them."""
@@ -232,7 +234,7 @@ class GpuWorker(LoneWorker):
     def _write_cancellations(self) -> None:
         """Write receipts of what clients have cancelled, some at a time; a full disk of them stops no other job."""
         try:
-            cancelling.write_down(self.line, self.place.ledger, most=cancelling.RECORD_CHUNK)
+            cancelling.write_down(self.line, self.site.ledger, most=cancelling.RECORD_CHUNK)
             self._unwritten = ""
         except OSError as error:
             if self._unwritten != str(error):
@@ -241,16 +243,15 @@ class GpuWorker(LoneWorker):
 
     def _dispatch(self, where: str) -> tuple[SafeJob, SafeQueue] | None:
         """Move one job from the line into our own queue, as an RQ job of this one execution, and take it from there."""
-        if not jobqueue.is_place(where):
+        place = Place.parse(where)
+        if place is None:
             log.error("queue.malformed", place=where)
             self.line.drop(where)
             return None
-        job = where.split(":", 2)[2]
-        execution = f"{job}_{time.time_ns()}"
+        execution = f"{place.id}_{time.time_ns()}"
         queue = self.queues[0]
-        entry = SafeJob.of(job, execution, queue)
-        fields = [part for pair in entry.to_dict().items() for part in pair]
-        if not self.line.dispatch(self.name, where, queue.key, queue.key, execution, entry.key, fields):
+        entry = SafeJob.of(place.id, execution, queue)
+        if not self.line.dispatch(self.name, place, queue.key, execution, entry.key, entry.to_dict()):
             return None
         taken = SafeQueue.dequeue_any(
             self.queues, None, connection=self.connection, job_class=SafeJob, serializer=JSONSerializer
@@ -297,11 +298,12 @@ class GpuWorker(LoneWorker):
     def _say(self, in_force: dict[str, str]) -> None:
         """Tell RQ, `status` and systemd that this worker lives, and why it waits."""
         self.heartbeat()
-        engine = f"running, pid {self.engine.pid}" if self.engine.running() else "not running"
-        self.line.publish_worker(
-            self.name, FORGOTTEN_S, device=self.machine.device, machine=self.machine.model_dump_json(), engine=engine
-        )
+        self._publish(f"running, pid {self.engine.pid}" if self.engine.running() else "not running")
         systemd.notify("WATCHDOG=1", f"STATUS={_told(in_force) or 'Waiting for jobs'}")
+
+    def _publish(self, engine: str) -> None:
+        machine = self.machine.model_dump_json()
+        self.line.publish_worker(self.name, FORGOTTEN_S, device=self.machine.device, machine=machine, engine=engine)
 
     def _say_running(self, job: str) -> None:
         """Tell systemd how far the job is, and what lets nothing start after it."""
@@ -310,8 +312,8 @@ class GpuWorker(LoneWorker):
 
     def _look_for_late(self) -> None:
         """Queue what a client wrote down and did not live to hand over."""
-        if late := self._late.look(self.place.ledger, time.monotonic()):
-            recovery.queue_submissions(self.place, late, self._elsewhere)
+        if late := self._late.look(self.site.ledger, time.monotonic()):
+            recovery.queue_submissions(self.site, late, self._elsewhere)
 
     def _retire_idle_engine(self) -> None:
         """A warm engine keeps its imports and compiled code; after idle_exit_s nobody needs them."""
@@ -356,8 +358,8 @@ class GpuWorker(LoneWorker):
         """A horse that was killed concluded nothing: the job goes back to the line, now or when the server is back."""
         try:
             if self.line.running().get(job) == self.name:
-                orphans.settle_own(self.place, job, "the process that ran it was killed")
-            self.notices.ended(self.place.ledger.receipt(job))
+                orphans.settle_own(self.site, job, "the process that ran it was killed")
+            self.notices.ended(self.site.ledger.receipt(job))
         except (*AWAY, QueueUnreachable, OSError, LedgerDamaged) as error:
             self._unsure = True
             log.warning("job.unsettled", id=job, error=error)
@@ -377,8 +379,8 @@ class GpuWorker(LoneWorker):
         if link is None:
             raise RuntimeError("a horse without an engine")  # execute_job ensures one before it forks
         self.shared.set(busy=True, deadline=time.monotonic() + HEARTBEAT_S)
-        place = replace(self.place, wait=self.requests.wait_unless_stopped)
-        result = Execution(place, link, self.requests, self.shared, job, execution).run()
+        site = replace(self.site, wait=self.requests.wait_unless_stopped)
+        result = Execution(site, link, self.requests, self.shared, job, execution).run()
         self.shared.set(busy=False)
         return result
 
@@ -429,10 +431,7 @@ class GpuWorker(LoneWorker):
             return  # a server that hangs would take the time that the engine has to leave
         try:
             super().maintain_heartbeats(job, execution)
-            self.line.publish_worker(
-                self.name, FORGOTTEN_S, device=self.machine.device, machine=self.machine.model_dump_json(),
-                engine=f"running, pid {self.engine.pid}",
-            )  # fmt: skip
+            self._publish(f"running, pid {self.engine.pid}")
             self._say_running(str(job.args[0]))
         except AWAY as error:
             self._unsure = True  # a client may have had to leave its jobs to the ledger

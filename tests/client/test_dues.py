@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 import pytest
 
 from safelight import dues
-from safelight.dues import Place
+from safelight.place import Place
 
 EVENING = datetime(2026, 11, 22, 20, 37).astimezone()
 NIGHT, NORMAL = 3, 1
@@ -30,7 +30,7 @@ NIGHT, NORMAL = 3, 1
 def test_a_job_is_due_in_the_window_and_not_before_its_time(
     window: str, priority: int, not_before: datetime | None, due: datetime | None
 ) -> None:
-    place = Place("job", priority, int(not_before.timestamp()) if not_before else 0)
+    place = Place(priority, int(not_before.timestamp()) if not_before else 0, "job")
 
     found = dues.later([place], window, EVENING)
 
@@ -38,6 +38,6 @@ def test_a_job_is_due_in_the_window_and_not_before_its_time(
 
 
 def test_a_place_beyond_what_a_date_can_say_is_later_all_the_same() -> None:
-    found = dues.later([Place("job", NORMAL, 999_999_999_999)], "", EVENING)
+    found = dues.later([Place(NORMAL, 999_999_999_999, "job")], "", EVENING)
 
     assert found["job"].at > EVENING + timedelta(days=365 * 1000)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safelight import drops, inbox, ledger, promptfile
+from safelight import drops, ids, inbox, promptfile
 from safelight.drops import Entry
 from safelight.errors import BadConfig, Fault, InvalidJob, SafelightError
 from safelight.inbox import Claim, Identity, Reading
@@ -213,7 +213,7 @@ def test_foreign_file_is_no_claim(name: str) -> None:
 def test_claim_knows_the_moment_of_its_submission() -> None:
     now = datetime.now(UTC)
 
-    assert abs((Claim(ledger.submission_id(now), "x").claimed_at - now).total_seconds()) < 60
+    assert abs((Claim(ids.submission_id(now), "x").claimed_at - now).total_seconds()) < 60
     assert Claim(SUBMISSION, "x").claimed_at == datetime(2026, 11, 22, 21, 30, 0, 123000, tzinfo=UTC)
 
 

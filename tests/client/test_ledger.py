@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safelight.errors import Forgotten, LedgerDamaged
-from safelight.ledger import Attempts, Ledger, job_id, submission_id, submission_of
+from safelight.ids import job_id, submission_id, submission_of
+from safelight.ledger import Attempts, Ledger
 from safelight.receipt import Receipt
 from tests.client.test_paths import at
 from tests.integration.making import image_spec

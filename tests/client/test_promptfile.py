@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from safelight import config, models
-from safelight.draft import ALIASES
+from safelight.draft import ALIASES, Draft, parse_options, sweep
 from safelight.errors import FAULTS_MAX, Fault, InvalidJob
 from safelight.expand import expand
 from safelight.jobspec import FIELDS
@@ -20,11 +20,8 @@ from safelight.promptfile import (
     SUFFIXES,
     TABLE_BYTES_MAX,
     TEXT_BYTES_MAX,
-    Draft,
     parse,
     parse_file,
-    parse_options,
-    sweep,
 )
 
 SAMPLES = sorted(path for path in config.shipped("samples").iterdir() if path.is_file())

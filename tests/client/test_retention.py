@@ -21,7 +21,7 @@ from safelight import collect as collecting
 from safelight import content, inbox, inputs, retention
 from safelight.config import Config
 from safelight.errors import Forgotten
-from safelight.ledger import job_id, submission_of
+from safelight.ids import job_id, submission_of
 from safelight.lora import Lora
 from safelight.receipt import Output, Poster, Receipt
 from safelight.retention import Ended, Gone, Rules

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from safelight.machine import Machine
-from safelightd import link
+from safelightd import link, torchversion
 from safelightd.link import MESSAGE_BYTES_MAX, EngineGone, EngineProcess, Link, engine_env
 from tests.conftest import Installation
 from tests.daemon.test_worker import eventually, gone
@@ -269,10 +269,14 @@ def test_the_engine_sees_its_gpu_alone_reaches_no_network_and_does_not_speak_to_
 
 @pytest.mark.parametrize(
     ("torch", "exact"),
-    [("2.11.0+cu128", False), ("2.12.1", False), ("2.13.0+cpu", True), ("3.0.0.dev2", True), ("", False)],
-)
+    [
+        ("2.11.0+cu128", False), ("2.12.1", False), ("2.13.0+cpu", True), ("2.13.0a0+git1", True), ("3.0.0.dev2", True),
+        ("", False),
+    ],
+)  # fmt: skip
 def test_torch_is_told_to_pin_exactly_where_it_knows_the_word(torch: str, exact: bool) -> None:
-    """An older one refuses the key, and CUDA with it."""
+    """An older one refuses the key, and CUDA with it; a plan counts on what it is told."""
+    assert torchversion.pins_exactly(torch) == exact
     assert ("pinned_max_round_threshold_mb:1" in link.alloc_conf(torch)) == exact
     assert "expandable_segments:True" in link.alloc_conf(torch)
 

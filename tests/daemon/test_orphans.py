@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +12,9 @@ import pytest
 from safelight.jobqueue import JobQueue
 from safelight.jobspec import JobSpec
 from safelight.ledger import Attempts
+from safelight.place import Place
 from safelightd import gpulock, orphans
-from safelightd.execution import Place
+from safelightd.conclusion import Site
 from tests.conftest import Installation
 from tests.daemon.test_gpulock import holder
 from tests.daemon.test_worker import Running, eventually, specs_of
@@ -38,9 +38,7 @@ def dispatched_to(worker: str, queue: JobQueue, installation: Installation, prom
     """Return a job that this worker has taken from the line and not yet noted in the ledger."""
     (spec,) = specs_of(installation, [prompt])
     queue.submit([spec])
-    where, _ = queue.next_due([0, 1, 2, 3], time.time())
-    assert where is not None
-    assert queue.dispatch(worker, where, f"rq:queue:{worker}", worker, "x_1", "rq:job:x_1", ["status", "queued"])
+    assert queue.dispatch(worker, Place.of(spec), f"rq:queue:{worker}", "x_1", "rq:job:x_1", {"status": "queued"})
     return spec
 
 
@@ -51,11 +49,11 @@ def run_by(worker: str, lock: str, queue: JobQueue, installation: Installation) 
     return spec
 
 
-def place_of(installation: Installation, queue: JobQueue) -> Place:
+def site_of(installation: Installation, queue: JobQueue) -> Site:
     def never() -> bool:
         raise AssertionError("nothing runs here")
 
-    return Place(
+    return Site(
         config=installation.config,
         models=installation.models,
         ledger=installation.ledger,
@@ -150,13 +148,13 @@ def test_a_job_of_another_hosts_worker_is_taken_up_once_that_was_silent_for_long
 ) -> None:
     """Its lock cannot be looked at from here. A server that was away has forgotten every worker."""
     now = [1000.0]
-    place, silence = place_of(installation, queue), orphans.Silence(clock=lambda: now[0])
+    site, silence = site_of(installation, queue), orphans.Silence(clock=lambda: now[0])
     name = f"elsewhere-{card}"
     spec = run_by(name, lock_of(card), queue, installation) if has_begun else dispatched_to(name, queue, installation)
 
     def left_after(seconds: float) -> list[str]:
         now[0] += seconds
-        return orphans.take_up(place, silence, [])
+        return orphans.take_up(site, silence, [])
 
     queue.publish_worker(name, 60)
     assert left_after(0) == left_after(orphans.SILENT_S) == [spec.id]
@@ -180,10 +178,10 @@ def test_whoever_takes_a_job_up_keeps_its_worker_from_starting_and_others_from_d
     spec = run_by(f"{HERE}-{card}", lock_of(card), queue, installation)
     with gpulock.deserted(Path(lock_of(card))) as is_mine:
         assert is_mine
-        assert orphans.take_up(place_of(installation, queue), orphans.Silence(), [spec.id]) == [spec.id]
+        assert orphans.take_up(site_of(installation, queue), orphans.Silence(), [spec.id]) == [spec.id]
         assert queue.running() == {spec.id: f"{HERE}-{card}"}
 
-    assert orphans.take_up(place_of(installation, queue), orphans.Silence(), [spec.id]) == []
+    assert orphans.take_up(site_of(installation, queue), orphans.Silence(), [spec.id]) == []
     assert queue.state(spec.id) == "queued"
 
 
@@ -192,7 +190,7 @@ def test_a_lock_of_a_folder_that_is_gone_keeps_no_job(installation: Installation
     gone = installation.root / "before" / "worker-cpu.lock"
     spec = run_by(f"{HERE}-cpu", str(gone), queue, installation)
 
-    assert orphans.take_up(place_of(installation, queue), orphans.Silence(), [spec.id]) == []
+    assert orphans.take_up(site_of(installation, queue), orphans.Silence(), [spec.id]) == []
     assert queue.state(spec.id) == "queued"
     assert not gone.parent.exists()
 
@@ -206,9 +204,7 @@ def test_a_job_that_another_live_worker_runs_is_left_to_it_and_the_queue_hears_w
     spec = run_by(name, lock_of(card), queue, installation)
     assert queue.give_back(spec.id, name, 0)
     if finds_it == "as its own":  # its horse had died before it could look
-        spec_place, _ = queue.next_due([0, 1, 2, 3], time.time())
-        assert spec_place is not None
-        assert queue.dispatch(f"{HERE}-cpu", spec_place, "rq:queue:q", "q", "x_2", "rq:job:x_2", ["status", "queued"])
+        assert queue.dispatch(f"{HERE}-cpu", Place.of(spec), "rq:queue:q", "x_2", "rq:job:x_2", {"status": "queued"})
     worker = Running(installation, queue)
     try:
         eventually(lambda: queue.running() == {spec.id: name})
@@ -239,7 +235,7 @@ def test_a_live_worker_keeps_its_job_though_the_file_of_its_lock_was_removed(
     Path(lock_of(card)).unlink()
     queue.publish_worker(worker, 90, device="cuda")
 
-    assert orphans.take_up(place_of(installation, queue), orphans.Silence(), []) == [spec.id]
+    assert orphans.take_up(site_of(installation, queue), orphans.Silence(), []) == [spec.id]
     assert queue.running() == {spec.id: worker}
 
     alive.kill()

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,12 @@ import pytest
 from safelight.jobqueue import JobQueue
 from safelight.jobspec import JobSpec
 from safelight.lora import Lora
+from safelight.place import Place
 from safelight.plan import Overrun, PhasePrediction, Plan
 from safelight.receipt import Receipt
 from safelightd import calibration, shortage
-from safelightd.execution import Execution, Place
+from safelightd.conclusion import Site
+from safelightd.execution import Execution
 from safelightd.horse import Requests, Shared
 from safelightd.link import Link
 from safelightd.progress import Watch
@@ -176,12 +177,10 @@ def execution(installation: Installation, queue: JobQueue) -> Iterator[Callable[
     def start(trouble: str) -> tuple[JobSpec, Link]:
         (spec,) = specs_of(installation, ["a fox"])
         queue.submit([spec])
-        where, _ = queue.next_due([1], time.time())
-        assert where is not None
-        assert queue.dispatch("w", where, "rq:queue:w", "w", "x", "rq:job:x", ["status", "queued"])
+        assert queue.dispatch("w", Place.of(spec), "rq:queue:w", "x", "rq:job:x", {"status": "queued"})
         ours, theirs = (Link(end) for end in socket.socketpair())
         links.extend([ours, theirs])
-        place = Place(
+        site = Site(
             config=installation.config,
             models=installation.models,
             ledger=installation.ledger,
@@ -192,7 +191,7 @@ def execution(installation: Installation, queue: JobQueue) -> Iterator[Callable[
             device_is_well=lambda: trouble or None,
             wait=lambda _seconds: True,
         )
-        run = Execution(place, ours, Requests(), Shared(), spec.id, "x").run
+        run = Execution(site, ours, Requests(), Shared(), spec.id, "x").run
         threads.append(threading.Thread(target=run))
         threads[-1].start()
         return spec, theirs

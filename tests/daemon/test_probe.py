@@ -103,14 +103,6 @@ def test_a_link_is_as_fast_as_its_lanes_less_what_copies_lose(generation: int, l
     assert probe.link_bytes_per_second(generation, lanes) / 1e9 == pytest.approx(gigabytes, abs=0.05)
 
 
-@pytest.mark.parametrize(
-    ("version", "expected"),
-    [("2.12.1+cu130", True), ("2.13.0+cpu", False), ("2.13.0a0+git1", False), ("3.0", False), ("", True)],
-)
-def test_torch_before_2_13_rounds_pinned_blocks_up(version: str, expected: bool) -> None:
-    assert probe.pinned_rounds_up(version) is expected
-
-
 def test_a_compiler_counts_with_the_headers_of_python_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     programs, headers = tmp_path / "bin", tmp_path / "include"
     programs.mkdir()

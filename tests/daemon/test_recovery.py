@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from safelight.ids import submission_of
 from safelight.jobqueue import JobQueue
-from safelight.ledger import submission_of
 from safelightd.recovery import LATE_S, Late
 from tests.conftest import Installation
 from tests.daemon.test_worker import Running, eventually, specs_of

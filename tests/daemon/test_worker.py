@@ -16,10 +16,12 @@ import psutil
 import pytest
 
 from safelight import jobspec
+from safelight.ids import job_id, submission_id, submission_of
 from safelight.jobqueue import JobQueue
 from safelight.jobspec import JobSpec
-from safelight.ledger import Attempts, job_id, submission_id, submission_of
+from safelight.ledger import Attempts
 from safelight.machine import Machine
+from safelight.place import Place
 from safelightd import gpulock, redis_server
 from safelightd.worker import SERVER_TIMEOUT_S
 from tests.conftest import Installation
@@ -674,9 +676,7 @@ def test_an_orphan_is_found_although_the_machine_has_another_name_now(
         gpulock.lock_path(Machine(device="cpu", ram_total_bytes=0, ram_available_bytes=0, cpus=1), installation.config)
     )
     installation.ledger.note(Attempts(id=spec.id, attempts=1, running=True, worker="old-name-cpu", lock=lock))
-    where, _ = queue.next_due([1], time.time())
-    assert where is not None
-    assert queue.dispatch("old-name-cpu", where, "rq:queue:old", "old", "x_1", "rq:job:x_1", ["status", "queued"])
+    assert queue.dispatch("old-name-cpu", Place.of(spec), "rq:queue:old", "x_1", "rq:job:x_1", {"status": "queued"})
 
     worker = Running(installation, queue)
     worker.all_in([spec], "done")

@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from safelight import queueserver
+from safelight.ids import submission_of
 from safelight.jobqueue import JobQueue
-from safelight.ledger import submission_of
 from safelight.receipt import Receipt
 from safelightd import verify
 from tests.cli_steps import runner

@@ -87,7 +87,7 @@ def test_a_prepared_transformer_holds_the_parts_of_its_blocks_and_the_rest_in_bf
             assert torch.equal(stored.pop(name), weight.bfloat16()), name
     assert stored == {}
     assert (folder / "config.json").read_bytes() == (own.paths.models / FLUX / "transformer/config.json").read_bytes()
-    assert prepared.prepared(own.paths.models) == (f"{FLUX}/{precision}/transformer",)
+    assert [*prepared.folders(own.paths.models)] == [prepared.folder(own.paths.models, FLUX, precision, "transformer")]
     assert probe.read_machine(own.config).prepared == (f"{FLUX}/{precision}/transformer",)
     assert f"{FLUX}/{precision}/transformer: 40 weights in {precision}" in said
     assert "are free" in said
@@ -413,7 +413,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_the_next_starts_over_i
     (left / "diffusion_pytorch_model.safetensors").rename(left / "left-behind")
 
     assert not target.exists()
-    assert prepared.prepared(folder) == ()
+    assert [*prepared.folders(folder)] == []
 
     with preparing(installation) as running:
         before = peak = anonymous_bytes(running.pid)

@@ -179,7 +179,7 @@ def test_digests_go_on_where_they_were_stopped(own: Installation, disk: Path) ->
 def test_rm_forgets_what_was_registered_and_touches_nothing_else(own: Installation, disk: Path, one: Path) -> None:
     add(own, one, "--as", "fox", "--with", disk / FLUX)
     prepare(own.config, table(own)["fox"], "bf16", ["transformer"], force=False, say=lambda _line: None)
-    assert prepared.prepared(own.paths.models) == ("fox/bf16/transformer",)
+    assert [*prepared.folders(own.paths.models)] == [prepared.folder(own.paths.models, "fox", "bf16", "transformer")]
     before = sorted(str(file) for file in disk.rglob("*"))
 
     asked = runner(own)("models", "rm", "fox")
@@ -189,7 +189,7 @@ def test_rm_forgets_what_was_registered_and_touches_nothing_else(own: Installati
     assert "Add --yes" in asked.stderr
     assert (gone.exit_code, gone.stdout) == (0, "fox is forgotten\n")
     assert "fox" not in table(own)
-    assert prepared.prepared(own.paths.models) == ()
+    assert [*prepared.folders(own.paths.models)] == []
     assert sorted(str(file) for file in disk.rglob("*")) == before
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from safelight import ledger, queueserver, submit
+from safelight import ids, queueserver, submit
 from safelight.errors import InvalidJob, QueueUnreachable, SafelightError
 from safelight.jobqueue import JobQueue
 from safelight.jobspec import JobSpec, check
@@ -61,8 +61,8 @@ def specs(installation: Installation, count: int, **written: object) -> list[Job
         image_model="tiny-flux-schnell", video_model="tiny-wan-ti2v",
     )  # fmt: skip
     assert isinstance(made, JobSpec)
-    submission = ledger.submission_id(datetime.now())
-    return [made.model_copy(update={"id": ledger.job_id(submission, i), "index": i}) for i in range(1, count + 1)]
+    submission = ids.submission_id(datetime.now())
+    return [made.model_copy(update={"id": ids.job_id(submission, i), "index": i}) for i in range(1, count + 1)]
 
 
 def test_jobs_are_queued_once_over_a_restart_of_the_server(installation: Installation, server: Server) -> None:
@@ -87,7 +87,7 @@ def test_a_submission_that_fails_says_truly_what_is_left_of_it(
 ) -> None:
     """A folder in the second's place fails its rename; that the disk became read-only as well is stood in for."""
     first, second = specs(installation, 1), specs(installation, 1)
-    names = [ledger.submission_of(jobs[0].id) for jobs in (first, second)]
+    names = [ids.submission_of(jobs[0].id) for jobs in (first, second)]
     (installation.paths.jobs / f"{names[1]}.jsonl").mkdir(parents=True)
     unlink = Path.unlink
 
@@ -111,7 +111,7 @@ def test_jobs_stay_in_the_ledger_when_the_server_does_not_come_back(installation
     jobs = specs(installation, 2)
     server.kill()
 
-    (note,) = submit.submit({ledger.submission_of(jobs[0].id): jobs}, queue, installation.ledger, patience_s=0.3)
+    (note,) = submit.submit({ids.submission_of(jobs[0].id): jobs}, queue, installation.ledger, patience_s=0.3)
 
     assert "do not submit them again" in note
     assert list(installation.ledger.accepted()) == jobs

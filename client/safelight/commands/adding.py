@@ -186,7 +186,7 @@ def expand_all(
     Raises:
         InvalidJob: every fault of every source.
     """
-    from safelight import ledger
+    from safelight import ids
     from safelight.errors import InvalidJob, in_order
     from safelight.expand import expand
 
@@ -197,7 +197,7 @@ def expand_all(
         inputs = client.config.paths.inputs if keep_images else Path(nowhere)
         for source in sources:
             faults += source.faults
-            submission = ledger.submission_id(now)
+            submission = ids.submission_id(now)
             try:
                 submissions[submission] = expand(
                     source.drafts,

@@ -100,7 +100,7 @@ def _write_down(queue: JobQueue, ledger: Ledger) -> None:
 
 def _specs(ids: Iterable[str], ledger: Ledger) -> Iterator[JobSpec]:
     """Yield the specs of jobs from the ledger, whose files are read once each; without those it does not know."""
-    from safelight.ledger import submission_of
+    from safelight.ids import submission_of
 
     submission, known = "", dict[str, "JobSpec"]()
     for job in ids:

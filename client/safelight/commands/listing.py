@@ -164,7 +164,7 @@ def show(client: Client, job: str, *, as_json: bool) -> None:
 def _of_file(client: Client, file: Path) -> dict[str, Any]:
     """Return the job that a file was made by: its own metadata, and the receipt where this ledger has it."""
     from safelight import embedded
-    from safelight.commands.selecting import is_id
+    from safelight.ids import is_id
 
     inside = embedded.read(file)
     receipt = client.ledger.receipt(inside.id) if is_id(inside.id) else None

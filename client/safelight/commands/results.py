@@ -229,6 +229,7 @@ def rerun(
     """
     from safelight import embedded
     from safelight.errors import InvalidJob
+    from safelight.ids import submission_of
 
     if seed is not None and not _SEED.fullmatch(seed):
         raise click.UsageError(f"--seed {seed!r} is neither a seed nor a step such as +1.")
@@ -241,7 +242,7 @@ def rerun(
             if strength is not None:
                 changes["image"] = _kept_picture(client, file.expanduser(), inside, dry_run=dry_run)
             specs = _again(client, file, inside, seed, count, changes, replan=replan)
-            submissions[specs[0].id.rsplit("-", 1)[0]] = specs
+            submissions[submission_of(specs[0].id)] = specs
         except InvalidJob as error:
             faults += error.faults
     if faults:
@@ -258,10 +259,10 @@ def _again(
     Raises:
         InvalidJob: the model is not known any more, an input image is gone, or a value is not legal.
     """
-    from safelight import ledger
+    from safelight import ids
 
     now = datetime.now().astimezone()
-    submission = ledger.submission_id(now)
+    submission = ids.submission_id(now)
     first = _first_seed(inside.spec.seed, seed)
     given = {name: value for name, value in changes.items() if value is not None}
     plan = None if replan else inside.plan
@@ -271,7 +272,7 @@ def _again(
         checked = _checked(client, file, written, here=changes.get("image"))
         axes = {**inside.spec.axes, "seed": checked.seed} if "seed" in inside.spec.axes else inside.spec.axes
         own = {
-            "id": ledger.job_id(submission, index),
+            "id": ids.job_id(submission, index),
             "index": index,
             "submitted_at": now.isoformat(timespec="seconds"),
             "template": inside.spec.template,

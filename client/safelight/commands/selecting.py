@@ -19,8 +19,8 @@ ABBREVIATION_MIN = 4
 AMBIGUOUS_SHOWN = 10
 
 
-def jobs_argument(*, required: bool = False) -> Callable[[Any], Any]:
-    return click.argument("ids", metavar="ID..." if required else "[ID]...", nargs=-1, required=required)
+def jobs_argument() -> Callable[[Any], Any]:
+    return click.argument("ids", metavar="[ID]...", nargs=-1)
 
 
 def batch_option(help_text: str) -> Callable[[Any], Any]:
@@ -93,7 +93,7 @@ class _Accepted:
         self._ids: dict[str, set[str]] = {}
 
     def __contains__(self, job: str) -> bool:
-        from safelight.ledger import submission_of
+        from safelight.ids import submission_of
 
         if not self._ledger.knows(job):
             return False
@@ -105,19 +105,16 @@ class _Accepted:
 
 def _matching(text: str, queue: JobQueue | None, ledger: Ledger, accepted: _Accepted) -> list[str]:
     """An exact id is looked up where that is cheapest; only what may be part of one is searched for."""
+    from safelight.ids import is_id
+
     if queue and queue.state(text):
         return [text]
     if is_id(text) and (has_ended(text, ledger) or text in accepted):
         return [text]
     if len(text) < ABBREVIATION_MIN:
         return []
-    known = queue.matching(text) if queue else []
+    known = queue.containing(text) if queue else []
     return sorted({*known, *(job for job in ledger.ended() if text in job)})
-
-
-def is_id(text: str) -> bool:
-    """Whether `text` can be an id at all: what cannot must never become part of a path."""
-    return bool(text) and all(character.isascii() and (character.isalnum() or character == "-") for character in text)
 
 
 def has_ended(job: str, ledger: Ledger) -> bool:

@@ -23,8 +23,6 @@ from safelight.plan import Precision
 Parts = Mapping[str, torch.Tensor]
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
-UNQUANTISED: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
-
 LIBRARIES: Mapping[Precision, str] = {
     "fp8-dynamic": "torchao",
     "fp8-weight-only": "torchao",

@@ -70,11 +70,6 @@ def _build(folder: Path, index: str, fill: Callable[[Path], None]) -> None:
     durable.sync_folder(folder.parent)
 
 
-def is_built(folder: Path) -> bool:
-    """Whether a whole model is at `folder`; a rename put it there, so its index stands for all of it."""
-    return (folder / "model_index.json").is_file()
-
-
 def _put_in_place(unfinished: Path, folder: Path, index: str) -> None:
     try:
         unfinished.rename(folder)
