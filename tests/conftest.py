@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from safelight import config as settings
@@ -19,6 +20,17 @@ from safelight.config import Config
 from safelight.jobqueue import JobQueue
 from safelight.ledger import Ledger
 from safelight.models import Models
+
+for name, derandomize in (("same", True), ("search", False)):
+    hypothesis.settings.register_profile(
+        name,
+        derandomize=derandomize,
+        deadline=None,  # how long an example takes says what else runs on this machine
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],  # for the same reason
+    )
+# Every run tries the same examples, so that one which fails says that the code has changed.
+# HYPOTHESIS_PROFILE=search looks for others.
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 @dataclass(frozen=True)

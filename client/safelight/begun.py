@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pydantic import Field
 
-from pydantic import BaseModel, ConfigDict, Field
-
+from safelight.computed import Computed
 from safelight.jobspec import JobSpec
-from safelight.plan import Dtype, Plan, Precision
+from safelight.plan import Plan
 
 
-class Begun(BaseModel):
-    """What a job's checkpoint says of the plan that made it: the fields that decide bits and that planning chooses."""
-
-    model_config = ConfigDict(frozen=True)
+class Begun(Computed):
+    """What a job's checkpoint says of the plan that made it."""
 
     step: int = Field(ge=1)
     """Steps that are done."""
-    dtype: Dtype
-    precision: Precision
-    compiled: bool
-    text_encoder_precision: Precision | None
-    text_encoder_device: Literal["cuda", "cpu"]
 
-    def asked(self, spec: JobSpec) -> JobSpec:
+    def held_to(self, spec: JobSpec) -> JobSpec:
         """Return the job as if it had asked for this way. Where weights lie is left to the planner."""
-        plain: Precision = "fp16" if self.dtype == "float16" else "bf16"
-        on_gpu = self.text_encoder_device == "cuda"
-        return spec.model_copy(
-            update={
-                "precision": self.precision,
-                "compile": "on" if self.compiled else "off",
-                "text_encoder_device": "gpu" if on_gpu else "cpu",
-                "text_encoder_precision": self.text_encoder_precision or (plain if on_gpu else "auto"),
-            }
-        )
+        return spec.model_copy(update=self.settings)
 
     def is_sooner(self, going_on: Plan, anew: Plan) -> bool:
         """Whether going on ends no later than beginning anew, which may be free to take a much faster way."""

@@ -31,24 +31,25 @@ GIF_FPS = (1, 2, 4, 5, 10, 20, 25, 50)
 
 def check_size(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> None:
     """Note a width or height that the model was not made for."""
-    for name in ("width", "height"):
+    width, height = fields.get("width", facts.defaults.width), fields.get("height", facts.defaults.height)
+    for name, other in (("width", height), ("height", width)):
         side = fields.get(name)
         if side is None:
             continue
         if side % facts.size_multiple:
             low = side // facts.size_multiple * facts.size_multiple
             high = low + facts.size_multiple
-            legal = [str(n) for n in (low, high) if facts.size_min <= n <= facts.size_max]
+            legal = [n for n in (low, high) if facts.size_min <= n <= facts.size_max]
+            legal = [n for n in legal if n * other <= facts.pixels_max] or legal
             faults.of(name).add(
                 f"{name} {side} is not a multiple of {facts.size_multiple}",
-                f"Use {' or '.join(legal) or facts.side_near(side)}.",
+                f"Use {' or '.join(map(str, legal)) or facts.side_near(side)}.",
             )
         elif not facts.size_min <= side <= facts.size_max:
             faults.of(name).add(
                 f"{name} {side} is outside {facts.size_min} to {facts.size_max} of {facts.key}",
                 f"Use {facts.side_near(side)}.",
             )
-    width, height = fields.get("width", facts.defaults.width), fields.get("height", facts.defaults.height)
     sides_are_legal = all(facts.size_min <= side <= facts.size_max for side in (width, height))
     if width * height > facts.pixels_max and sides_are_legal:
         tallest = max(facts.pixels_max // width // facts.size_multiple * facts.size_multiple, facts.size_min)
@@ -98,9 +99,11 @@ def _check_rate(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> No
         )
     elif fields.get("output_format") == "gif" and fps * times not in GIF_FPS and 1 <= fps <= CLIP_FPS_MAX:
         legal = [rate // times for rate in GIF_FPS if not rate % times]
+        nearest = f"Use fps {min(legal, key=lambda rate: (abs(rate - fps), -rate))}, or another output_format."
+        own_program = fields.get("backend") == "wan-cli"  # which has one rate
         faults.of("output_format", "fps", "interpolate").add(
             f"a gif cannot show {fps * times} frames a second: its frames last whole hundredths of one",
-            f"Use fps {min(legal, key=lambda rate: (abs(rate - fps), -rate))}, or another output_format.",
+            "Use webp." if own_program else nearest,
         )
 
 
@@ -112,10 +115,17 @@ def within(fields: dict[str, Any], name: str, low: float, high: float, faults: F
         faults.of(name).add(f"{name} {value} is outside {low} to {high}", f"Use {nearest}.")
 
 
+def guides(guidance_scale: float | None) -> bool:
+    """Whether a step of a model with two forwards a step takes both. The first expert's scale decides, as in diffusers'
+    WanPipeline."""
+    return (guidance_scale or 0.0) > 1
+
+
 def check_steps_and_guidance(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> None:
     """Note steps and guidance that are out of range, or would be ignored."""
     within(fields, "num_inference_steps", facts.steps_min, facts.steps_max, faults)
     within(fields, "max_sequence_length", 1, facts.max_sequence_length, faults)
+    scale = fields.get("guidance_scale", facts.defaults.guidance_scale)
     if facts.guidance == "none":
         for name in ("guidance_scale", "guidance_scale_2"):
             if name in fields:
@@ -124,11 +134,16 @@ def check_steps_and_guidance(fields: dict[str, Any], facts: ModelFacts, faults: 
                     "Leave it out.",
                 )
     else:
-        within(fields, "guidance_scale", 0.0, 30.0, faults)
+        within(fields, "guidance_scale", 1.0 if facts.guidance == "cfg" else 0.0, 30.0, faults)  # less would mean 1
         within(fields, "guidance_scale_2", 0.0, 30.0, faults)
         if "guidance_scale_2" in fields and facts.experts == 1:
             faults.of("guidance_scale_2", "model").add(
                 f"guidance_scale_2 would be ignored: {facts.key} has one expert", "Leave it out."
+            )
+        elif "guidance_scale_2" in fields and fields["guidance_scale_2"] != scale and not guides(scale):
+            faults.of("guidance_scale_2", "guidance_scale").add(
+                f"guidance_scale_2 would be ignored at guidance_scale {scale:g}, where a step is one forward",
+                "Leave it out, or raise guidance_scale.",
             )
     if "true_cfg_scale" in fields and not facts.true_cfg:
         faults.of("true_cfg_scale", "model").add(f"true_cfg_scale would be ignored by {facts.key}", "Leave it out.")
@@ -140,11 +155,7 @@ def check_steps_and_guidance(fields: dict[str, Any], facts: ModelFacts, faults: 
 def _check_negative(fields: dict[str, Any], facts: ModelFacts, faults: Faults) -> None:
     negative, true_cfg = fields.get("negative_prompt"), fields.get("true_cfg_scale", 1.0)
     if facts.guidance == "cfg":
-        scales = (
-            fields.get("guidance_scale", facts.defaults.guidance_scale),
-            fields.get("guidance_scale_2", facts.defaults.guidance_scale_2),
-        )
-        if negative and all(scale is None or scale <= 1 for scale in scales):
+        if negative and not guides(fields.get("guidance_scale", facts.defaults.guidance_scale)):
             faults.of("negative_prompt", "guidance_scale").add(
                 "negative_prompt would be ignored at guidance_scale 1",
                 "Raise guidance_scale, or leave it out.",

@@ -27,6 +27,7 @@ from safelight.jobrules import (
     check_loras,
     check_size,
     check_steps_and_guidance,
+    guides,
     within,
 )
 from safelight.lora import Lora
@@ -380,4 +381,6 @@ def _filled(fields: dict[str, Any], facts: ModelFacts) -> JobSpec:
     }
     if facts.kind == "image" and "image" in fields:
         given.setdefault("strength", STRENGTH)
+    if facts.experts > 1 and not guides(given["guidance_scale"]):
+        given["guidance_scale_2"] = given["guidance_scale"]  # the default's would not be heeded
     return JobSpec.model_validate(given)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from safelight.jobrules import guides
 from safelight.jobspec import JobSpec
 from safelight.machine import Machine
 from safelight.models import Blocks, ModelFacts
@@ -133,7 +134,7 @@ def link_bytes_per_second(machine: Machine) -> int:
 def is_guided(spec: JobSpec, facts: ModelFacts) -> bool:
     """Whether a step runs the transformer twice."""
     if facts.family == "wan":
-        return (spec.guidance_scale or 0.0) > 1
+        return guides(spec.guidance_scale)
     return spec.negative_prompt is not None and (spec.true_cfg_scale or 0.0) > 1
 
 

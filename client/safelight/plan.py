@@ -143,6 +143,13 @@ class Plan(BaseModel):
         once = sum(phase.once_seconds for phase in self.predicted.values())
         return jobs * self.seconds - (jobs - 1) * once
 
+    def longest_silence_s(self, phase: str) -> float:
+        """Return the seconds that a phase is expected to take from one sign of progress to the next: a step of
+        denoising, or the whole of another phase; 0 where nothing is expected."""
+        if phase == "denoise":
+            return self.seconds_per_step or 0.0
+        return next((of.seconds or 0.0 for name, of in self.predicted.items() if name == phase), 0.0)
+
     @property
     def is_quantised(self) -> bool:
         """Whether the transformers are held in fewer bits than they are computed in."""

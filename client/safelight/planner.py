@@ -10,6 +10,7 @@ from typing import Any, get_args
 from safelight import calibration as learned
 from safelight import footprint, ladder, wan_cli, wan_cli_plan
 from safelight.calibration import Calibration
+from safelight.computed import Computed
 from safelight.errors import Fault, InvalidJob
 from safelight.jobspec import JobSpec
 from safelight.machine import GIB, Machine
@@ -82,17 +83,20 @@ def make_plan(
 def _as_begun(
     spec: JobSpec, facts: ModelFacts, machine: Machine, calibration: Calibration, circumstances: Circumstances
 ) -> Plan | None:
-    """Return the plan that goes on with what an earlier attempt has done; None where there is none, or it has no room.
+    """Return the plan that goes on with what an earlier attempt has done; None where there is none, it has no room, or
+    another kind of device made it.
 
     On the CPU there is one way only.
     """
     begun = circumstances.begun
-    if begun is None or machine.device == "cpu" or begun.precision in circumstances.refused:
+    if begun is None or begun.device != machine.device or machine.device == "cpu":
         return None
-    same = begun.asked(spec)
+    if begun.precision in circumstances.refused:
+        return None
+    held = begun.held_to(spec)
     try:
-        _refuse_unoffered(same, facts, machine, circumstances.refused)
-        return _with_what_is_kept(same, facts, machine, calibration, circumstances)
+        _refuse_unoffered(held, facts, machine, circumstances.refused)
+        return _with_what_is_kept(held, facts, machine, calibration, circumstances)
     except (InvalidJob, _Lacking):
         return None
 
@@ -114,9 +118,10 @@ def _with_what_is_kept(
         return _plan(spec, facts, machine, calibration, circumstances)
     if not plan.is_quantised:
         return plan
-    same = spec.model_copy(update={"precision": plan.precision, "compile": "on" if plan.compiled else "off"})
+    settings = Computed.of(plan).settings
+    held = spec.model_copy(update={name: settings[name] for name in ("precision", "compile")})
     try:
-        return _plan(same, facts, machine, calibration, circumstances)
+        return _plan(held, facts, machine, calibration, circumstances)
     except _Lacking:  # what keeping takes beside it does not fit
         return plan
 
@@ -212,7 +217,11 @@ def _plan(
         except _Lacking as lacking:
             if not pinned or lacking.memory != "RAM":
                 raise
-            more = spared_bytes + lacking.need_bytes - lacking.there_bytes
+            more = max(
+                spared_bytes + lacking.need_bytes - lacking.there_bytes,
+                # where denoising has taken less than it may: below what it has, or the same would be chosen again
+                _limits("denoise", spec, machine, circumstances).host - predicted["denoise"].host_bytes + 1,
+            )
             return _plan(spec, facts, machine, calibration, circumstances, more)
         plan = _with(plan, chosen)
         predicted[phase] = _prediction(chosen)

@@ -70,6 +70,8 @@ def refusals(fields: Mapping[str, Any], facts: ModelFacts) -> Iterator[tuple[str
         remedy = f"Write guidance_scale_2 {scale:g}, too, or leave both out."
         problem = f"guidance {scale:g} and {scale_2:g}: Wan's own program takes one for both experts"
         yield "guidance_scale", problem, remedy
+    if fields.get("last_image") and facts.last_image:
+        yield "last_image", "last_image would be ignored by Wan's own program", "Leave it, or backend, out."
     if fields.get("loras"):
         yield "loras", "LoRAs would be ignored by Wan's own program", "Leave them, or backend, out."
     if fields.get("cache") is not None:

@@ -23,22 +23,14 @@ import torch
 
 from safelight import durable
 from safelight.begun import Begun
+from safelight.computed import Computed
 from safelight.jobspec import JobSpec
 from safelight.machine import GIB
 from safelight.plan import Plan
 from safelightd import packed
 from safelightd.logs import Log
 
-DECIDES_THE_BITS = (
-    "model",
-    "device",
-    "dtype",
-    "precision",
-    "compiled",
-    "attention",
-    "text_encoder_precision",
-    "text_encoder_device",
-)
+DECIDES_THE_BITS = frozenset({"model", "attention", *Computed.model_fields})
 """Of a plan. Where its weights lie changes no bit: another plan of these goes on with what this one computed. The
 planner is told which they were (`begun`): a night later fewer jobs may wait, or a game may run, and it would choose
 otherwise."""

@@ -47,6 +47,10 @@ NEXT_IN_LINE = 50
 SHOWN = ("phase", "i", "n", "seconds_left")
 """What of a message `watch` and `status` show."""
 
+TIMES_EXPECTED = 3.0
+"""What the plan expects may take so many times as long before it counts as no progress: on a CPU one step of a large
+clip takes hours, and a plan of a kind that this machine has not run yet is off by up to 2."""
+
 CANCEL_READ_S = 5.0
 """One blocking read for a cancellation; it is repeated."""
 
@@ -220,7 +224,7 @@ class Execution:
     def _next(self) -> dict[str, Any]:
         """Wait for the next message of this execution that shows progress; kill an engine that shows none."""
         phase = self._phase
-        deadline_s = getattr(self._site.config.settings.worker.deadline_s, _deadline_of(phase))
+        deadline_s = self._deadline_s(phase)
         last = time.monotonic()
         self._shared.set(busy=True, deadline=last + deadline_s)
         while True:
@@ -237,10 +241,15 @@ class Execution:
                 if message["type"] != "alive":
                     return message
 
+    def _deadline_s(self, phase: Phase) -> float:
+        """Return for how long a phase may show no progress: as the settings say, or longer where the plan is."""
+        setting: float = getattr(self._site.config.settings.worker.deadline_s, _deadline_of(phase))
+        return max(setting, TIMES_EXPECTED * (self._plan.longest_silence_s(phase) if self._plan else 0.0))
+
     def _overdue(self, phase: str, deadline_s: float) -> str:
         if self._asked is not None:
             return f"the engine did not stop within {CANCEL_GRACE_S:g} s of being asked, in {phase}"
-        return f"no progress for {deadline_s:g} s in {phase}"
+        return f"no progress for {deadline_s:g} s in {phase} ([worker.deadline_s] {_deadline_of(phase)})"
 
     def _failed(self, spec: JobSpec, attempts: Attempts, message: dict[str, Any]) -> Receipt:
         kind, text = message["kind"], message["message"]

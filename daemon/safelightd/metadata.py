@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from importlib.metadata import version
 
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
-from safelight import __version__
+from safelight import __version__, prepared
 from safelight.embedded import MAKER, PNG_KEY, Embedded
 from safelight.jobspec import JobSpec
 from safelight.plan import Plan
@@ -26,7 +25,7 @@ EXIF_BYTES_MAX = 65_533
 @cache
 def versions() -> dict[str, str]:
     """Return the versions that decide a job's bytes, besides the driver's; nothing is imported to find them."""
-    return {"safelight": __version__, **{name: version(name) for name in ("diffusers", "torch", "transformers")}}
+    return {"safelight": __version__, **prepared.versions()}
 
 
 def record(spec: JobSpec, plan: Plan) -> str:

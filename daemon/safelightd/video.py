@@ -165,7 +165,8 @@ def _encode(
         arguments = [
             "-y", "-f", "rawvideo", "-pixel_format", "rgb24", "-video_size", f"{width}x{height}",
             "-framerate", str(fps), "-i", "pipe:0", "-f", "ffmetadata", "-i", f"/proc/self/fd/{tags.fileno()}",
-            "-map", "0:v:0", "-map_metadata", "1", *how, f"file:{path}",
+            # else the encoder takes a rate that it likes better than 119 a second, which is 120
+            "-map", "0:v:0", "-map_metadata", "1", "-enc_time_base", f"1/{fps}", *how, f"file:{path}",
         ]  # fmt: skip
         run = stack.enter_context(_ffmpeg(arguments, path, stdin=subprocess.PIPE, pass_fds=(tags.fileno(),)))
         assert run.process.stdin is not None

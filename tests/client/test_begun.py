@@ -7,6 +7,7 @@ import pytest
 from safelight import models
 from safelight.begun import Begun
 from safelight.calibration import NOTHING_LEARNED
+from safelight.computed import Computed
 from safelight.jobspec import JobSpec
 from safelight.machine import GIB, Machine
 from safelight.plan import Overrun, Plan
@@ -21,7 +22,7 @@ CARD = Machine(
 )  # fmt: skip
 CLIP = clip_spec(model="wan-ti2v-5b", width=832, height=480, num_frames=49, num_inference_steps=20)
 NIGHT, ALONE = 100, 1
-DECIDED = ("dtype", "precision", "compiled", "text_encoder_precision", "text_encoder_device")
+DECIDED = tuple(Computed.model_fields)
 
 
 def planned(machine: Machine, waiting: int, spec: JobSpec = CLIP, **around: object) -> Plan:
@@ -72,6 +73,15 @@ def test_it_begins_anew_where_that_is_sooner(step: int, goes_on: bool) -> None:
 
     assert (slow.seconds_per_step or 0) > 1.5 * (fresh.seconds_per_step or 0)
     assert way(again) == way(slow if goes_on else fresh)
+
+
+def test_what_a_cpu_has_begun_begins_anew_on_a_card_and_the_other_way_round() -> None:
+    """A person tries it on the CPU, mends the driver and starts the worker again."""
+    cpu = Machine(device="cpu", ram_total_bytes=32 * GIB, ram_available_bytes=26 * GIB, cpus=8)
+    on_cpu, on_card = planned(cpu, ALONE), planned(CARD, ALONE)
+
+    assert planned(CARD, ALONE, begun=begun(on_cpu, step=15)) == on_card
+    assert planned(cpu, ALONE, begun=begun(on_card, step=15)) == on_cpu
 
 
 def test_a_precision_whose_result_was_refused_is_not_gone_on_with() -> None:

@@ -48,6 +48,13 @@ def test_defaults_are_the_models_own(key: str) -> None:
     assert made.output_format == {"image": "png", "video": "mp4"}[facts.kind]
 
 
+def test_without_guidance_no_second_scale_is_written_that_nothing_heeds() -> None:
+    assert spec(model="wan-t2v-a14b", guidance_scale=1).guidance_scale_2 == 1
+    assert spec(model="wan-t2v-a14b", guidance_scale=1, guidance_scale_2=1).guidance_scale_2 == 1
+    assert spec(model="wan-t2v-a14b", guidance_scale=1.5).guidance_scale_2 == 3
+    assert spec(model="wan-ti2v-5b", guidance_scale=1).guidance_scale_2 is None
+
+
 @pytest.mark.parametrize(
     ("written", "model"),
     [
@@ -78,9 +85,15 @@ def test_job_without_a_model_gets_the_one_of_its_kind(written: dict[str, object]
         ({"model": "flux-dev", "negative_prompt": "x"}, "negative_prompt would be ignored by flux-dev without true"),
         ({"model": "flux-dev", "true_cfg_scale": 4}, "true_cfg_scale would be ignored without a negative_prompt. Add"),
         ({"model": "wan-ti2v-5b", "num_frames": 80}, "num_frames 80 is not 4n + 1. Use 81."),
-        ({"model": "wan-ti2v-5b", "height": 720}, "height 720 is not a multiple of 32. Use 704 or 736."),
+        ({"model": "wan-ti2v-5b", "height": 720}, "height 720 is not a multiple of 32. Use 704."),
+        ({"model": "wan-ti2v-5b", "height": 500, "width": 832}, "height 500 is not a multiple of 32. Use 480 or 512."),
         ({"model": "wan-ti2v-5b", "last_image": DIGEST}, "last_image would be ignored by wan-ti2v-5b."),
         ({"model": "wan-ti2v-5b", "guidance_scale_2": 3}, "guidance_scale_2 would be ignored: wan-ti2v-5b"),
+        ({"model": "wan-t2v-a14b", "guidance_scale": 1, "guidance_scale_2": 7}, "guidance_scale_2 would be ignored at "
+         "guidance_scale 1, where a step is one forward. Leave it out, or raise guidance_scale."),
+        ({"model": "wan-t2v-a14b", "guidance_scale": 1, "negative_prompt": "blur"}, "negative_prompt would be ignored "
+         "at guidance_scale 1. Raise guidance_scale, or leave it out."),
+        ({"model": "wan-ti2v-5b", "guidance_scale": 0.5}, "guidance_scale 0.5 is outside 1.0 to 30.0. Use 1.0."),
         ({"model": "wan-i2v-a14b"}, "wan-i2v-a14b animates a picture and none was given. Add image: NAME."),
         ({"model": "wan-t2v-a14b", "image": DIGEST}, "image would be ignored by wan-t2v-a14b. Leave it out, or"),
         ({"strength": 0.5}, "strength would be ignored without an image. Add image: NAME, or leave it out."),

@@ -94,6 +94,14 @@ def test_the_models_own_defaults_are_the_programs(key: str) -> None:
         ({"vae_tiling": "on"}, "vae_tiling on is not offered by Wan's own program. Use auto or off."),
         ({"vae_tiling": "strips"}, "vae_tiling strips is not offered by Wan's own program. Use auto or off."),
         ({"compile": "on"}, "compile on is not offered by Wan's own program. Use auto or off."),
+        (
+            {"output_format": "gif"},
+            "a gif cannot show 24 frames a second: its frames last whole hundredths of one. Use webp.",
+        ),
+        (
+            {"model": "wan-i2v-a14b", "image": DIGEST, "last_image": DIGEST, "height": 464},
+            "last_image would be ignored by Wan's own program. Leave it, or backend, out.",
+        ),
         ({"last_image": DIGEST}, "last_image would be ignored by wan-ti2v-5b. Leave it out."),
         (
             {"model": "wan-t2v-a14b", "guidance_scale": 5},

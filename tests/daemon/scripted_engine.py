@@ -1,11 +1,12 @@
 """An engine without torch: a real process on the real link that does what the prompt says.
 
 The prompt is a list of words, one an attempt (the last repeats): `ok`, `slow` (2 s of steps), `fail`, `crash`
-(SIGKILLs itself), `hang` (no progress), `machine`, `torn` (dies while it publishes), `late` (dies when it has
-published), `oom` (its plan runs out of GPU memory), `late-oom` (the same, once it is asked to stop), `swell` (takes
-memory until the kernel ends it), `refused` (the result is broken). What an earlier attempt began to publish it finishes
-first. Its plan has a rung for each overrun that it is told of. What it did is appended to outbox/runs.log, who did it
-to outbox/engines.log, what it was told of earlier attempts and of the line to outbox/told.log.
+(SIGKILLs itself), `hang` (no progress), `long` (none for 4 s, of the 60 that its plan expects of a step), `machine`,
+`torn` (dies while it publishes), `late` (dies when it has published), `oom` (its plan runs out of GPU memory),
+`late-oom` (the same, once it is asked to stop), `swell` (takes memory until the kernel ends it), `refused` (the result
+is broken). What an earlier attempt began to publish it finishes first. Its plan has a rung for each overrun that it is
+told of. What it did is appended to outbox/runs.log, who did it to outbox/engines.log, what it was told of earlier
+attempts and of the line to outbox/told.log.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ def plan_of(message: dict) -> Plan:
         streamed={"transformer": tuple(range(BLOCKS_MORE * (rung + 1)))},
         text_encoder_device="cuda",
         vae_tiling=False,
+        seconds_per_step=60.0 if "long" in message["spec"]["prompt"].split() else None,
         predicted={"denoise": PhasePrediction(device_bytes=13 << 30 >> rung, host_bytes=9 << 30 >> rung)},
     )
 
@@ -97,6 +99,8 @@ def end_early(word: str, config: settings.Config, cancelled: threading.Event) ->
             swell()
         case "hang":
             time.sleep(60)
+        case "long":
+            time.sleep(4)
         case "unmount" | "unmount-crash":
             config.paths.models.rename(config.paths.models.with_name("unmounted"))
             config.paths.models.mkdir()

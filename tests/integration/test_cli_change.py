@@ -296,9 +296,28 @@ def test_rerun_holds_the_planner_to_the_plan_of_the_file(
     held = queue.spec(planned)
     assert held is not None
     assert (held.precision, held.offload, held.vae_tiling, held.text_encoder_device) == ("bf16", "model", word, "cpu")
+    assert (held.compile, held.text_encoder_precision) == ("off", "auto")
     spec = queue.spec(free)
     assert spec is not None
-    assert (spec.precision, spec.vae_tiling) == ("auto", "auto")
+    assert (spec.precision, spec.vae_tiling, spec.compile) == ("auto", "auto", "auto")
+
+
+def test_rerun_of_what_a_cpu_made_is_free_where_its_weights_lie(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    """Where a CPU has only one way, naming it would be refused: on a CPU as well as on a card."""
+    (job,) = ids_of(safelight("add", "a red fox"))
+    plan = Plan(
+        model="tiny-flux-schnell", device="cpu", dtype="float32", precision="fp32", offload="partial",
+        text_encoder_device="cpu", vae_tiling=False,
+    )  # fmt: skip
+    record = installation.root / "record.json"
+    record.write_text(end(installation, queue, job).model_copy(update={"plan": plan}).model_dump_json())
+    (again,) = ids_of(safelight("rerun", str(record)))
+
+    spec = queue.spec(again)
+    assert spec is not None
+    assert (spec.precision, spec.offload, spec.compile, spec.vae_tiling) == ("auto", "auto", "auto", "off")
 
 
 def test_rerun_with_a_strength_starts_from_the_picture_itself(

@@ -82,7 +82,7 @@ def test_held_out_shapes_are_drawn_as_outlines(tiny_models_folder: Path) -> None
     ids=["nf4", "half of it streamed"],
 )
 def test_another_plan_draws_outlines_too(plan: dict[str, Any], tiny_models_folder: Path) -> None:
-    assert right(tiny_models_folder, 10, plan) >= 6
+    assert right(tiny_models_folder, 3, plan) >= 2
 
 
 def test_scale_0_is_no_lora_and_half_of_it_lies_between(tiny_models_folder: Path) -> None:

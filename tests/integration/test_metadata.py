@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import ExifTags, Image
 
-from safelight import embedded
+from safelight import embedded, prepared
 from safelight.config import Config
 from safelight.jobspec import PROMPT_CHARACTERS_MAX, JobSpec
 from safelightd import metadata, outputs
@@ -64,7 +64,7 @@ def test_file_says_how_to_make_it_again(prompt: str, output_format: str, config:
     assert found.plan == making.PLAN
     assert found.id == spec.id
     assert found.versions == metadata.versions()
-    assert set(found.versions) == {"safelight", "diffusers", "torch", "transformers"}
+    assert set(found.versions) == {"safelight", *prepared.LIBRARIES}
 
 
 def test_png_has_the_text_that_other_programs_read(config: Config) -> None:

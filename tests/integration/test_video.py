@@ -35,7 +35,7 @@ def _children() -> set[psutil.Process]:
     return set(psutil.Process().children(recursive=True))
 
 
-@pytest.mark.parametrize(("frames", "fps"), [(1, 24), (5, 16), (9, 24), (33, 30), (12, 1), (13, 120)])
+@pytest.mark.parametrize(("frames", "fps"), [(1, 24), (5, 16), (9, 24), (33, 30), (12, 1), (13, 119), (13, 120)])
 def test_clip_has_exactly_the_frames_and_rate_it_was_given(tmp_path: Path, frames: int, fps: int) -> None:
     file = tmp_path / "clip.mp4"
     spec = making.clip_spec()

@@ -9,7 +9,7 @@ from contextlib import suppress
 from datetime import date, datetime
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -320,16 +320,13 @@ def _written(client: Client, spec: JobSpec, plan: Plan | None) -> dict[str, Any]
 
 def _as_planned(plan: Plan | None) -> dict[str, str]:
     """Return the settings with which a planner has no other choice."""
-    from safelight.jobspec import Offload, Precision
+    from safelight.computed import Computed
 
     if plan is None:
         return {}
-    return {
-        "precision": plan.precision if plan.precision in get_args(Precision) else "auto",
-        "offload": plan.offload if plan.offload in get_args(Offload) else "auto",
-        "vae_tiling": "on" if plan.vae_tiling else "strips" if plan.vae_strip_rows else "off",
-        "text_encoder_device": "cpu" if plan.text_encoder_device == "cpu" else "gpu",
-    }
+    decoding = "on" if plan.vae_tiling else "strips" if plan.vae_strip_rows else "off"
+    where = {"offload": plan.offload} if plan.device == "cuda" else {}
+    return {**Computed.of(plan).settings, **where, "vae_tiling": decoding}
 
 
 def _checked(client: Client, file: Path, written: dict[str, Any], here: object) -> JobSpec:
