@@ -176,7 +176,7 @@ class Place:
         source = self.config.paths.state / "picture.png"
         source.parent.mkdir(parents=True, exist_ok=True)
         Image.effect_mandelbrot((768, 768), (-2, -1, 1, 1), 50).convert("RGB").save(source)
-        return inputs.store(source, self.config.paths.inputs)
+        return inputs.store(source, self.config.paths.inputs).digest
 
     def run(self, spec: JobSpec, waiting: int = NIGHT, *, learn: bool) -> Receipt:
         """Run one job, give everything back as the engine does; `learn`: this machine's calibration learns from it."""

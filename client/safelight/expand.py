@@ -26,6 +26,7 @@ from safelight.ids import job_id
 from safelight.jobspec import FIELDS, PROMPT_CHARACTERS_MAX, SEED_MAX, JobSpec, check
 from safelight.lora import Lora
 from safelight.models import Models
+from safelight.sizes import KeptPicture, Size
 from safelight.wildcards import Template, Wildcards
 
 TEMPLATES = ("prompt", "prompt_2", "negative_prompt")
@@ -34,7 +35,7 @@ TEMPLATES = ("prompt", "prompt_2", "negative_prompt")
 PICTURES = ("image", "last_image")
 
 _ANY_SEED = -1
-_MISSING_DIGEST = "0" * 64
+_MISSING = KeptPicture("0" * 64, Size(1, 1))
 """Stands for a picture that could not be kept while the rest of its job is checked."""
 
 
@@ -47,7 +48,7 @@ def expand(
     now: datetime,
     batch: str,
     priority: str | None = None,
-    store_image: Callable[[str], str],
+    store_image: Callable[[str], KeptPicture],
     keep_lora: Callable[[Lora], Lora] = lambda lora: lora,
     wildcards: Path,
     max_jobs: int,
@@ -60,7 +61,7 @@ def expand(
 
     Args:
         batch: the folder's, as `priority`; a draft's own win.
-        store_image: keeps the picture of that name and returns its digest, or raises InvalidJob.
+        store_image: keeps the picture of that name and returns what it is kept as, or raises InvalidJob.
         keep_lora: finds a LoRA by name, or keeps its file, and returns it with its digest, or raises InvalidJob. Left
             out, the host that runs the job looks.
         wildcards: the folder that `__name__` draws from.
@@ -90,13 +91,15 @@ def expand(
         place = faults.at(each.draft.where, each.draft.places)
         for job in each.multiplied():
             own = {name: value for name, value in job.fields.items() if value is not None}
-            fields = {**folder, **loras.kept(pictures.kept(own, place), place)}
+            kept, shape = pictures.kept(own, place)
+            fields = {**folder, **loras.kept(kept, place)}
             spec = check(
                 fields,
                 models,
                 place.where,
                 image_model=image_model,
                 video_model=video_model,
+                picture=shape,
                 places=each.draft.places,
             )
             if isinstance(spec, list):
@@ -267,33 +270,39 @@ def _axis_value(name: str, value: object) -> str | int | float:
 class _Pictures:
     """Keeps each picture once."""
 
-    def __init__(self, store: Callable[[str], str]) -> None:
+    def __init__(self, store: Callable[[str], KeptPicture]) -> None:
         self._store = store
-        self._digests: dict[str, str | tuple[Fault, ...]] = {}
+        self._known: dict[str, KeptPicture | tuple[Fault, ...]] = {}
 
-    def kept(self, fields: dict[str, object], faults: Faults) -> dict[str, object]:
-        """Return the fields with digests for the names of pictures."""
+    def kept(self, fields: dict[str, object], faults: Faults) -> tuple[dict[str, object], Size | None]:
+        """Return the fields with digests for the names of pictures, and the size of the one that gives its shape.
+
+        That is the one that the job animates or starts from, else the one that leads it.
+        """
         named = {name: value for name in PICTURES if isinstance(value := fields.get(name), str | int | float)}
-        kept = {**fields, **{name: self._digest(name, str(value), faults, name) for name, value in named.items()}}
+        found = {name: self._one(name, str(value), faults, name) for name, value in named.items()}
+        kept = {**fields, **{name: picture.digest for name, picture in found.items()}}
+        shaping = found.get("image")
         if leading := fields.get("controlnet"):
             with suppress(ValueError):  # the check says it
                 read = controlnet.read(leading)
-                image = self._digest("controlnet", read.image, faults, "controlnet image")
-                kept["controlnet"] = read.model_copy(update={"image": image})
-        return kept
+                picture = self._one("controlnet", read.image, faults, "controlnet image")
+                kept["controlnet"] = read.model_copy(update={"image": picture.digest})
+                shaping = shaping or picture
+        return kept, shaping.size if shaping else None
 
-    def _digest(self, field: str, name: str, faults: Faults, described: str) -> str:
-        if name not in self._digests:
+    def _one(self, field: str, name: str, faults: Faults, described: str) -> KeptPicture:
+        if name not in self._known:
             try:
-                self._digests[name] = self._store(name)
+                self._known[name] = self._store(name)
             except InvalidJob as error:
-                self._digests[name] = error.faults
-        digest = self._digests[name]
-        if isinstance(digest, str):
-            return digest
-        for fault in digest:
+                self._known[name] = error.faults
+        known = self._known[name]
+        if isinstance(known, KeptPicture):
+            return known
+        for fault in known:
             faults.of(field).add(f"{described} {fault.where}: {fault.problem}", fault.remedy)
-        return _MISSING_DIGEST
+        return _MISSING
 
 
 class _Loras:

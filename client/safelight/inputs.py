@@ -17,8 +17,9 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image, UnidentifiedImageError
 
-from safelight import durable
+from safelight import durable, pictures
 from safelight.errors import Fault, InvalidJob
+from safelight.sizes import KeptPicture, Size
 
 SIZE_BYTES_MAX = 64 << 20
 
@@ -81,26 +82,27 @@ def _check_kind(name: str, mode: int, what: str = "picture", *, last: bool) -> N
         raise _refused(name, "it is no plain file", f"Name a {what}.")
 
 
-def store(source: Path, inputs: Path) -> str:
-    """Keep a copy of the picture at `source` as `inputs/<sha256>` and return the digest.
+def store(source: Path, inputs: Path) -> KeptPicture:
+    """Keep a copy of the picture at `source` as `inputs/<sha256>`, and return its digest and size.
 
-    It is decoded whole first, and durable when this returns; of a picture that is there already only the time is
-    renewed, so that no pruning takes it from the job to come.
+    It is decoded whole first, also where it is there already: an earlier version may have taken what this one does not.
+    It is durable when this returns; of a picture that is there only the time is renewed, so that no pruning takes it
+    from the job to come.
     `source` itself must not be a link: resolve one that you trust.
 
     Raises:
-        InvalidJob: it is not one picture in PNG, JPEG or WebP, it is damaged, or too large.
+        InvalidJob: it is not one picture in PNG, JPEG or WebP, it is damaged, too large, or has transparency.
         OSError: `inputs` cannot be written.
     """
     content = _read(source)
+    size = _check_picture(content, source.name)
     digest = hashlib.sha256(content).hexdigest()
     kept = inputs / digest
     try:
         os.utime(kept)
     except (FileNotFoundError, PermissionError):  # not there, or another member's
-        _check_picture(content, source.name)
         durable.write(kept, content)
-    return digest
+    return KeptPicture(digest, size)
 
 
 def _read(source: Path) -> bytes:
@@ -116,8 +118,8 @@ def _read(source: Path) -> bytes:
     return content
 
 
-def _check_picture(content: bytes, name: str) -> None:
-    """Decode every pixel of the one picture in `content`."""
+def _check_picture(content: bytes, name: str) -> Size:
+    """Decode every pixel of the one picture in `content`, and return its size."""
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             width, height = picture.size
@@ -126,6 +128,9 @@ def _check_picture(content: bytes, name: str) -> None:
             if picture.format in ("PNG", "WEBP") and getattr(picture, "is_animated", False):
                 raise _refused(name, "it is an animation", "Save the one frame that is meant.")
             picture.load()
+            if refused := pictures.refusal(picture):
+                raise _refused(name, *refused)
+            return pictures.size(picture)
     except UnidentifiedImageError as error:
         raise _refused(name, "it is no PNG, JPEG or WebP picture", "Save it as one of them.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

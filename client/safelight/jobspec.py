@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from safelight import caches, controlnet, lora, wan_cli
+from safelight import caches, controlnet, lora, sizes, wan_cli
 from safelight.caches import Cache
 from safelight.controlnet import ControlNet
 from safelight.errors import Fault
@@ -32,6 +32,7 @@ from safelight.jobrules import (
 )
 from safelight.lora import Lora
 from safelight.models import ModelFacts, Models
+from safelight.sizes import Size
 
 PRIORITIES = ("high", "normal", "low", "night")
 SEED_MAX = 2**32 - 1
@@ -254,6 +255,7 @@ def check(
     *,
     image_model: str,
     video_model: str,
+    picture: Size | None = None,
     places: Places = NOWHERE,
 ) -> JobSpec | list[Fault]:
     """Return the job that `written` asks for, with the model's defaults filled in, or everything wrong with it.
@@ -262,6 +264,7 @@ def check(
         written: the fields of FIELDS as text or as typed values; `image` and `last_image` are digests already.
         where: file:line or whatever else tells a person which job this is.
         image_model: the model of an image job that names none; `video_model` likewise.
+        picture: the size of the one whose shape the job gets where neither width nor height is written.
         places: where each of the fields is written.
     """
     faults = Faults(where).knowing(places)
@@ -271,6 +274,8 @@ def check(
     facts = _model_of(fields, models, faults, image_model=image_model, video_model=video_model)
     if facts is None:
         return faults.found
+    if picture and written.get("width") is None and written.get("height") is None:
+        fields |= sizes.of_picture(picture, facts, fields.get("backend"))._asdict()
     _check_prompt(fields, facts, faults)
     if fields.get("backend") == "wan-cli":
         for name, problem, remedy in wan_cli.refusals(fields, facts):

@@ -17,6 +17,7 @@ from safelight.draft import Draft
 from safelight.drops import place_of, stem_of
 from safelight.errors import Fault, InvalidJob
 from safelight.paths import Paths
+from safelight.sizes import KeptPicture
 
 
 def pictures_named(drafts: Iterable[Draft]) -> set[str]:
@@ -98,16 +99,16 @@ def find_picture(paths: Paths, text: str, name: str) -> str:
         raise
 
 
-def store_picture(paths: Paths, path: str) -> str:
-    """Copy a picture of the inbox to the inputs and return its digest; the copy's mtime says when it was last used.
+def store_picture(paths: Paths, path: str) -> KeptPicture:
+    """Copy a picture of the inbox to the inputs and return it; the copy's mtime says when it was last used.
 
     Raises:
         InvalidJob: it is no picture that can be used.
         OSError: it cannot be read, or the copy not be written.
     """
-    digest = inputs.store(paths.inbox / path, paths.inputs)
-    os.utime(paths.inputs / digest)
-    return digest
+    kept = inputs.store(paths.inbox / path, paths.inputs)
+    os.utime(paths.inputs / kept.digest)
+    return kept
 
 
 def was_used(paths: Paths, path: str) -> bool:

@@ -14,6 +14,7 @@ from safelight.draft import Draft
 from safelight.drops import Entry, Patience, Scan
 from safelight.models import Models
 from safelight.paths import Paths
+from safelight.sizes import KeptPicture
 from safelightd.writers import Writers
 
 
@@ -41,7 +42,7 @@ class Stored(NamedTuple):
     """A picture that was copied this turn: ten thousand texts may name it."""
 
     mark: int
-    digest: str
+    kept: KeptPicture
 
 
 class Pictures:
@@ -104,8 +105,8 @@ class Pictures:
         self._models = self._models.current()
         return not pairing.names_image(draft) and model in self._models and self._models[str(model)].image == "required"
 
-    def store(self, text: str, name: str) -> tuple[str, str]:
-        """Copy a picture that the text at path `text` names to the inputs; return its path in the inbox and its digest.
+    def store(self, text: str, name: str) -> tuple[str, KeptPicture]:
+        """Copy a picture that the text at path `text` names to the inputs; return its path in the inbox, and the copy.
 
         Raises:
             InvalidJob: it is not there, or cannot be used.
@@ -115,7 +116,7 @@ class Pictures:
         mark = drops.mark_of(os.lstat(self._paths.inbox / path))
         if path not in self._stored or self._stored[path].mark != mark:
             self._stored[path] = Stored(mark, pairing.store_picture(self._paths, path))
-        return path, self._stored[path].digest
+        return path, self._stored[path].kept
 
     def note_used(self, stored: Iterable[str], submission: str) -> None:
         """Remember that jobs were made with pictures that were just stored."""

@@ -27,6 +27,7 @@ from safelight.ledger import Ledger
 from safelight.lora import Lora
 from safelight.models import Models
 from safelight.promptfile import InvalidPromptFile
+from safelight.sizes import KeptPicture
 from safelightd.inbox_pictures import Pictures, Wait
 from safelightd.logs import Log
 from safelightd.writers import Writers
@@ -328,10 +329,10 @@ class Intake:
         claim = taken.claim
         stored: set[str] = set()
 
-        def store(name: str) -> str:
-            path, digest = self._pictures.store(claim.path, name)
+        def store(name: str) -> KeptPicture:
+            path, kept = self._pictures.store(claim.path, name)
             stored.add(path)
-            return digest
+            return kept
 
         place = drops.place_of(claim.path)
         self._models = self._models.current()

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from safelight import pictures
 from safelight.begun import Begun
 from safelight.config import Config
 from safelight.errors import SafelightError
@@ -226,7 +227,8 @@ def input_picture(digest: str | None, inputs: Path) -> Image.Image | None:
         raise SafelightError(f"The input picture {file} is gone. Submit the job again with the picture.") from None
     if hashlib.sha256(content).hexdigest() != digest:
         raise SafelightError(f"The input picture {file} has changed since it was submitted. Submit the job again.")
-    return ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")  # as the phone was held
+    with Image.open(io.BytesIO(content)) as picture:
+        return pictures.rgb(picture)
 
 
 def moment() -> str:

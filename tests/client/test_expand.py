@@ -20,6 +20,7 @@ from safelight.draft import Draft
 from safelight.errors import FAULTS_MAX, Fault, InvalidJob, in_order
 from safelight.expand import expand
 from safelight.jobspec import FIELDS, SEED_MAX, JobSpec
+from safelight.sizes import KeptPicture, Size
 from safelight.wildcards import COUNT_CEILING, DEPTH_MAX, Wildcards
 
 TABLE = models.load()
@@ -27,6 +28,7 @@ CONFIG = config.load({"HOME": "/nonexistent", "XDG_CONFIG_HOME": "/nonexistent"}
 NOW = datetime(2026, 11, 22, 21, 31, 5, tzinfo=timezone(timedelta(hours=1)))
 SUBMISSION = "20261122-203105-417c0de"
 DIGEST = "ab" * 32
+KEPT = KeptPicture(DIGEST, Size(1280, 704))
 
 
 def expanded(*drafts: Draft, wildcards: Path = Path("/nonexistent"), **changed: Any) -> list[JobSpec]:
@@ -34,7 +36,7 @@ def expanded(*drafts: Draft, wildcards: Path = Path("/nonexistent"), **changed: 
         "submission": SUBMISSION,
         "now": NOW,
         "batch": "night",
-        "store_image": lambda name: DIGEST,
+        "store_image": lambda name: KEPT,
         "wildcards": wildcards,
         "max_jobs": 1000,
     }
@@ -444,7 +446,7 @@ def test_a_wrong_value_that_many_prompts_inherit_is_one_line_of_the_report() -> 
 def test_an_inherited_value_that_is_wrong_for_some_prompts_names_them() -> None:
     text = "---\nmodel: flux-dev\nstrength: 0.5\n---\n--prompt a --image a.png\nb\n--prompt c --image a.png\nd\n"
 
-    assert told_of(text, store_image=lambda name: DIGEST) == [
+    assert told_of(text, store_image=lambda name: KEPT) == [
         "n.txt:3: strength would be ignored without an image (for lines 6, 8). Add image: NAME, or leave it out."
     ]
 
@@ -517,16 +519,16 @@ def test_any_faults_are_told_once_and_none_is_left_out(found: list[Fault]) -> No
 # Pictures
 
 
-def refuse(name: str) -> str:
+def refuse(name: str) -> KeptPicture:
     raise InvalidJob([Fault(name, "there is no such picture", "Put it there.")])
 
 
 def test_picture_is_kept_once_and_named_by_its_digest() -> None:
     kept: list[str] = []
 
-    def keep(name: str) -> str:
+    def keep(name: str) -> KeptPicture:
         kept.append(name)
-        return DIGEST
+        return KEPT
 
     fields: dict[str, object] = {"model": "wan-i2v-a14b", "image": "a.png", "last_image": "b.png"}
     specs = expanded(draft(fields=fields, count=3), draft(fields=fields), store_image=keep)
@@ -541,6 +543,49 @@ def test_picture_that_cannot_be_kept_is_a_fault_beside_the_others() -> None:
     assert faults(draft(fields=fields, count=2), store_image=refuse) == [
         "n.txt:1: image a.png: there is no such picture. Put it there.",
         "n.txt:1: num_frames 80 is not 4n + 1. Use 81.",
+    ]
+
+
+SEEN = {"wide.png": Size(1920, 1080), "tall.png": Size(1080, 1920)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "size"),
+    [
+        ({"image": "tall.png"}, (704, 1280)),
+        ({"image": "wide.png"}, (1280, 704)),
+        ({"image": "tall.png", "width": 1280}, (1280, 704)),
+        ({"image": "tall.png", "height": "704"}, (1280, 704)),
+        ({"model": "wan-i2v-a14b", "image": "tall.png", "last_image": "wide.png"}, (480, 832)),
+        ({"model": "flux-dev", "controlnet": "union-pro-2:tall.png"}, (768, 1360)),
+        ({"model": "flux-dev", "controlnet": "union-pro-2:tall.png", "image": "wide.png"}, (1360, 768)),
+        ({"model": "flux-dev"}, (1024, 1024)),
+    ],
+)
+def test_the_job_has_the_shape_of_the_picture_that_it_begins_with(
+    fields: dict[str, object], size: tuple[int, int]
+) -> None:
+    (spec,) = expanded(draft(fields=fields), store_image=lambda name: KeptPicture(DIGEST, SEEN[name]))
+
+    assert (spec.width, spec.height) == size
+
+
+def test_each_picture_of_a_matrix_gives_its_own_job_its_shape() -> None:
+    drafts = [
+        draft(matrix={"image": ("tall.png", "wide.png")}),
+        draft(matrix={"image": ("tall.png",), "width": (832,)}),
+    ]
+
+    specs = expanded(*drafts, store_image=lambda name: KeptPicture(DIGEST, SEEN[name]))
+
+    assert [(spec.width, spec.height) for spec in specs] == [(704, 1280), (1280, 704), (832, 704)]
+
+
+def test_of_a_picture_that_cannot_be_kept_no_size_is_a_fault_beside_it() -> None:
+    fields: dict[str, object] = {"model": "wan-i2v-a14b", "image": "a.png", "backend": "wan-cli"}
+
+    assert faults(draft(fields=fields), store_image=refuse) == [
+        "n.txt:1: image a.png: there is no such picture. Put it there."
     ]
 
 
@@ -626,10 +671,10 @@ DRAFTS = st.builds(
 )
 
 
-@given(st.lists(DRAFTS, max_size=3), st.sampled_from([refuse, lambda name: DIGEST]))
+@given(st.lists(DRAFTS, max_size=3), st.sampled_from([refuse, lambda name: KEPT]))
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_drafts_are_specs_or_readable_faults(
-    wildcard_folder: Path, drafts: list[Draft], store: Callable[[str], str]
+    wildcard_folder: Path, drafts: list[Draft], store: Callable[[str], KeptPicture]
 ) -> None:
     found: tuple[Fault, ...] = ()
     specs: list[JobSpec] = []

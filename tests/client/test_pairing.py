@@ -95,12 +95,12 @@ def test_was_used_tells_a_picture_that_jobs_have_from_one_that_came_later(paths:
     drop(paths, "a.png", picture)
     assert not pairing.was_used(paths, "a.png")
 
-    digest = pairing.store_picture(paths, "a.png")
+    kept = pairing.store_picture(paths, "a.png")
     assert pairing.was_used(paths, "a.png")
-    assert (paths.inputs / digest).read_bytes() == picture
+    assert (paths.inputs / kept.digest).read_bytes() == picture
 
-    os.utime(paths.inputs / digest, (1, 1))
+    os.utime(paths.inputs / kept.digest, (1, 1))
     assert not pairing.was_used(paths, "a.png")
-    assert pairing.store_picture(paths, "a.png") == digest
+    assert pairing.store_picture(paths, "a.png") == kept
     assert pairing.was_used(paths, "a.png")
-    assert inputs.store(paths.inbox / "a.png", paths.inputs) == digest
+    assert inputs.store(paths.inbox / "a.png", paths.inputs) == kept

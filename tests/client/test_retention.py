@@ -376,7 +376,7 @@ def test_where_a_record_cannot_be_read_no_input_picture_goes(installation: Insta
 def test_a_picture_that_is_submitted_again_is_as_new(installation: Installation, tmp_path: Path) -> None:
     source = tmp_path / "fox.png"
     Image.new("RGB", (8, 8), "red").save(source)
-    digest = inputs.store(source, installation.paths.inputs)
+    digest = inputs.store(source, installation.paths.inputs).digest
     os.utime(installation.paths.inputs / digest, (0, 0))
     inputs.store(source, installation.paths.inputs)
 

@@ -122,6 +122,36 @@ def test_add_keeps_a_copy_of_the_picture(safelight: Safelight, installation: Ins
     assert (installation.paths.inputs / spec.image).read_bytes() == content
 
 
+def test_a_clip_of_a_picture_has_its_shape_unless_a_size_is_written(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    picture = installation.root / "portrait.png"
+    Image.new("RGB", (200, 300), "blue").save(picture)
+
+    (alike,) = ids_of(safelight("add", "she turns", "--image", str(picture)))
+    (written,) = ids_of(safelight("add", "she turns", "--image", str(picture), "--size", "96x64"))
+    receipt = end(installation, queue, alike)
+    (again,) = ids_of(safelight("rerun", str(installation.paths.outbox / receipt.outputs[0].path)))
+
+    sizes = [(spec.width, spec.height) for spec in map(queue.spec, (alike, written, again)) if spec]
+    assert sizes == [(64, 96), (96, 64), (64, 96)]
+
+
+def test_add_refuses_a_picture_that_something_shows_through(
+    safelight: Safelight, installation: Installation, queue: JobQueue
+) -> None:
+    picture = installation.root / "cut-out.png"
+    Image.new("RGBA", (96, 64), (255, 0, 0, 0)).save(picture)
+
+    result = safelight("add", "she turns", "--image", str(picture))
+
+    assert result.exit_code == 2
+    assert "image cut-out.png: it has transparency" in result.stderr
+    assert "Save it without transparency, on the background that is meant." in result.stderr
+    assert queue.waiting_ids() == []
+    assert list(installation.paths.inputs.glob("*")) == []
+
+
 def test_add_refuses_what_fits_no_worker(safelight: Safelight, queue: JobQueue) -> None:
     """A job without hope is refused now, not at three in the night."""
     small = Machine(

@@ -161,7 +161,7 @@ def test_a_tiny_one_is_built_once_and_never_over_something_else(tmp_path: Path) 
 def test_a_job_with_a_controlnet_runs_from_its_spec_to_its_file(installation: Installation) -> None:
     source = installation.root / "pose.png"
     picture(64, 64).save(source)
-    digest = inputs.store(source, installation.paths.inputs)
+    digest = inputs.store(source, installation.paths.inputs).digest
     (spec,) = specs_of(installation, ["a fox"], model=DEV, controlnet={"model": "tiny", "image": digest, "scale": 0.7})
 
     receipt = receipts(installation)(spec)

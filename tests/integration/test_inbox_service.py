@@ -92,9 +92,9 @@ def drop(folder: Path, path: str, content: str | bytes) -> Path:
     return whole.rename(folder / path)
 
 
-def picture(colour: str) -> bytes:
+def picture(colour: str, size: tuple[int, int] = (96, 64), mode: str = "RGB") -> bytes:
     content = io.BytesIO()
-    Image.new("RGB", (96, 64), colour).save(content, "PNG")
+    Image.new(mode, size, colour).save(content, "PNG")
     return content.getvalue()
 
 
@@ -228,6 +228,26 @@ def test_pair_and_named_pictures_become_inputs_and_leave_with_their_texts(
         assert (installation.paths.inputs / str(by_prompt[prompt])).read_bytes() == picture("blue")
     assert filed(installation.paths.accepted) == ["a.md", "b.md", "cat.png", "cat.txt", "ref.png"]
     assert filed(installation.paths.rejected) == ["lone.png"]
+
+
+def test_a_clip_has_the_shape_of_its_picture_and_one_with_transparency_is_refused(
+    installation: Installation, queue: JobQueue
+) -> None:
+    folder = installation.paths.inbox
+    for name, content in {
+        "tall": picture("red", (200, 300)), "wide": picture("blue", (300, 200)), "hole": picture("#f000", mode="RGBA"),
+    }.items():  # fmt: skip
+        drop(folder, f"{name}.png", content)
+        drop(folder, f"{name}.txt", f"---\nkind: video\n---\na {name} one")
+
+    with running(tuned(installation, partner_s=1.5)):
+        until(lambda: is_finished(installation))
+
+    sizes = {spec.prompt: (spec.width, spec.height) for spec in line(queue)}
+    assert sizes == {"a tall one": (64, 96), "a wide one": (96, 64)}
+    assert filed(installation.paths.rejected) == ["hole.png", "hole.txt"]
+    said = next(installation.paths.rejected.glob("*hole.txt.error.txt")).read_text()
+    assert "image hole.png: it has transparency" in said
 
 
 def test_text_waits_for_the_pictures_it_names_and_is_refused_without(

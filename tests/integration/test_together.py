@@ -134,7 +134,7 @@ def test_a_single_file_goes_with_a_controlnet_a_cache_and_loras(
     own = replace(own, models=table(own))
     source = disk / "pose.png"
     picture(64, 64).save(source)
-    digest = inputs.store(source, own.paths.inputs)
+    digest = inputs.store(source, own.paths.inputs).digest
     leads = ControlNet(model="tiny", image=digest)
     lora, cache = _stored(own, style), Cache(**EAGER["first-block"])
     asked: dict[str, dict[str, Any]] = {

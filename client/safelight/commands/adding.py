@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from safelight.errors import Fault
     from safelight.jobspec import JobSpec
     from safelight.lora import Lora
+    from safelight.sizes import KeptPicture
 
 FORMATS = ("txt", "md", "csv", "json", "jsonl", "yaml")
 
@@ -218,7 +219,7 @@ def expand_all(
     return submissions
 
 
-def _store_image(source: Source, inputs: Path, name: str) -> str:
+def _store_image(source: Source, inputs: Path, name: str) -> KeptPicture:
     from safelight import inputs as pictures
 
     path = Path(name).expanduser().resolve() if source.trusted else pictures.resolve(name, source.base)

@@ -17,7 +17,7 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("--kind",), "KIND", "image or video, where no model is named."),
     (("--negative-prompt",), "TEXT", "What it should not show. There is no short -n for it."),
     (("--prompt-2",), "TEXT", "Another prompt for FLUX's second text encoder."),
-    (("--size",), "WxH", "Such as 1280x704."),
+    (("--size",), "WxH", "Such as 1280x704. Left out: of the picture's shape, else the model's own."),
     (("--width",), "PIXELS", ""),
     (("--height",), "PIXELS", ""),
     (("--steps", "--num-inference-steps"), "N", "Denoising steps."),

@@ -297,7 +297,7 @@ def _kept_picture(client: Client, file: Path, inside: Embedded, *, dry_run: bool
         problem = "a variation starts from a picture, and this is none"
         raise InvalidJob([Fault(str(file), problem, "Name a picture that FLUX made, or leave --strength out.")])
     with TemporaryDirectory() as nowhere:
-        return inputs.store(file.resolve(), Path(nowhere) if dry_run else client.config.paths.inputs)
+        return inputs.store(file.resolve(), Path(nowhere) if dry_run else client.config.paths.inputs).digest
 
 
 def _first_seed(was: int, written: str | None) -> int:
