@@ -51,9 +51,7 @@ from safelightd.caching import caching
 from safelightd.loading import Loader
 from safelightd.modelfolder import model_folder
 from safelightd.pinnedset import PinnedSet
-from safelightd.pipelines import wan
-from safelightd.pipelines.flux_vae import lessen
-from safelightd.pipelines.wan_strips import in_strips
+from safelightd.pipelines import flux_vae, wan
 
 SEED = 20_000
 AT_ONCE = {"flux": 100, "wan": 20}
@@ -188,13 +186,9 @@ def _pipeline(
     names = list(facts.components)
     with ExitStack() as held:
         parts = {name: held.enter_context(loader.component(name, plan.device)) for name in names}
+        (flux_vae if facts.family == "flux" else wan).lessen(parts["vae"], plan)
         if facts.family == "flux":
-            lessen(parts["vae"], plan)
             parts["vae"].use_slicing = plan.vae_strip_rows > 0  # strips are of one picture
-        elif plan.vae_strip_rows:
-            in_strips(parts["vae"], plan.vae_strip_rows)
-        elif plan.vae_tiling:
-            wan.tile(parts["vae"], plan.vae_tile_pixels)
         parts |= {name: loader.tokenizer(name) for name in ("tokenizer", "tokenizer_2") if (folder / name).is_dir()}
         if facts.family == "flux":
             yield FluxPipeline(scheduler=loader.scheduler(), **parts)

@@ -78,7 +78,8 @@ def _decode(spec: JobSpec, facts: ModelFacts) -> Iterator[Rung]:
     clip = frames * footprint.TILED_BYTES_PER_PIXEL_AND_FRAME * 2  # what is joined, whole or not
     for how in footprint.decodings(spec, facts):
         host = HOST + vae + clip + footprint.decode_bytes(spec, facts, how, WIDTH)
-        yield decode_rung(how, 0, host, SETUP_SECONDS + frames * DECODE_SECONDS_PER_PIXEL)
+        whole = SETUP_SECONDS + frames * DECODE_SECONDS_PER_PIXEL
+        yield decode_rung(how, 0, host, whole * pace.decode_times(how))
 
 
 def _spared(of: Sequence[int]) -> int:

@@ -334,8 +334,7 @@ def decode_rungs(spec: JobSpec, facts: ModelFacts, machine: Machine, dtype: Dtyp
     base = footprint.outside_bytes(facts) + weights + footprint.SLACK_BYTES
     for how in footprint.decodings(spec, facts):
         device = base + footprint.decode_bytes(spec, facts, how, width)
-        times = pace.STRIPS_TIMES.get((facts.family, how.strip_rows), 1.0)
-        yield decode_rung(how, device, host, seconds * times)
+        yield decode_rung(how, device, host, seconds * pace.decode_times(how, facts.family))
 
 
 def of_phase(

@@ -5,8 +5,9 @@ What the machine really does is learned: `safelight.calibration` multiplies thes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from safelight.footprint import Decoding
 from safelight.jobrules import guides
 from safelight.jobspec import JobSpec
 from safelight.machine import Machine
@@ -97,7 +98,7 @@ DECODE_PIXELS_PER_FLOP = {"flux": 1.0e-7, "wan": 1.6e-8}
 TILED_TIMES = 1.6
 """What a decode in tiles takes longer, since they overlap."""
 
-STRIPS_TIMES = {("wan", 128): 1.25, ("wan", 64): 1.5}
+STRIPS_TIMES: Mapping[tuple[str | None, int], float] = {("wan", 128): 1.25, ("wan", 64): 1.5}
 """What a decode in strips takes longer, by family and rows: 1.20 to 1.26 and 1.36 to 1.74 times the whole's seconds
 (`bench.gpu_decode_wan`, H100, torch 2.11.0+cu130, 2026-11-27). FLUX's takes no longer from 1024x1024 on."""
 
@@ -129,6 +130,12 @@ def decode_pixels_per_second(facts: ModelFacts, machine: Machine) -> float:
 
 def link_bytes_per_second(machine: Machine) -> int:
     return machine.link_bytes_per_second or ASSUMED_LINK_BYTES_PER_SECOND
+
+
+def decode_times(how: Decoding, family: str | None = None) -> float:
+    """Return how many times the whole's seconds a decode takes so; of a CPU's strips, and other families', they are the
+    whole's."""
+    return TILED_TIMES if how.tile_pixels else STRIPS_TIMES.get((family, how.strip_rows), 1.0)
 
 
 def is_guided(spec: JobSpec, facts: ModelFacts) -> bool:

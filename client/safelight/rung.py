@@ -92,14 +92,13 @@ class Rung:
 
 
 def decode_rung(how: Decoding, device_bytes: int, host_bytes: int, seconds: float) -> Rung:
-    """Return a way to decode, which takes so many seconds for the whole picture, loading included."""
+    """Return a way to decode, which takes so many seconds, loading included."""
     name, resort = "VAE whole", 0
     changes: dict[str, Any] = {"vae_tiling": bool(how.tile_pixels), "vae_strip_rows": how.strip_rows}
     if how.strip_rows:
         name, resort = f"VAE in strips of {how.strip_rows}", 1  # the same sums, and other last bits
     if how.tile_pixels:
         name, resort = f"VAE in tiles of {how.tile_pixels}", 2
-        seconds *= pace.TILED_TIMES
         changes["vae_tile_pixels"] = how.tile_pixels
     return Rung(
         "decode",

@@ -498,10 +498,8 @@ def test_a_step_that_is_expected_to_take_longer_than_the_deadline_is_waited_for(
     worker = launch(rest="[worker.deadline_s]\ndenoise = 1\n")
     (spec,) = worker.submit("long")
     worker.all_in([spec], "done")
-    receipt = worker.installation.ledger.receipt(spec.id)
 
-    assert receipt is not None
-    assert receipt.attempts == 1
+    assert [receipt.attempts for receipt in [worker.installation.ledger.receipt(spec.id)] if receipt] == [1]
 
 
 def test_an_engine_that_dies_after_it_has_published_has_done_its_job(worker: Running) -> None:

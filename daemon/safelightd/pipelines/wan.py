@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,13 +189,11 @@ def decode(
     with loader.component("vae", plan.device) as vae:
         stop_inside(vae, watch)
         _refuse_broken_parts(vae)
-        if plan.vae_strip_rows:
-            wan_strips.in_strips(vae, plan.vae_strip_rows, watch.check)
+        lessen(vae, plan, watch.check)
         wan_vae.lighten(vae)
         watch.loaded()
         scaled = _as_the_vae_wrote_them(latents.to(plan.device, vae.dtype), vae)
         if plan.vae_tiling:
-            tile(vae, plan.vae_tile_pixels)
             # The VAE joins its tiles before it gives anything.
             parts = iter(vae.decode(scaled, return_dict=False)[0].split(FRAMES_PER_LATENT, dim=2))
         else:
@@ -212,6 +210,18 @@ def _refuse_broken_parts(vae: Any) -> None:
         refuse_broken(part, "The decoded pixels")
 
     vae.decoder.register_forward_hook(look)
+
+
+def lessen(vae: Any, plan: Plan, ask: Callable[[], None] = wan_strips.go_on) -> None:
+    """Make Wan's VAE decode with less memory at once, as the plan has it.
+
+    Args:
+        ask: is called before each strip, and may raise.
+    """
+    if plan.vae_strip_rows:
+        wan_strips.in_strips(vae, plan.vae_strip_rows, ask)
+    if plan.vae_tiling:
+        tile(vae, plan.vae_tile_pixels)
 
 
 def tile(vae: Any, side: int) -> None:

@@ -51,14 +51,14 @@ Pointwise = Callable[[torch.Tensor], torch.Tensor]
 """What makes each pixel of its own channels alone."""
 
 
-def _go_on() -> None: ...
+def go_on() -> None: ...
 
 
 def _as_it_is(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def in_strips(vae: Any, rows: int, ask: Callable[[], None] = _go_on) -> None:
+def in_strips(vae: Any, rows: int, ask: Callable[[], None] = go_on) -> None:
     """Make an AutoencoderKLWan decode so many rows of the picture at a time, and no fewer than one of its latents.
 
     Args:
