@@ -51,6 +51,7 @@ def stand_still(seconds: float) -> dict[str, object]:
             for i in range(JOBS)
         ]
         waiting = subprocess.Popen([sys.executable, "-m", "safelight.cli", "wait", *jobs], env=place.env)
+        _await_connection(waiting)
         _await_a_step(place, jobs[0])
         stopped = [each for process in processes for each in (process, *process.children(recursive=True))]
         for process in stopped:
@@ -93,6 +94,16 @@ def _daemon(place: Scratch) -> Iterator[list[psutil.Process]]:
             process.send_signal(signal.SIGCONT)
             process.terminate()
             process.wait()
+
+
+def _await_connection(client: subprocess.Popen[bytes]) -> None:
+    """A client that first asks while the server stands still is told so and ends: that is what the others do."""
+    process = psutil.Process(client.pid)
+    deadline = time.monotonic() + ENDED_WITHIN_S
+    while not process.net_connections("unix"):
+        if time.monotonic() > deadline:
+            raise SystemExit(f"safelight wait has not reached the server within {ENDED_WITHIN_S:.0f} s.")
+        time.sleep(0.01)
 
 
 def _await_a_step(place: Scratch, job: str) -> None:

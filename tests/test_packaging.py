@@ -27,7 +27,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=CHECKOUT,
         check=True,
         capture_output=True,
-        timeout=60,
+        timeout=300,
     )
     return next(folder.glob("*.whl"))
 
@@ -43,7 +43,7 @@ def client_only(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             (packages / top.name).symlink_to(top)
     python = folder / "bin/python"
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", "--quiet"]
-    subprocess.run([*pip, str(wheel)], check=True, timeout=60)
+    subprocess.run([*pip, str(wheel)], check=True, timeout=300)
     return folder / "bin"
 
 
@@ -84,7 +84,7 @@ DEMO = CHECKOUT / "daemon/safelightd/demo_models"
 
 def run(program: Path, *words: str, home: Path) -> subprocess.CompletedProcess[str]:
     env = {"PATH": "/usr/bin:/bin", "HOME": str(home), "LC_ALL": "C.UTF-8"}
-    return subprocess.run([str(program), *words], capture_output=True, text=True, check=False, timeout=60, env=env)
+    return subprocess.run([str(program), *words], capture_output=True, text=True, check=False, timeout=300, env=env)
 
 
 def test_the_wheel_carries_everything_that_is_not_python(wheel: Path) -> None:

@@ -36,7 +36,7 @@ BUS = """\
 """
 
 
-def eventually(true: Callable[[], object], timeout_s: float = 20) -> None:
+def eventually(true: Callable[[], object], timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < deadline, "it did not happen in time"

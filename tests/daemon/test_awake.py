@@ -372,7 +372,7 @@ def test_a_job_under_which_the_machine_slept_runs_again_in_a_fresh_engine_uncoun
     engine = worker.engine()
     os.kill(engine.pid, signal.SIGSTOP)  # so that the job is still there at the worker's next look
     durable.write(slept, b"3700")  # whole: the worker may read it at any moment
-    worker.all_in([spec], "done", timeout_s=40)
+    worker.all_in([spec], "done")
 
     assert len(set(engines(worker))) == 2
     assert worker.times_done(spec) == 1
@@ -411,7 +411,7 @@ def test_before_a_sleep_the_job_is_back_on_its_place_and_the_engine_gone_and_aft
     eventually(lambda: worker.log() == [f"start {first.id}"])
     engine = worker.engine()
     login1.prepare_for_sleep(True)
-    eventually(lambda: login1.held() == [], timeout_s=5)
+    eventually(lambda: login1.held() == [], timeout_s=30)
 
     assert gone(engine)
     assert [worker.state(spec) for spec in (first, second)] == ["queued", "queued"]
@@ -440,7 +440,7 @@ def test_an_engine_that_does_not_stop_is_killed_within_the_delay_and_no_attempt_
         (spec,) = worker.submit("hang ok")
         eventually(lambda: worker.log() == [f"start {spec.id}"])
         login1.prepare_for_sleep(True)
-        eventually(lambda: login1.held() == [], timeout_s=5.0)
+        eventually(lambda: login1.held() == [], timeout_s=30)
 
         assert worker.state(spec) == "queued"
         assert worker.installation.ledger.attempts(spec.id).crashes == 0
@@ -465,6 +465,6 @@ def test_a_bus_that_dies_under_a_job_costs_nothing(bus: Bus, login1: Login1, wor
 def test_a_bus_that_hangs_costs_nothing(bus: Bus, login1: Login1, worker: Running) -> None:
     bus.process.send_signal(signal.SIGSTOP)
     specs = worker.submit("ok", "ok")
-    worker.all_in(specs, "done", timeout_s=30)
+    worker.all_in(specs, "done")
 
     assert [worker.times_done(spec) for spec in specs] == [1, 1]

@@ -72,7 +72,7 @@ class OnCard(Running):
     def held_by(self, name: str) -> str:
         return next((row.holds[name] for row in self.queue.workers() if name in row.holds), "")
 
-    def held(self, timeout_s: float = 30) -> str:
+    def held(self, timeout_s: float = 120) -> str:
         eventually(self.hold, timeout_s)
         return self.hold()
 
@@ -106,7 +106,7 @@ def test_a_card_that_is_lost_under_a_job_holds_the_queue_and_the_job_is_not_coun
     assert (attempts.crashes, attempts.returns) == (0, 1)
 
     on_card.is_now("well")
-    on_card.all_in([lost, next_one], "done", timeout_s=60)
+    on_card.all_in([lost, next_one], "done")
 
     assert on_card.hold() == ""
     assert on_card.log() == [f"start {lost.id}", f"start {lost.id}", f"done {lost.id}",
@@ -117,7 +117,7 @@ def test_a_job_that_breaks_cuda_every_time_is_set_aside_and_the_rest_go_on(on_ca
     """Each time a fresh process finds the card well: so it was the job."""
     poisoned, next_one = on_card.submit("crash", "ok")
     on_card.all_in([poisoned], "quarantined", timeout_s=120)
-    on_card.all_in([next_one], "done", timeout_s=60)
+    on_card.all_in([next_one], "done")
 
     assert on_card.log() == [f"start {poisoned.id}"] * CRASHES_MAX + [f"start {next_one.id}", f"done {next_one.id}"]
     assert on_card.hold() == ""
@@ -133,7 +133,7 @@ def test_a_card_that_is_not_there_yet_is_awaited_and_nothing_runs_meanwhile(on_c
     assert (on_card.state(spec), on_card.log()) == ("queued", [])
 
     on_card.is_now("well")
-    on_card.all_in([spec], "done", timeout_s=60)
+    on_card.all_in([spec], "done")
 
     assert on_card.process.poll() is None
     assert on_card.log() == [f"start {spec.id}", f"done {spec.id}"]

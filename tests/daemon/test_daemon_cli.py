@@ -21,7 +21,7 @@ def test_a_worker_that_cannot_write_its_state_names_the_folder_and_may_be_starte
     settings.write_text(f'{written}[queue]\nurl = "{installation.config.url}"\n')
     with programs(installation.env) as run:
         process = run("-m", "safelightd.cli", *(["-v"] if verbose else []), "worker")
-        _, log = process.communicate(timeout=30)
+        _, log = process.communicate(timeout=300)
 
     assert process.returncode == 1
     assert log.splitlines()[-1].startswith(f"{blocked}")

@@ -28,7 +28,7 @@ def start(installation: Installation, folder: Path | str) -> subprocess.Popen[st
 def refusal(installation: Installation, folder: Path | str) -> str:
     """Return the one line that a demo says which will not begin."""
     process = start(installation, folder)
-    said, problem = process.communicate(timeout=60)
+    said, problem = process.communicate(timeout=300)
 
     assert process.returncode == 2
     assert said == ""
@@ -44,7 +44,7 @@ def interrupted(installation: Installation, folder: Path) -> str:
     try:
         eventually(lambda: log.is_file() and "inbox.ready" in log.read_text())
         process.send_signal(signal.SIGINT)
-        said, problem = process.communicate(timeout=60)
+        said, problem = process.communicate(timeout=300)
     finally:
         process.kill()
         process.wait()

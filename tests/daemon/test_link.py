@@ -80,8 +80,8 @@ def test_a_descriptor_wakes_the_receiver(ends: tuple[Link, Link]) -> None:
     timer.start()
     began = time.monotonic()
 
-    assert ends[0].receive(20, wakeup=read) is None
-    assert time.monotonic() - began < 10
+    assert ends[0].receive(120, wakeup=read) is None
+    assert time.monotonic() - began < 60
 
     timer.join()
     os.close(read)
@@ -110,7 +110,7 @@ def test_an_endless_line_ends_the_link_and_not_the_memory(ends: tuple[Link, Link
 
     assert len(ends[1]._received) < MESSAGE_BYTES_MAX + 2 * 65_536
     ends[1].close()
-    thread.join(5)
+    thread.join(120)
 
 
 def swallow(act: Callable[[], None]) -> None:

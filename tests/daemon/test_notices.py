@@ -163,7 +163,7 @@ def test_a_night_in_which_every_job_comes_back_is_told_once_until_one_ends(told:
     assert empty["event"] == "queue.empty"
 
 
-@pytest.mark.parametrize("command", ["/no/such/program", "sh -c 'exit 3'", "true", "sh -c 'exec 0<&-; sleep 30'"])
+@pytest.mark.parametrize("command", ["/no/such/program", "sh -c 'exit 3'", "true", "sh -c 'exec 0<&-; sleep 300'"])
 def test_a_command_that_fails_reads_nothing_or_does_not_end_hurts_nothing(command: str, notices: Make) -> None:
     night = notices(command)
     began = time.monotonic()
@@ -171,7 +171,7 @@ def test_a_command_that_fails_reads_nothing_or_does_not_end_hurts_nothing(comman
     night.look(counts(0), holds={})
     night.close()
 
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
 
 
 def test_a_command_that_takes_too_long_is_killed_with_its_children(
@@ -207,7 +207,7 @@ def test_without_a_desktop_nothing_happens_but_a_line_in_the_log() -> None:
     bus = {"DBUS_SESSION_BUS_ADDRESS": "unix:path=/nonexistent/bus"}
     done = subprocess.run(
         [sys.executable, "-m", "safelightd.notices"], input='{"message": "All jobs have ended."}\n', text=True,
-        capture_output=True, timeout=30, env={**os.environ, "PYTHONPATH": ":".join(sys.path), **bus},
+        capture_output=True, timeout=300, env={**os.environ, "PYTHONPATH": ":".join(sys.path), **bus},
     )  # fmt: skip
 
     assert done.returncode == 1
@@ -223,7 +223,7 @@ def test_a_worker_tells_of_a_job_that_was_set_aside_and_of_the_empty_line(
     try:
         fine, poisoned = worker.submit("ok", "crash")
         worker.all_in([fine], "done")
-        worker.all_in([poisoned], "quarantined", timeout_s=60)
+        worker.all_in([poisoned], "quarantined")
         eventually(lambda: len(events(told)) == 2)
     finally:
         worker.kill()

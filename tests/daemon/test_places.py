@@ -206,6 +206,6 @@ def test_a_model_on_an_unmounted_disk_holds_its_jobs_which_run_when_it_is_back(
         assert [running.state(job) for job in jobs] == ["queued", "queued"]
 
         disk.mount()
-        running.all_in(jobs, "done", timeout_s=90)
+        running.all_in(jobs, "done")
     finally:
         running.kill()

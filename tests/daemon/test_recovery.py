@@ -141,6 +141,6 @@ def test_a_submission_with_the_time_of_another_clock_is_found_by_a_running_worke
     daemon.all_in(daemon.submit("ok"), "done")
     (spec,) = specs_of(daemon.installation, ["ok"])
     os.utime(daemon.installation.paths.jobs / f"{submission_of(spec.id)}.jsonl", (time.time() - 60,) * 2)
-    daemon.all_in([spec], "done", timeout_s=30)
+    daemon.all_in([spec], "done")
 
     assert daemon.times_done(spec) == 1

@@ -75,7 +75,7 @@ def test_a_closed_terminal_ends_nothing_under_nohup(up: Start, installation: Ins
     eventually(lambda: server_pid(installation))
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGTERM)
-    _, log = process.communicate(timeout=30)
+    _, log = process.communicate(timeout=300)
 
     assert process.returncode == 0
     assert "died" not in log
@@ -108,7 +108,7 @@ def test_whatever_dies_is_started_again_and_the_worker_goes_before_its_server(
     eventually(queue.workers)
     children = family(process)
     process.terminate()
-    _, log = process.communicate(timeout=40)
+    _, log = process.communicate(timeout=300)
 
     assert process.returncode == 0
     assert all(map(gone, children))
@@ -125,7 +125,7 @@ def test_what_a_restart_cannot_help_ends_all_with_its_exit_code(
     installation.paths.redis.mkdir(parents=True)
     (installation.paths.redis / "server.json").write_text(json.dumps({"name": "valkey", "version": [99, 0, 0]}))
     process = up(name)
-    _, log = process.communicate(timeout=30)
+    _, log = process.communicate(timeout=300)
 
     assert process.returncode == status
     assert f"hopeless process={name} status={status}" in log
@@ -138,7 +138,7 @@ def test_a_home_that_cannot_be_written_ends_all_at_once_with_the_folder_named(in
     }
     with programs(env | {"HOME": "/proc/nobody"}) as run:
         process = run("-m", "safelight.cli", "up")
-        _, log = process.communicate(timeout=30)
+        _, log = process.communicate(timeout=300)
 
     assert process.returncode == 3
     assert "/proc/nobody: No such file or directory. The queue server keeps its data in /proc/nobody/.local/" in log
@@ -157,7 +157,7 @@ def test_a_signal_during_the_wait_before_a_restart_is_heard(up: Start, installat
         if "died process=redis status=1" in line:
             waits.append(line.split("restart_in_s=")[1].strip())
     process.terminate()
-    _, rest = process.communicate(timeout=30)
+    _, rest = process.communicate(timeout=300)
 
     assert waits == ["0.1", "0.5", "2"]
     assert process.returncode == 0

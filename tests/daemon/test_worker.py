@@ -48,7 +48,7 @@ def specs_of(
     return made
 
 
-def eventually(true: Callable[[], object], timeout_s: float = 20) -> None:
+def eventually(true: Callable[[], object], timeout_s: float = 120) -> None:
     """Wait until something is so; the reading is a poll because what is waited for is another process's doing."""
     deadline = time.monotonic() + timeout_s
     while not true():
@@ -91,7 +91,7 @@ class Running:
         self.queue.submit(made)
         return made
 
-    def all_in(self, specs: list[JobSpec], state: str, timeout_s: float = 20) -> None:
+    def all_in(self, specs: list[JobSpec], state: str, timeout_s: float = 120) -> None:
         eventually(lambda: all(self.state(spec) == state for spec in specs), timeout_s)
 
     def log(self) -> list[str]:
@@ -119,7 +119,7 @@ class Running:
         children = self._children() if self.process.poll() is None else []
         self.process.kill()
         self.process.wait()
-        eventually(lambda: all(map(gone, children)), timeout_s=5)
+        eventually(lambda: all(map(gone, children)), timeout_s=30)
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_a_killed_worker_takes_its_children_along_and_its_successor_finishes_the
 
 def test_a_job_that_kills_the_engine_three_times_is_quarantined_and_the_rest_go_on(worker: Running) -> None:
     poison, fine = worker.submit("crash", "ok")
-    worker.all_in([poison], "quarantined", timeout_s=30)
+    worker.all_in([poison], "quarantined")
     worker.all_in([fine], "done")
     receipt = worker.installation.ledger.receipt(poison.id)
 
@@ -230,7 +230,7 @@ def test_cancel_stops_a_running_job_within_a_step_and_a_waiting_one_at_once(work
 
     assert worker.queue.cancel([running.id, waiting.id]) == ["asked", "cancelled"]
 
-    worker.all_in([running, waiting], "cancelled", timeout_s=5)
+    worker.all_in([running, waiting], "cancelled", timeout_s=30)
 
     assert [f"start {running.id}"] == worker.log()
 
@@ -262,7 +262,7 @@ def test_a_wiped_server_is_filled_again_from_the_ledger(worker: Running) -> None
     specs = worker.submit("ok", "slow ok", "ok", "ok")
     eventually(lambda: f"start {specs[1].id}" in worker.log())
     worker.queue.server.flushall()
-    eventually(lambda: worker.installation.ledger.ended() == {spec.id for spec in specs}, timeout_s=30)
+    eventually(lambda: worker.installation.ledger.ended() == {spec.id for spec in specs})
 
     assert [worker.times_done(spec) for spec in specs] == [1, 1, 1, 1]
     worker.all_in(specs, "done")
@@ -275,7 +275,7 @@ def test_a_second_worker_on_the_same_device_is_refused(worker: Running) -> None:
         env=env,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
     assert second.returncode != 0
@@ -385,7 +385,7 @@ def test_a_server_killed_for_seconds_in_the_middle_of_a_job_costs_nothing(worker
     server.kill()
     time.sleep(1.5)  # the point of the test: the server is away for a while
     server.start()
-    worker.all_in([first, second], "done", timeout_s=40)
+    worker.all_in([first, second], "done")
 
     assert [f"{word} {spec.id}" for spec in (first, second) for word in ("start", "done")] == worker.log()
 
@@ -396,7 +396,7 @@ def test_a_job_that_ends_while_the_server_is_away_is_done_and_not_run_again(work
     server.kill()
     eventually(lambda: worker.times_done(spec) == 1)
     server.start()
-    worker.all_in([spec], "done", timeout_s=40)
+    worker.all_in([spec], "done")
 
     assert worker.log() == [f"start {spec.id}", f"done {spec.id}"]
     assert worker.process.poll() is None
@@ -425,7 +425,7 @@ def test_a_server_that_hangs_longer_than_the_timeout_costs_nothing(worker: Runni
     os.kill(server.pid, signal.SIGSTOP)
     time.sleep(SERVER_TIMEOUT_S + 1)  # the point of the test: answers come later than anyone waits
     os.kill(server.pid, signal.SIGCONT)
-    worker.all_in([spec, *worker.submit("ok")], "done", timeout_s=40)
+    worker.all_in([spec, *worker.submit("ok")], "done")
 
     assert worker.times_done(spec) == 1
     assert worker.queue.running() == {}
@@ -551,12 +551,12 @@ def test_cancelling_jobs_as_they_end_leaves_queue_and_ledger_of_one_mind(worker:
 
 def test_a_quarantined_job_that_is_retried_has_all_its_attempts_again(worker: Running) -> None:
     (spec,) = worker.submit("crash")
-    worker.all_in([spec], "quarantined", timeout_s=30)
+    worker.all_in([spec], "quarantined")
     worker.installation.ledger.reopen(spec.id)
 
     assert worker.queue.requeue(spec.id)
 
-    worker.all_in([spec], "quarantined", timeout_s=30)
+    worker.all_in([spec], "quarantined")
 
     assert [f"start {spec.id}"] * 6 == worker.log()
     assert len(list((worker.installation.paths.receipts / "old").iterdir())) == 1
@@ -566,16 +566,15 @@ def test_a_quarantined_job_that_is_retried_has_all_its_attempts_again(worker: Ru
 
 
 def test_night_jobs_wait_for_the_window_and_dated_jobs_for_their_time(launch: Launch) -> None:
-    now = datetime.now().astimezone()
-    soon = (now + timedelta(seconds=3)).isoformat(timespec="seconds")
-    opens, closes = ((now + timedelta(hours=hours)).strftime("%H:%M") for hours in (2, 3))
+    opens, closes = (f"{datetime.now() + timedelta(hours=hours):%H:%M}" for hours in (2, 3))
     worker = launch(rest=f'window = "{opens}-{closes}"\n')
     (night,) = worker.submit("ok", priority="night")
-    (later,) = worker.submit("ok", not_before=soon)
     (normal,) = worker.submit("ok", priority="low")
+    eventually(lambda: f"start {normal.id}" in worker.log())  # else a busy machine may come to it when both are due
+    soon = (datetime.now().astimezone() + timedelta(seconds=3)).isoformat(timespec="seconds")
+    (later,) = worker.submit("ok", not_before=soon)
     worker.all_in([later, normal], "done")
 
-    assert worker.log()[0] == f"start {normal.id}"
     assert datetime.now().astimezone() >= datetime.fromisoformat(soon)
     assert worker.state(night) == "queued"
 
@@ -695,6 +694,6 @@ def test_a_job_whose_client_died_before_it_was_queued_is_found_in_the_ledger(wor
     """Accepted means accepted, also when the client was killed between the ledger and the queue."""
     (spec,) = specs_of(worker.installation, ["ok"])
 
-    worker.all_in([spec], "done", timeout_s=30)
+    worker.all_in([spec], "done")
 
     assert worker.times_done(spec) == 1

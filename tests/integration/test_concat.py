@@ -289,7 +289,7 @@ def test_batch_without_clips_and_clips_of_other_formats_are_refused(installation
 def safelight(installation: Installation, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     env = installation.env | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("client", "daemon"))}
     command = [sys.executable, "-m", "safelight.cli", *words]
-    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def test_command_joins_a_batch_and_prints_the_path(installation: Installation, tmp_path: Path) -> None:

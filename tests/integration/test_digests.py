@@ -55,7 +55,7 @@ def long(own: Installation, disk: Path) -> Path:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    _, log = process.communicate(timeout=60)
+    _, log = process.communicate(timeout=300)
     return process.returncode, log
 
 

@@ -77,9 +77,9 @@ def test_a_clip_is_kept_when_the_worker_stops_and_not_when_it_is_cancelled(
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     assert engine._answer(message_of(spec), setting_of(installation))
-    asking.join(30)
+    asking.join(120)
     ours.close()
-    reading.join(30)
+    reading.join(120)
     theirs.close()
 
     assert told[-1]["kind"] == "cancelled"

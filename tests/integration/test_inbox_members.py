@@ -124,10 +124,10 @@ def test_a_members_file_is_not_taken_while_it_is_open_however_long(
     with serving(tuned(installation, settle_s=0.2, unseen_s=1.0), folder):
         member.does(begin)
         member.does("echo a hare > quick.txt")
-        until(lambda: come(queue) == ["a hare"], timeout_s=5.0)
+        until(lambda: come(queue) == ["a hare"], timeout_s=30)
         stays_out(queue, "a hare")
         member.does(finish)
-        until(lambda: come(queue) == ["a hare", whole], timeout_s=5.0)
+        until(lambda: come(queue) == ["a hare", whole], timeout_s=30)
 
 
 def test_a_file_that_was_there_before_the_watch_must_be_still_for_longer(
@@ -135,13 +135,13 @@ def test_a_file_that_was_there_before_the_watch_must_be_still_for_longer(
 ) -> None:
     member.does("exec 3> early.txt; printf 'a fox' >&3; echo an owl > left.txt")
     started = time.monotonic()
-    with serving(tuned(installation, settle_s=0.2, unseen_s=6.0), folder):
+    with serving(tuned(installation, settle_s=0.2, unseen_s=20.0), folder):
         stays_out(queue)
         member.does("printf ' in the snow' >&3; exec 3>&-")
-        until(lambda: come(queue) == ["a fox in the snow"], timeout_s=3.0)
-        assert time.monotonic() - started < 6.0
+        until(lambda: come(queue) == ["a fox in the snow"], timeout_s=30)
+        assert time.monotonic() - started < 20.0
         until(lambda: sorted(come(queue)) == ["a fox in the snow", "an owl"])
-        assert time.monotonic() - started > 6.0
+        assert time.monotonic() - started > 20.0
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_members_file_whose_close_was_seen_is_taken_at_once(
     (folder.parent / "elsewhere").chmod(0o777)
     with serving(tuned(installation, settle_s=0.2, unseen_s=LONG_S), folder):
         member.does(drop)
-        until(lambda: come(queue) == ["a fox"], timeout_s=5.0)
+        until(lambda: come(queue) == ["a fox"], timeout_s=30)
 
 
 def test_a_text_waits_for_a_members_picture_that_is_still_open(
@@ -178,7 +178,7 @@ def test_a_text_waits_for_a_members_picture_that_is_still_open(
         member.does("printf -- '---\\nkind: video\\nimage: ref.png\\n---\\nwaves' > waves.md")
         stays_out(queue)
         member.does(f"tail -c +{half + 1} ../red.png >&3; exec 3>&-; tail -c +{half + 1} ../red.png >&4; exec 4>&-")
-        until(lambda: sorted(come(queue)) == ["a cat", "waves"], timeout_s=5.0)
+        until(lambda: sorted(come(queue)) == ["a cat", "waves"], timeout_s=30)
     assert not filed(installation.paths.rejected)
     for spec in line(queue):
         assert not spec.image or (installation.paths.inputs / spec.image).read_bytes() == picture("red")
@@ -192,4 +192,4 @@ def test_files_of_batch_folders_are_seen_closed_too(
         member.does("mkdir summer; echo wait > summer/wait.tmp")
         time.sleep(1.0)  # a look, from which on the folder is watched
         member.does("mkdir summer/day; sleep 1; echo a fox > summer/day/fox.txt; echo an owl > summer/owl.txt")
-        until(lambda: sorted(come(queue)) == ["a fox", "an owl"], timeout_s=5.0)
+        until(lambda: sorted(come(queue)) == ["a fox", "an owl"], timeout_s=30)

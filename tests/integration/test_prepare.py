@@ -436,7 +436,7 @@ def test_an_interrupted_run_removes_what_it_wrote(installation: Installation, la
     folder = with_large(installation, large)
     with preparing(installation) as running:
         running.send_signal(signal.SIGINT)
-        _, said = running.communicate(timeout=60)
+        _, said = running.communicate(timeout=300)
 
     assert running.returncode == 130, said
     assert "Traceback" not in said

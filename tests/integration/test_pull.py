@@ -139,7 +139,7 @@ def here(own: Installation) -> str:
 
 def safelight(own: Installation, *words: str) -> subprocess.CompletedProcess[str]:
     running = process(own, *words)
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=300)
     return subprocess.CompletedProcess(words, running.returncode, out, err)
 
 
@@ -552,7 +552,7 @@ def test_a_pull_that_is_ended_in_the_middle_goes_on_where_it_was(
 
     second = safelight(own, "models", "pull", KEY, "--yes")
     running.send_signal(end)
-    _, said = running.communicate(timeout=30)
+    _, said = running.communicate(timeout=300)
 
     assert second.returncode == 1
     assert "another process is pulling this. Wait for it." in second.stderr

@@ -246,7 +246,7 @@ def test_the_whole_program_fetches_one_with_a_token_and_a_script_must_say_yes(
 
     def run(*words: str) -> tuple[int, str, str]:
         running = process(own, "models", "pull", "fox", "--controlnet", "lines", *words)
-        out, err = running.communicate(timeout=60)
+        out, err = running.communicate(timeout=300)
         return running.returncode, out, err
 
     refused, done = run(), run("--yes")

@@ -260,7 +260,7 @@ def test_what_is_registered_can_be_prepared_and_is_made_anew_when_its_file_chang
 
 def test_the_program_registers_and_lists_without_torch(own: Installation, disk: Path, one: Path) -> None:
     running = process(own, "models", "add", str(one), "--with", str(disk / FLUX))
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=300)
 
     assert (running.returncode, out) == (0, "flux1-fox\n"), err
     code = "import sys; from safelight import inventory, register; sys.exit('torch' in sys.modules)"

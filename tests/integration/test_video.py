@@ -178,7 +178,7 @@ def test_no_ffmpeg_outlives_what_ended_the_frames(tmp_path: Path, reason: type[B
     assert _children() == before
     for thread in threading.enumerate():
         if thread.name == "ffmpeg-feed":
-            thread.join(10)
+            thread.join(120)
             assert not thread.is_alive()
 
 

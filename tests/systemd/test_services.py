@@ -143,7 +143,7 @@ def test_a_stop_in_the_middle_of_a_job_puts_it_back_in_front_and_exits_0(daemon:
     stopped = daemon.systemctl("stop", "safelight-worker@0.service")
 
     assert stopped.returncode == 0, stopped.stderr
-    assert time.monotonic() - began_at < 10  # of TimeoutStopSec=90s
+    assert time.monotonic() - began_at < 60  # of TimeoutStopSec=90s
     assert ended(daemon, "worker@0") == ("exited:0", "success")
     assert daemon.states([running, *waiting]) == ["queued"] * 3
     with daemon.queue() as queue:
