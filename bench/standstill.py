@@ -17,13 +17,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import psutil
 
 from bench.scratch import Scratch, scratch
+from safelight.jobqueue import JobQueue
 from safelight.ledger import Ledger
 
 JOBS = 4
@@ -51,8 +52,10 @@ def stand_still(seconds: float) -> dict[str, object]:
             for i in range(JOBS)
         ]
         waiting = subprocess.Popen([sys.executable, "-m", "safelight.cli", "wait", *jobs], env=place.env)
-        _await_connection(waiting)
-        _await_a_step(place, jobs[0])
+        # a client that first asks while the server stands still is told so and ends: that is what the others do
+        _await("safelight wait has reached the server", lambda: psutil.Process(waiting.pid).net_connections("unix"))
+        queue = place.connect()
+        _await(f"{jobs[0]} has begun", lambda: _has_begun(queue, jobs[0]))
         stopped = [each for process in processes for each in (process, *process.children(recursive=True))]
         for process in stopped:
             process.send_signal(signal.SIGSTOP)
@@ -68,7 +71,7 @@ def stand_still(seconds: float) -> dict[str, object]:
             process.send_signal(signal.SIGCONT)
         ledger = Ledger(place.config.paths)
         accepted = {spec.id for spec in ledger.accepted()}
-        _await_the_end(ledger, len(accepted))
+        _await(f"{len(accepted)} jobs have ended", lambda: len(ledger.ended()) >= len(accepted))
         receipts = [receipt for job in sorted(ledger.ended()) if (receipt := ledger.receipt(job))]
         waited = waiting.wait(ENDED_WITHIN_S)
         files = len(list(place.config.paths.outbox.rglob("*.png")))
@@ -96,31 +99,16 @@ def _daemon(place: Scratch) -> Iterator[list[psutil.Process]]:
             process.wait()
 
 
-def _await_connection(client: subprocess.Popen[bytes]) -> None:
-    """A client that first asks while the server stands still is told so and ends: that is what the others do."""
-    process = psutil.Process(client.pid)
+def _has_begun(queue: JobQueue, job: str) -> bool:
+    return bool(json.loads(queue.fields(job).get("progress", "{}")).get("i", 0))
+
+
+def _await(what: str, is_so: Callable[[], object]) -> None:
     deadline = time.monotonic() + ENDED_WITHIN_S
-    while not process.net_connections("unix"):
+    while not is_so():
         if time.monotonic() > deadline:
-            raise SystemExit(f"safelight wait has not reached the server within {ENDED_WITHIN_S:.0f} s.")
+            raise SystemExit(f"Not within {ENDED_WITHIN_S:.0f} s: {what}.")
         time.sleep(0.01)
-
-
-def _await_a_step(place: Scratch, job: str) -> None:
-    queue = place.connect()
-    deadline = time.monotonic() + ENDED_WITHIN_S
-    while json.loads(queue.fields(job).get("progress", "{}")).get("i", 0) < 1:
-        if time.monotonic() > deadline:
-            raise SystemExit(f"{job} has not begun within {ENDED_WITHIN_S:.0f} s.")
-        time.sleep(0.01)
-
-
-def _await_the_end(ledger: Ledger, jobs: int) -> None:
-    deadline = time.monotonic() + ENDED_WITHIN_S
-    while len(ledger.ended()) < jobs:
-        if time.monotonic() > deadline:
-            raise SystemExit(f"{len(ledger.ended())} of {jobs} jobs have ended within {ENDED_WITHIN_S:.0f} s.")
-        time.sleep(0.1)
 
 
 def _ask(place: Scratch, *words: str) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from safelight.plan import Dtype, Plan, Precision
+from safelight.plan import Dtype, Plan, Precision, plain_precision
 
 
 class Computed(BaseModel):
@@ -33,10 +33,10 @@ class Computed(BaseModel):
         if self.device == "cpu":
             return {}
         on_gpu = self.text_encoder_device == "cuda"
-        plain = "fp16" if self.dtype == "float16" else "bf16"
+        unquantised = plain_precision(self.dtype) if on_gpu else "auto"
         return {
             "precision": self.precision,
             "compile": "on" if self.compiled else "off",
             "text_encoder_device": "gpu" if on_gpu else "cpu",
-            "text_encoder_precision": self.text_encoder_precision or (plain if on_gpu else "auto"),
+            "text_encoder_precision": self.text_encoder_precision or unquantised,
         }

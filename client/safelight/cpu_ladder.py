@@ -76,9 +76,9 @@ def _decode(spec: JobSpec, facts: ModelFacts) -> Iterator[Rung]:
     vae = facts.components.get("vae", 0) * WIDTH
     frames = spec.width * spec.height * (spec.num_frames or 1)
     clip = frames * footprint.TILED_BYTES_PER_PIXEL_AND_FRAME * 2  # what is joined, whole or not
+    whole = SETUP_SECONDS + frames * DECODE_SECONDS_PER_PIXEL
     for how in footprint.decodings(spec, facts):
         host = HOST + vae + clip + footprint.decode_bytes(spec, facts, how, WIDTH)
-        whole = SETUP_SECONDS + frames * DECODE_SECONDS_PER_PIXEL
         yield decode_rung(how, 0, host, whole * pace.decode_times(how))
 
 

@@ -31,7 +31,6 @@ from typing import Literal, NamedTuple
 from safelight import durable, ids
 from safelight.drops import Entry, Kind, mark_of, place_of, stem_of, suffix_of
 from safelight.errors import BadConfig, Fault, SafelightError
-from safelight.ids import submission_id
 from safelight.jobspec import JobSpec, is_folder_name
 from safelight.lora import SUFFIX as LORA_SUFFIX
 from safelight.paths import Paths
@@ -232,7 +231,7 @@ def _shortened(name: str, bytes_max: int) -> str:
 
 def new_submission() -> str:
     """Return the id under which the next file is claimed."""
-    return submission_id(datetime.now(UTC))
+    return ids.submission_id(datetime.now(UTC))
 
 
 def claim(paths: Paths, entry: Entry, submission: str, pictures: tuple[str, ...] = ()) -> Claim:

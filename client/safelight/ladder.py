@@ -12,7 +12,7 @@ from safelight.calibration import Calibration, memory_key
 from safelight.jobspec import JobSpec
 from safelight.machine import Machine
 from safelight.models import ModelFacts
-from safelight.plan import Dtype, PhaseName, Placement, Plan, Precision
+from safelight.plan import Dtype, PhaseName, Placement, Plan, Precision, plain_precision
 from safelight.refusals import PLAIN, Way, refused
 from safelight.rung import Circumstances, Pinned, Rung, decode_rung
 
@@ -103,7 +103,7 @@ def encode_rungs(spec: JobSpec, facts: ModelFacts, machine: Machine, dtype: Dtyp
     )
     passes = 2 if pace.is_guided(spec, facts) else 1
     host = footprint.HOST_BYTES["cuda"] + footprint.READING_BYTES + held
-    plain: Precision = "fp16" if dtype == "float16" else "bf16"
+    plain = plain_precision(dtype)
     for precision in _encoder_precisions(spec, machine, plain, large, facts):
         is_prepared = f"{facts.key}/{precision}/{large}" in machine.prepared
         of = footprint.sizes(facts, large, precision, dtype)
@@ -166,7 +166,7 @@ def _denoise(
     way: Way, spec: JobSpec, facts: ModelFacts, machine: Machine, circumstances: Circumstances, room_bytes: int
 ) -> Iterator[Rung]:
     dtype = dtype_of(way.precision, machine)
-    plain: Precision = "fp16" if dtype == "float16" else "bf16"
+    plain = plain_precision(dtype)
     experts = [name for name in facts.blocks if name.startswith("transformer")]
     made_of: Precision = "bf16" if way.precision == plain else way.precision
     ready = tuple(name for name in experts if f"{facts.key}/{made_of}/{name}" in machine.prepared)

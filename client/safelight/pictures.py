@@ -15,9 +15,6 @@ GREY_16 = ("I;16", "I;16B", "I")
 FAITHFUL = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")
 """What Pillow's own `convert` makes RGB of without losing what is seen, as long as nothing shows through."""
 
-_EIGHT_BIT = [(value + 128) // 257 for value in range(1 << 16)]
-"""The nearest of 8 bit to each value of 16: white is 65,535 and 255. `convert` cuts off what is above 255."""
-
 
 def refusal(picture: Image.Image) -> tuple[str, str] | None:
     """Return why a picture cannot be drawn as it is meant, and the remedy; None where it can."""
@@ -51,6 +48,7 @@ def rgb(picture: Image.Image) -> Image.Image:
     """Return a picture as it is seen, in RGB of 8 bit; what was kept before `refusal` was asked is read as well."""
     upright = ImageOps.exif_transpose(picture)  # as the phone was held
     if upright.mode in GREY_16:
-        upright = upright.convert("I").point(_EIGHT_BIT, "L")
+        # to the nearest of 8 bit: white is 65,535 and 255; `convert` cuts off what is above 255
+        upright = upright.convert("I").point([(value + 128) // 257 for value in range(1 << 16)], "L")
     upright.info.pop("transparency", None)  # else Pillow warns of what it has to leave out
     return upright.convert("RGB")

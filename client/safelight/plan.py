@@ -37,6 +37,11 @@ class Shipped(BaseModel):
     """What passes meanwhile."""
 
 
+def plain_precision(dtype: Dtype) -> Precision:
+    """Return the precision whose weights are held in as many bits as a GPU computes with."""
+    return "fp16" if dtype == "float16" else "bf16"
+
+
 class PhasePrediction(BaseModel):
     """What one phase is expected to take at its peak, and for how long."""
 
@@ -148,7 +153,8 @@ class Plan(BaseModel):
         denoising, or the whole of another phase; 0 where nothing is expected."""
         if phase == "denoise":
             return self.seconds_per_step or 0.0
-        return next((of.seconds or 0.0 for name, of in self.predicted.items() if name == phase), 0.0)
+        expected = self.predicted.get(phase)
+        return (expected.seconds if expected else None) or 0.0
 
     @property
     def is_quantised(self) -> bool:

@@ -24,7 +24,6 @@ from typing import Literal
 from safelight import content, durable, ids
 from safelight.config import Config, Settings
 from safelight.errors import LedgerDamaged
-from safelight.ids import submission_of
 from safelight.inbox import Claim
 from safelight.ledger import Ledger
 from safelight.paths import Paths
@@ -174,10 +173,12 @@ def _old_submissions(rules: Rules, ledger: Ledger, now: datetime, *, removed: Se
         with suppress(LedgerDamaged):  # nobody can tell which jobs it holds
             submissions[name] = [spec.id for spec in ledger.submission(name)]
     old = _submitted_before(ledger.ended(), rules.ledger_days, now)
-    submissions |= {job: [job] for job in old if files.isdisjoint({job, submission_of(job)})}
+    submissions |= {job: [job] for job in old if files.isdisjoint({job, ids.submission_of(job)})}
     # What lies in claimed/ is taken up by its submission, and would be read as new.
     claimed = _claimed(ledger.paths)
-    submissions = {name: jobs for name, jobs in submissions.items() if claimed.isdisjoint({name, submission_of(name)})}
+    submissions = {
+        name: jobs for name, jobs in submissions.items() if claimed.isdisjoint({name, ids.submission_of(name)})
+    }
     ended = _ended(_readable((job for jobs in submissions.values() for job in jobs), ledger))
     chosen = records_to_remove(submissions, ended, rules, now, collected=ledger.collected(), removed=removed)
     return {name: submissions[name] for name in chosen}

@@ -19,6 +19,7 @@ from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline
 from PIL.Image import Image
 
 from safelight.errors import SafelightError
+from safelight.jobrules import guides
 from safelight.jobspec import JobSpec
 from safelight.plan import Plan
 from safelightd.caching import Context, Held, caching
@@ -246,7 +247,7 @@ def encoded_pictures(pictures: Sequence[Frame], plan: Plan, loader: Loader, watc
 
 def is_guided(spec: JobSpec) -> bool:
     """Whether each step runs twice; the first expert's scale decides for both, as in WanPipeline."""
-    return _guidance_scale(spec, "transformer") > 1
+    return guides(_guidance_scale(spec, "transformer"))
 
 
 def _guidance_scale(spec: JobSpec, expert: str) -> float:
