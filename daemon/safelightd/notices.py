@@ -84,7 +84,9 @@ class Notices:
             self._tell("queue.empty", f"All jobs have ended: {what}.", **ended)
         now = self._clock()
         lasting = {name: (reason, "Nothing starts") for name, reason in holds.items()}
-        if self._taken_back and counts["queued"]:  # under the name of the hold between its tries: one wait, told once
+        if not counts["queued"]:
+            self._taken_back = ""  # else the jobs of another night would be said not to get through
+        if self._taken_back:  # under the name of the hold between its tries: one wait, told once
             lasting["machine"] = (self._taken_back, "No job gets through")
         self._held = {name: self._held.get(name, now) for name in lasting}
         self._said &= set(lasting)

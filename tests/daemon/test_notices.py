@@ -163,6 +163,22 @@ def test_a_night_in_which_every_job_comes_back_is_told_once_until_one_ends(told:
     assert empty["event"] == "queue.empty"
 
 
+def test_what_was_taken_back_before_the_line_was_cancelled_is_nothing_to_the_next_night(
+    notices: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    night = notices("true", clock, hold_minutes=10)
+    night.taken_back("no room: a game has 12.0 GiB")
+    night.look(counts(1), holds={})
+    night.look(counts(0), holds={})
+    with caplog.at_level(logging.INFO):
+        for minute in (1000, 1011):
+            clock.now = 60.0 * minute
+            night.look(counts(5), holds={})
+
+    assert "hold.lasts" not in caplog.text
+
+
 @pytest.mark.parametrize("command", ["/no/such/program", "sh -c 'exit 3'", "true", "sh -c 'exec 0<&-; sleep 300'"])
 def test_a_command_that_fails_reads_nothing_or_does_not_end_hurts_nothing(command: str, notices: Make) -> None:
     night = notices(command)
